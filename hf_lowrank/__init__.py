@@ -1,0 +1,58 @@
+"""Smaller, faster transformers models by low-rank compression, which load anywhere without this library.
+
+    from hf_lowrank import compress
+
+    small = compress("my-fine-tuned-bert", keep_params=0.6)
+    small.save_pretrained("small-bert")
+
+    # elsewhere, this library not installed:
+    AutoModel.from_pretrained("small-bert", trust_remote_code=True)
+
+Importing this package imports neither torch nor the rest of it; it only has the compressed families registered with
+the auto classes when those are loaded, so that here no flag is needed.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from hf_lowrank.architectures import register_lazily
+from hf_lowrank.errors import InputError as InputError
+from hf_lowrank.version import __version__ as __version__
+
+if TYPE_CHECKING:
+    from hf_lowrank.compression import compress as compress
+    from hf_lowrank.compression import decompress as decompress
+    from hf_lowrank.remote_code.lowrank_plan import PlanError as PlanError
+    from hf_lowrank.report import CompressionReport as CompressionReport
+    from hf_lowrank.report import make_report as make_report
+    from hf_lowrank.settings import CompressionSettings as CompressionSettings
+
+# public name -> module that defines it; imported when first asked for
+_HOMES = {
+    "CompressionReport": "hf_lowrank.report",
+    "CompressionSettings": "hf_lowrank.settings",
+    "PlanError": "hf_lowrank.remote_code.lowrank_plan",
+    "compress": "hf_lowrank.compression",
+    "decompress": "hf_lowrank.compression",
+    "make_report": "hf_lowrank.report",
+}
+
+__all__ = ["InputError", "__version__", *_HOMES]
+
+
+def __getattr__(name: str) -> Any:
+    if name.startswith("LowRank"):
+        home = "configuration_lowrank" if name.endswith("Config") else "modeling_lowrank"
+        return getattr(importlib.import_module(f"hf_lowrank.remote_code.{home}"), name)
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(_HOMES[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
+
+
+register_lazily()

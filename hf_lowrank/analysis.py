@@ -1,0 +1,282 @@
+"""What compressing a model would do to each of its matrices and to the whole, before anything is changed."""
+
+import copy
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from hf_lowrank.analysis_report import (
+    NUM_TOKENS,
+    Analysis,
+    MatrixAnalysis,
+    PlannedMatrix,
+    PlannedModel,
+    spectrum_of,
+)
+from hf_lowrank.decomposing import Decomposer
+from hf_lowrank.errors import InputError
+from hf_lowrank.loading import find_tokenizer, load_dense
+from hf_lowrank.planning.allocation import ALLOCATIONS
+from hf_lowrank.planning.curves import FloatArray, probe_rank
+from hf_lowrank.planning.plans import candidate_matrices, make_plan
+from hf_lowrank.planning.sizes import parameter_bytes
+from hf_lowrank.progress import Progress, no_progress
+from hf_lowrank.remote_code.configuration_lowrank import compressed_config_class
+from hf_lowrank.remote_code.lowrank_plan import Plan
+from hf_lowrank.remote_code.lowrank_structures import build_structure
+from hf_lowrank.remote_code.modeling_lowrank import compressed_model_class
+from hf_lowrank.report import CompressionReport, ModuleReport, count_multiply_adds, make_report
+from hf_lowrank.settings import CompressionSettings, make_settings
+from hf_lowrank.solvers import SOLVERS
+from hf_lowrank.solvers.svd import Decomposition
+from hf_lowrank.targets import DenseMatrix, dense_weight, find_matrices
+
+DEFAULT_BUDGETS = (0.8, 0.6, 0.4, 0.25)
+_KINDS = ("keep_targets", "keep_params")
+_WARM_UP_ROUNDS, _ROUNDS = 2, 7
+
+
+def analyze(
+    model_or_id: PreTrainedModel | str | Path,
+    *,
+    calibration: Any = None,
+    tokenizer: Any = None,
+    latency: bool = False,
+    progress: Progress = no_progress,
+    **options: Any,
+) -> Analysis:
+    """What `compress` would do at several budgets: `analyze("my-bert", method="svd", keep_targets=[0.8, 0.5])`.
+
+    Nothing is changed. The plans are those `compress` makes with the same options, the errors those before refinement.
+
+    Args:
+        model_or_id: A dense transformers model, a Hub id or a folder.
+        calibration: As for `compress`.
+        tokenizer: As for `compress`.
+        latency: Time a dense layer and a factored one of each shape, and predict from that.
+        options: Those of `compress`, with fractions as `keep_targets` or `keep_params`; default: `DEFAULT_BUDGETS` of
+            the target matrices.
+
+    Raises:
+        InputError: If the model or an option cannot be used, or a budget is out of reach.
+    """
+    kind = next((kind for kind in _KINDS if kind in options), _KINDS[0])
+    given = options.get(kind, DEFAULT_BUDGETS)
+    budgets = [given] if isinstance(given, (int, float)) else list(given)
+    if not budgets:
+        raise InputError(f"{kind} names no budget. Give at least one fraction.")
+    settings = [make_settings({**options, kind: budget}) for budget in budgets]
+    model = load_dense(model_or_id)
+    tokenizer = tokenizer if tokenizer is not None else find_tokenizer(model)
+    study = _Study(model, settings, calibration, tokenizer, progress)
+    return study.analysis(_time_layers(study.targets, settings[0].chosen_storage, progress) if latency else {})
+
+
+def planned_report(dense: PreTrainedModel, plan: Plan, dtype: torch.dtype) -> CompressionReport:
+    """The report of the model that a plan makes of `dense`, from a skeleton without numbers."""
+    config = copy.deepcopy(dense.config)
+    config.__class__ = compressed_config_class(type(dense.config))
+    config.compression = plan
+    with torch.device("meta"):
+        skeleton = compressed_model_class(type(dense))(config)
+    return make_report(skeleton.to(dtype))
+
+
+class _KnownErrors:
+    """Asks the decomposer once for what all budgets need, and remembers what whole plans did."""
+
+    def __init__(self, decomposer: Decomposer, targets: Sequence[DenseMatrix]) -> None:
+        self._decomposer = decomposer
+        self._targets = targets
+        self._damages: dict[tuple[tuple[str, int], ...], float] = {}
+
+    @cached_property
+    def by_name(self) -> dict[str, FloatArray]:
+        """Loss of each target at rank 1, 2, ..."""
+        return self._decomposer.errors(self._targets)
+
+    def errors(self, matrices: Sequence[DenseMatrix]) -> dict[str, FloatArray]:
+        """See `ErrorSource`."""
+        return self.by_name
+
+    def damage(self, matrices: Sequence[DenseMatrix], ranks: dict[str, int]) -> float:
+        """See `ErrorSource`."""
+        key = tuple(sorted(ranks.items()))
+        if key not in self._damages:
+            self._damages[key] = self._decomposer.damage(matrices, ranks)
+        return self._damages[key]
+
+
+# Seconds of one call: of the dense layer, and of the factored one by its multiply-adds for one token.
+LayerTimes = Mapping[tuple[int, int], tuple[float, Callable[[int], float]]]
+
+
+class _Study:
+    """One analysis under way.
+
+    Args:
+        settings: One a budget, alike in all else.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        settings: Sequence[CompressionSettings],
+        calibration: Any,
+        tokenizer: Any,
+        progress: Progress,
+    ) -> None:
+        self._dtype = settings[0].torch_dtype or model.dtype
+        self._dense_bytes = parameter_bytes(model)
+        if settings[0].looks_at_text and model.dtype.itemsize < torch.float32.itemsize:
+            model = copy.deepcopy(model).float()  # as `compress` does: gradients leave the range of 16 bits
+        self._model = model
+        self._settings = settings
+        self._progress = progress
+        self.targets = candidate_matrices(model, settings[0])
+        self._decomposer = Decomposer(model, settings[0], calibration, tokenizer, progress)
+        self._known = _KnownErrors(self._decomposer, self.targets)
+
+    def analysis(self, times: LayerTimes) -> Analysis:
+        plans = [make_plan(self._model, settings, self._known)[0] for settings in self._settings]
+        reports = [planned_report(self._model, plan, self._dtype) for plan in plans]
+        matrices = self._progress(find_matrices(self._model), "analyzing")
+        analyzed = tuple(self._matrix(matrix, reports, times) for matrix in matrices)
+        first = self._settings[0]
+        num_parameters = sum(p.numel() for p in self._model.parameters())
+        multiply_adds = count_multiply_adds(self._model)
+        seconds = sum(times[matrix.shape][0] for matrix in self.targets if matrix.shape in times)
+        damage = 0.0 if self._runs_model else None
+        dense = PlannedModel(1.0, num_parameters, self._dense_bytes, multiply_adds, 0.0, damage, seconds or None)
+        return Analysis(
+            architecture=type(self._model).__name__,
+            method=first.method,
+            allocation=first.chosen_allocation,
+            storage=first.chosen_storage,
+            budget_kind=first.budget.kind,
+            loss_name="predicted damage" if self._runs_model else "energy lost",
+            dense=dense,
+            budgets=tuple(self._whole(index, report, analyzed) for index, report in enumerate(reports)),
+            matrices=analyzed,
+        )
+
+    @property
+    def _runs_model(self) -> bool:
+        return ALLOCATIONS[self._settings[0].chosen_allocation].errors == "probes"
+
+    def _whole(self, index: int, report: CompressionReport, matrices: Sequence[MatrixAnalysis]) -> PlannedModel:
+        ranks = {module.name: module.rank for module in report.modules if module.rank is not None}
+        planned = [matrix.planned[index] for matrix in matrices if matrix.planned]
+        return PlannedModel(
+            budget=self._settings[index].budget.value,
+            parameters=report.parameters,
+            size_bytes=report.size_bytes,
+            multiply_adds=report.multiply_adds,
+            predicted_loss=sum(one.predicted_loss for one in planned),
+            measured_damage=self._known.damage(self.targets, ranks) if self._runs_model else None,
+            seconds=sum(one.seconds or 0.0 for one in planned) or None,
+        )
+
+    def _matrix(self, matrix: DenseMatrix, reports: Sequence[CompressionReport], times: LayerTimes) -> MatrixAnalysis:
+        weight = dense_weight(matrix.module)
+        if not bool(torch.isfinite(weight).all()):
+            raise InputError(f"The weight of {matrix.path!r} holds NaN or Inf. Repair it.")
+        plain = found = SOLVERS["svd"].decompose(weight.to(self._settings[0].device or weight.device))
+        is_target = matrix in self.targets
+        if looks_closer := is_target and bool(SOLVERS[self._settings[0].method].needs):
+            found = self._decomposer(matrix)
+        modules = [module for report in reports for module in report.modules if module.name == matrix.name]
+        seconds = times.get(matrix.shape) if is_target and matrix.kind == "linear" else None
+        rows, columns = matrix.shape
+        return MatrixAnalysis(
+            name=matrix.name,
+            role=matrix.role,
+            shape=matrix.shape,
+            parameters=matrix.num_weights,
+            break_even_rank=rows * columns // (rows + columns),
+            spectrum=spectrum_of(plain.singular_values),
+            metric_spectrum=spectrum_of(found.singular_values) if looks_closer else None,
+            planned=tuple(self._planned(module, found, seconds) for module in modules),
+        )
+
+    def _planned(
+        self,
+        module: ModuleReport,
+        found: Decomposition,
+        times: tuple[float, Callable[[int], float]] | None,
+    ) -> PlannedMatrix:
+        dense_seconds, factored_seconds = times or (None, None)
+        common = (module.structure, module.rank, module.parameters, module.multiply_adds)
+        if module.rank is None:
+            return PlannedMatrix(*common, 0.0, 0.0, 0.0, dense_seconds)
+        weight = found.weight.to(torch.promote_types(found.weight.dtype, torch.float32))
+        norm = float(torch.linalg.norm(weight))
+        difference = float(torch.linalg.norm(found.factors(module.rank).product - weight))
+        energies = found.singular_values.square()
+        metric_norm, lost = float(energies.sum()), float(energies[module.rank :].sum())
+        return PlannedMatrix(
+            *common,
+            relative_error=difference / norm if norm > 0 else 0.0,
+            metric_error=(lost / metric_norm) ** 0.5 if metric_norm > 0 else 0.0,
+            predicted_loss=float(self._known.by_name[module.name][module.rank - 1]),
+            seconds=None if factored_seconds is None else factored_seconds(module.multiply_adds),
+        )
+
+
+def _time_layers(matrices: Sequence[DenseMatrix], structure: str, progress: Progress) -> LayerTimes:
+    """Time one dense layer and two factored ones of each distinct shape of linear layers.
+
+    All take turns, so that whatever else the machine does meets them alike. Between and beyond the two ranks, a
+    quarter and three quarters of the break-even rank, time is a straight line in the multiply-adds.
+    """
+    layers: dict[tuple[int, int], list[nn.Module]] = {}
+    for matrix in matrices:
+        if matrix.kind == "linear" and matrix.shape not in layers:
+            middle = probe_rank(matrix)
+            layers[matrix.shape] = _timed_layers(matrix, structure, max(1, middle // 2), max(2, middle * 3 // 2))
+    seconds: dict[tuple[int, int], list[list[float]]] = {shape: [[], [], []] for shape in layers}
+    with torch.inference_mode():
+        for turn in progress(range(_WARM_UP_ROUNDS + _ROUNDS), "timing layers"):
+            for shape, group in layers.items():
+                for layer, times in zip(group, seconds[shape], strict=True):
+                    spent = _time_call(layer, shape[1])
+                    if turn >= _WARM_UP_ROUNDS:
+                        times.append(spent)
+    return {shape: _line(layers[shape], [statistics.median(times) for times in seconds[shape]]) for shape in layers}
+
+
+def _timed_layers(matrix: DenseMatrix, structure: str, *ranks: int) -> list[nn.Module]:
+    weight = dense_weight(matrix.module)
+    with torch.random.fork_rng():
+        dense = nn.Linear(matrix.shape[1], matrix.shape[0], device=weight.device, dtype=weight.dtype)
+        factored: list[Any] = [
+            build_structure(dense, {"structure": structure, "rank": min(rank, *matrix.shape)}) for rank in ranks
+        ]
+        for layer in factored:
+            layer.reset_parameters(0.02)
+    return [dense, *factored]
+
+
+def _time_call(layer: nn.Module, in_features: int) -> float:
+    parameter = next(layer.parameters())
+    hidden_states = torch.ones(NUM_TOKENS, in_features, device=parameter.device, dtype=parameter.dtype)
+    if parameter.is_cuda:
+        torch.cuda.synchronize(parameter.device)
+    start = time.perf_counter()
+    outputs = layer(hidden_states)
+    if outputs.is_cuda:
+        torch.cuda.synchronize(outputs.device)
+    return time.perf_counter() - start
+
+
+def _line(layers: Sequence[Any], seconds: Sequence[float]) -> tuple[float, Callable[[int], float]]:
+    work = [float(count_multiply_adds(nn.ModuleList([layer]))) for layer in layers[1:]]
+    slope = max(seconds[2] - seconds[1], 0.0) / max(work[1] - work[0], 1.0)
+    return seconds[0], lambda multiply_adds: max(seconds[1] + slope * (multiply_adds - work[0]), 0.0)

@@ -1,0 +1,138 @@
+"""The text a model is watched on: real text where there is some, else tokens drawn by the law of Zipf."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+    MODEL_FOR_PRETRAINING_MAPPING_NAMES,
+)
+
+from hf_lowrank.data import make_batches, require_tokens, special_frame
+from hf_lowrank.errors import InputError
+from hf_lowrank.outputs import IGNORED_LABEL, Batch
+from hf_lowrank.remote_code.configuration_lowrank import PREFIX
+from hf_lowrank.settings import CompressionSettings
+
+# Of all batches, the share that ranks are measured on; the others make the statistics.
+_PROBE_SHARE = 1 / 9
+_MASKED_FRACTION = 0.15
+# Token `k` is drawn in proportion to `1 / (k + offset)`: learned vocabularies are ordered by frequency, roughly.
+_ZIPF_OFFSET = 20
+_SYNTHETIC_LENGTH = 64
+_SYNTHETIC_SAMPLES = 144
+_UNBOUNDED = 1 << 20
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Batches to collect statistics from, and others to measure ranks on."""
+
+    batches: tuple[Batch, ...]
+    probes: tuple[Batch, ...]
+
+
+def make_calibration(
+    model: PreTrainedModel, source: Any, tokenizer: Any, settings: CompressionSettings
+) -> Calibration:
+    """Batches from `source` (see `hf_lowrank.data.make_batches`), or synthetic ones if it is None.
+
+    A masked-language-model head is given inputs with 15 % of the tokens masked, as it was trained on.
+
+    Raises:
+        InputError: If the source is empty, or too little for statistics.
+    """
+    if source is None:
+        batches = synthetic_batches(model, tokenizer, settings)
+    else:
+        batches = make_batches(
+            source,
+            tokenizer,
+            num_calibration_samples=settings.num_samples,
+            max_seq_length=min(settings.max_seq_length, _longest_input(model)),
+            batch_size=settings.batch_size,
+            seed=settings.seed,
+            text_column=settings.text_column,
+        )
+        require_tokens(batches, model.config.get_text_config().hidden_size)
+    if is_masked_lm(model) and "labels" not in batches[0]:
+        batches = mask_tokens(batches, model, tokenizer, settings.seed)
+    num_probes = max(1, round(len(batches) * _PROBE_SHARE))
+    if len(batches) < 2:
+        raise InputError("Calibration needs two batches at least, one to measure ranks on; got 1. Give more text.")
+    return Calibration(tuple(batches[:-num_probes]), tuple(batches[-num_probes:]))
+
+
+def synthetic_batches(model: PreTrainedModel, tokenizer: Any, settings: CompressionSettings) -> list[Batch]:
+    """Sequences of independent tokens with the frequencies of a natural vocabulary.
+
+    Nothing is known of the language, but the model's own weights decide where such tokens go: that alone finds most of
+    what its layers use. With a tokenizer, special and unused tokens are left out and sequences begin and end as usual.
+    """
+    config = model.config.get_text_config()
+    generator = torch.Generator().manual_seed(settings.seed)
+    weights = 1 / (torch.arange(config.vocab_size) + _ZIPF_OFFSET)
+    start, end = torch.empty(0, dtype=torch.long), torch.empty(0, dtype=torch.long)
+    if tokenizer is not None and len(_usable_tokens(tokenizer, config.vocab_size)):
+        # The order of the usable tokens counts, not their ids: WordPiece begins with a thousand unused ones.
+        usable = _usable_tokens(tokenizer, config.vocab_size)
+        weights = torch.zeros(config.vocab_size).index_copy(0, usable, 1 / (torch.arange(len(usable)) + _ZIPF_OFFSET))
+        start, end = (torch.tensor(part, dtype=torch.long) for part in special_frame(tokenizer))
+    length = min(_SYNTHETIC_LENGTH, _longest_input(model)) - len(start) - len(end)
+    drawn = torch.multinomial(weights, _SYNTHETIC_SAMPLES * length, replacement=True, generator=generator)
+    rows = drawn.view(_SYNTHETIC_SAMPLES, length)
+    ids = torch.cat([start.expand(len(rows), -1), rows, end.expand(len(rows), -1)], dim=1)  # (N, T)
+    return [{"input_ids": part, "attention_mask": torch.ones_like(part)} for part in ids.split(settings.batch_size)]
+
+
+def is_masked_lm(model: PreTrainedModel) -> bool:
+    """Whether the model's head predicts masked tokens."""
+    name = type(model).__name__.removeprefix(PREFIX)
+    family = model.config.model_type.removeprefix("lowrank_")
+    masked = {MODEL_FOR_MASKED_LM_MAPPING_NAMES.get(family)}
+    pretraining = MODEL_FOR_PRETRAINING_MAPPING_NAMES.get(family)
+    return name in masked or (name == pretraining and name.endswith("ForPreTraining"))
+
+
+def mask_tokens(batches: Sequence[Batch], model: PreTrainedModel, tokenizer: Any, seed: int) -> list[Batch]:
+    """The batches with 15 % of their real tokens masked, and the labels that name those.
+
+    BERT's recipe: of the chosen tokens 80 % become the mask token, 10 % a random one, 10 % stay. Without a tokenizer
+    to say which token masks, all that are not random stay.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    vocab_size = model.config.get_text_config().vocab_size
+    special = torch.tensor(sorted(tokenizer.all_special_ids) if tokenizer is not None else [], dtype=torch.long)
+    mask_token = None if tokenizer is None else tokenizer.mask_token_id
+    masked: list[Batch] = []
+    for batch in batches:
+        ids = batch["input_ids"]
+        can = batch.get("attention_mask", torch.ones_like(ids)).bool() & ~torch.isin(ids, special)
+        chosen = can & (torch.rand(ids.shape, generator=generator) < _MASKED_FRACTION)
+        if not bool(chosen.any()):
+            chosen[:, ids.shape[1] // 2] = True
+        draw = torch.rand(ids.shape, generator=generator)
+        noise = torch.randint(vocab_size, ids.shape, generator=generator)
+        inputs = torch.where(chosen & (draw >= 0.9), noise, ids)
+        if mask_token is not None:
+            inputs = torch.where(chosen & (draw < 0.8), torch.tensor(mask_token), inputs)
+        labels = torch.where(chosen, ids, torch.tensor(IGNORED_LABEL))
+        masked.append({**batch, "input_ids": inputs, "labels": labels})
+    return masked
+
+
+def _usable_tokens(tokenizer: Any, vocab_size: int) -> torch.Tensor:
+    special = set(tokenizer.all_special_ids)
+    vocabulary = sorted((index, token) for token, index in tokenizer.get_vocab().items() if index < vocab_size)
+    usable = [index for index, token in vocabulary if index not in special and not token.startswith("[unused")]
+    return torch.tensor(usable, dtype=torch.long)
+
+
+def _longest_input(model: PreTrainedModel) -> int:
+    config = model.config.get_text_config()
+    # RoBERTa keeps two of its positions for padding.
+    positions = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
+    return int(positions or _UNBOUNDED) - 2

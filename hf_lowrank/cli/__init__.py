@@ -1,0 +1,57 @@
+"""The command `hf-lowrank`. Reading its arguments imports neither torch nor transformers; each command does."""
+
+import importlib
+import os
+import sys
+import warnings
+from collections.abc import Sequence
+
+from hf_lowrank.cli.arguments import build_parser
+from hf_lowrank.errors import InputError
+
+BAD_INPUT = 2
+INTERRUPTED = 130
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command.
+
+    Returns:
+        The exit status: 0 done, 1 a check failed, 2 bad input (one line on standard error says what), 130 interrupted.
+    """
+    try:
+        arguments = build_parser().parse_args(argv)
+        return _run(arguments.command, arguments)
+    except KeyboardInterrupt:
+        return _complain("interrupted; no half-written folder is left.", INTERRUPTED)
+    except BrokenPipeError:
+        # Whoever read the output has enough; without this Python complains again when it flushes at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except (InputError, OSError) as error:
+        return _complain(str(error), BAD_INPUT)
+    except Exception as error:
+        if not _is_about_input(error):
+            raise
+        return _complain(str(error), BAD_INPUT)
+
+
+def _run(command: str, arguments: object) -> int:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        # The loaders of transformers have their own reports and bars; ours say what there is to say.
+        for library in ("transformers.utils.logging", "huggingface_hub.utils.logging"):
+            importlib.import_module(library).set_verbosity_error()
+        importlib.import_module("transformers.utils.logging").disable_progress_bar()
+        return int(importlib.import_module(f"hf_lowrank.cli.{command}").run(arguments))
+
+
+def _is_about_input(error: Exception) -> bool:
+    """Whether an error speaks of a plan or a file; their classes come with libraries `--help` need not import."""
+    names = {base.__name__ for base in type(error).__mro__}
+    return bool(names & {"PlanError", "StrictDataclassError", "SafetensorError"})
+
+
+def _complain(message: str, status: int) -> int:
+    sys.stderr.write(f"hf-lowrank: {' '.join(message.split())}\n")
+    return status

@@ -1,0 +1,134 @@
+"""What the commands can be told."""
+
+import argparse
+from typing import NoReturn
+
+from hf_lowrank.cli.study_arguments import add_study_commands
+from hf_lowrank.errors import InputError
+from hf_lowrank.version import __version__
+
+_EXAMPLES = """examples:
+  hf-lowrank compress google-bert/bert-base-uncased small-bert --keep-params 0.6
+  hf-lowrank compress my-encoder small --target-size 60MB --overwrite
+  hf-lowrank compress my-gpt2 small --keep-targets 0.5 --exclude-modules c_attn --dry-run
+  hf-lowrank verify small-bert          prove that it loads without this library
+  hf-lowrank inspect small-bert --modules
+  hf-lowrank decompress small-bert stock-bert
+
+exit status: 0 done, 1 a check failed, 2 bad input, with one line on standard error that says what to do"""
+
+_COMPRESS_EXAMPLES = """examples:
+  hf-lowrank compress MODEL OUT --keep-params 0.6            60 % of the whole model's parameters stay
+  hf-lowrank compress MODEL OUT --keep-targets 0.5           half of the replaced matrices' parameters stay
+  hf-lowrank compress MODEL OUT --target-size 100MB          the whole folder, tokenizer included
+  hf-lowrank compress MODEL OUT --rank 64 --rank-pattern query=32 key=32
+  hf-lowrank compress MODEL OUT --keep-params 0.6 --target-modules query key value
+  hf-lowrank compress MODEL OUT --keep-params 0.6 --dry-run --json"""
+
+
+class _Parser(argparse.ArgumentParser):
+    """Complains in one line, as every other part of the command does."""
+
+    def error(self, message: str) -> NoReturn:
+        raise InputError(f"{message}. See {self.prog} --help.")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of `hf-lowrank`."""
+    parser = _Parser(
+        prog="hf-lowrank",
+        description="Make a Hugging Face model smaller and faster by low-rank factors; it loads without this library.",
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"hf-lowrank {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=_Parser)
+    _add_compress(commands)
+    _add_inspect(commands)
+    _add_decompress(commands)
+    _add_verify(commands)
+    add_study_commands(commands)
+    return parser
+
+
+def _add(commands: "argparse._SubParsersAction[_Parser]", name: str, summary: str, epilog: str = "") -> _Parser:
+    return commands.add_parser(
+        name,
+        help=summary,
+        description=summary[0].upper() + summary[1:] + ".",
+        epilog=epilog,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+
+
+def _add_compress(commands: "argparse._SubParsersAction[_Parser]") -> None:
+    parser = _add(commands, "compress", "make a model smaller and save it", _COMPRESS_EXAMPLES)
+    parser.add_argument("model", metavar="MODEL", help="Hub id or folder of a dense model")
+    parser.add_argument("out", metavar="OUT", help="folder to write")
+    _add_budget(parser)
+    choice = parser.add_argument_group("what is compressed, and how")
+    choice.add_argument(
+        "--rank-pattern", metavar="NAME=R", nargs="+", action="extend", default=[], type=_name_and_rank
+    )
+    choice.add_argument("--method", help="how the factors are found; svd looks at no text (default: two_sided_svd)")
+    choice.add_argument(
+        "--calibration", metavar="TEXT", help="file or Hub data set of text like that the model is for"
+    )
+    choice.add_argument("--allocation", help="how the budget is shared (default: what suits the method)")
+    choice.add_argument("--storage", help="low_rank or pivoted: the structure that holds the factors")
+    names = "names, last parts of names, all-linear, or one regular expression"
+    choice.add_argument("--target-modules", metavar="NAME", nargs="+", action="extend", help=names)
+    choice.add_argument("--exclude-modules", metavar="NAME", nargs="+", action="extend", help="the same, taken away")
+    choice.add_argument(
+        "--embeddings", help="low_rank or dense; default: low_rank where the budget is the whole model's"
+    )
+    choice.add_argument("--dtype", help="type to store the weights in, such as bfloat16 (default: as they are)")
+    choice.add_argument("--device", help="where to decompose, such as cuda (default: cpu)")
+    parser.add_argument("--overwrite", action="store_true", help="replace the model folder OUT if there is one")
+    parser.add_argument("--dry-run", action="store_true", help="print the plan and write nothing")
+    parser.add_argument("--no-latency", action="store_true", help="do not measure how fast the two models run")
+    _add_json(parser)
+
+
+def _add_budget(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("budget, exactly one").add_mutually_exclusive_group(required=True)
+    group.add_argument(
+        "--keep-params", type=float, metavar="F", help="fraction of the whole model's parameters that stay"
+    )
+    group.add_argument("--keep-targets", type=float, metavar="F", help="the same, of the replaced matrices only")
+    group.add_argument("--target-size", metavar="SIZE", help="size of the whole folder, such as 100MB or 95MiB")
+    group.add_argument("--rank", type=int, metavar="N", help="rank of every replaced matrix")
+
+
+def _add_inspect(commands: "argparse._SubParsersAction[_Parser]") -> None:
+    parser = _add(commands, "inspect", "show what a compressed model is made of")
+    parser.add_argument("path", metavar="PATH", help="folder or Hub id of a compressed model")
+    parser.add_argument("--modules", action="store_true", help="one line for every matrix")
+    _add_json(parser)
+
+
+def _add_decompress(commands: "argparse._SubParsersAction[_Parser]") -> None:
+    parser = _add(commands, "decompress", "turn a compressed model into a stock transformers model")
+    parser.add_argument("path", metavar="PATH", help="folder or Hub id of a compressed model")
+    parser.add_argument("out", metavar="OUT", help="folder to write")
+    parser.add_argument("--overwrite", action="store_true", help="replace the model folder OUT if there is one")
+    _add_json(parser)
+
+
+def _add_verify(commands: "argparse._SubParsersAction[_Parser]") -> None:
+    parser = _add(commands, "verify", "prove that a folder loads without this library and computes the same")
+    parser.add_argument("path", metavar="PATH", help="folder of a compressed model")
+    _add_json(parser)
+
+
+def _add_json(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
+
+
+def _name_and_rank(text: str) -> tuple[str, int]:
+    name, _, rank = text.rpartition("=")
+    if not name or not rank.isdigit():
+        raise argparse.ArgumentTypeError(f"{text!r} is not of the form NAME=R, such as query=32")
+    return name, int(rank)

@@ -1,0 +1,161 @@
+"""`hf-lowrank compress MODEL OUT`."""
+
+import argparse
+import copy
+import re
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from hf_lowrank.cli import tables
+from hf_lowrank.compression import compress
+from hf_lowrank.decomposing import Decomposer
+from hf_lowrank.errors import InputError
+from hf_lowrank.evaluation import Latency, measure_latency, typical_length
+from hf_lowrank.loading import find_tokenizer, load_dense
+from hf_lowrank.planning.budgets import parse_size
+from hf_lowrank.planning.plans import make_plan
+from hf_lowrank.planning.sizes import parameter_bytes
+from hf_lowrank.progress import progress_bar
+from hf_lowrank.remote_code.configuration_lowrank import compressed_config_class
+from hf_lowrank.remote_code.modeling_lowrank import compressed_model_class
+from hf_lowrank.report import CompressionReport, make_report
+from hf_lowrank.saving import check_output, save_folder, side_file_bytes
+from hf_lowrank.settings import CompressionSettings
+from hf_lowrank.targets import ALL_LINEAR
+
+_BATCH_SIZE = 8
+# Options that carry the names of the settings.
+_OPTIONS = (
+    "keep_params", "keep_targets", "target_size", "rank", "method", "allocation", "storage", "target_modules",
+    "exclude_modules", "embeddings", "dtype", "device",
+)  # fmt: skip
+# What no module name holds, but a pattern does.
+_IS_PATTERN = re.compile(r"[\\^$*+?()\[\]{}|]")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Compress, save, measure and print."""
+    if not arguments.dry_run:
+        check_output(arguments.out, arguments.overwrite, arguments.model)
+    settings = _settings(arguments)
+    _check_device(settings.device)
+    dense = load_dense(arguments.model)
+    side_bytes = side_file_bytes(arguments.model) if settings.target_size is not None else 0
+    for_weights = _without_side_files(settings, side_bytes)
+    try:
+        if arguments.dry_run:
+            return _print_plan(arguments, dense, for_weights)
+        small = compress(dense, for_weights, calibration=arguments.calibration, progress=progress_bar)
+    except InputError as error:
+        raise _with_side_files(error, side_bytes) from error
+    small.config.compression["provenance"]["settings"] = settings.to_dict()
+    folder = save_folder(small, arguments.out, arguments.model, arguments.overwrite)
+    shape = (_BATCH_SIZE, typical_length(dense))
+    latency = None
+    if not arguments.no_latency:
+        latency = measure_latency({"dense": dense, "compressed": small}, *shape)
+    _print_result(arguments, folder, make_report(small), parameter_bytes(dense), latency, shape)
+    return 0
+
+
+def _settings(arguments: argparse.Namespace) -> CompressionSettings:
+    given = {name: getattr(arguments, name) for name in _OPTIONS if getattr(arguments, name) is not None}
+    for name in ("target_modules", "exclude_modules"):
+        if name in given:
+            given[name] = _patterns(given[name])
+    return CompressionSettings(**{**given, "rank_pattern": dict(arguments.rank_pattern)})
+
+
+def _patterns(given: list[str]) -> list[str] | str:
+    """Names as a list; a single regular expression, or `all-linear`, as the string it is in PEFT."""
+    is_string = len(given) == 1 and (given[0] == ALL_LINEAR or _IS_PATTERN.search(given[0]))
+    return given[0] if is_string else given
+
+
+def _check_device(name: str | None) -> None:
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise InputError(f"--device {name} cannot be used: {str(error).splitlines()[0]}") from error
+
+
+def _without_side_files(settings: CompressionSettings, side_bytes: int) -> CompressionSettings:
+    """On the command line `target_size` speaks of the whole folder, the tokenizer included."""
+    if settings.target_size is None:
+        return settings
+    left = parse_size(settings.target_size) - side_bytes
+    if left < 1:
+        raise InputError(
+            f"target_size={settings.target_size} is out of reach: the tokenizer and other files alone take "
+            f"{tables.megabytes(side_bytes)}. Raise the budget."
+        )
+    return replace(settings, target_size=left)
+
+
+def _with_side_files(error: InputError, side_bytes: int) -> InputError:
+    if "target_size" not in str(error) or not side_bytes:
+        return error
+    return InputError(f"{error} (Besides {tables.megabytes(side_bytes)} of tokenizer and other files.)")
+
+
+def _print_plan(arguments: argparse.Namespace, dense: PreTrainedModel, settings: CompressionSettings) -> int:
+    """Print what `compress` would do, from a model without numbers."""
+    decomposer = Decomposer(dense, settings, arguments.calibration, find_tokenizer(dense), progress_bar)
+    plan, _ = make_plan(dense, settings, decomposer)
+    plan["provenance"] |= {"settings": _settings(arguments).to_dict()}
+    config = copy.deepcopy(dense.config)
+    config.__class__ = compressed_config_class(type(dense.config))
+    config.compression = plan
+    with torch.device("meta"):
+        skeleton = compressed_model_class(type(dense))(config)
+    report = make_report(skeleton.to(settings.torch_dtype or dense.dtype))
+    if arguments.json:
+        tables.print_json({"model": arguments.model, "dry_run": True, "plan": plan, "report": report.to_dict()})
+        return 0
+    tables.print_comparison(report, parameter_bytes(dense))
+    tables.print_matrices(report)
+    tables.print_modules(report)
+    tables.print_line("dry run: nothing was written; errors and latency are known after the real run")
+    return 0
+
+
+def _print_result(
+    arguments: argparse.Namespace,
+    folder: Path,
+    report: CompressionReport,
+    dense_bytes: int,
+    latency: dict[str, Latency] | None,
+    shape: tuple[int, int],
+) -> None:
+    size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    if arguments.json:
+        measured: dict[str, Any] | None = None
+        if latency is not None:
+            rows = {name: asdict(value) for name, value in latency.items()}
+            measured = {"batch_size": shape[0], "sequence_length": shape[1], **rows}
+        tables.print_json(
+            {
+                "model": arguments.model,
+                "out": str(folder),
+                "folder_bytes": size,
+                "dense_size_bytes": dense_bytes,
+                "report": report.to_dict(),
+                "latency": measured,
+            }
+        )
+        return
+    tables.print_line(f"{arguments.model} -> {arguments.out}: {tables.settings_in_words(report)}")
+    tables.print_comparison(report, dense_bytes, latency, f"{shape[0]} x {shape[1]} tokens")
+    tables.print_matrices(report)
+    tables.print_line(f"saved: {folder}, {tables.megabytes(size)} with tokenizer and code")
+    tables.print_steps(
+        [
+            f"hf-lowrank verify {arguments.out}",
+            f"hf-lowrank inspect {arguments.out} --modules",
+            f"AutoModel.from_pretrained({arguments.out!r}, trust_remote_code=True)  # needs transformers only",
+        ]
+    )

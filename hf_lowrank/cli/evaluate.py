@@ -1,0 +1,80 @@
+"""`hf-lowrank evaluate PATH --dataset DATA --task TASK`."""
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from transformers import AutoTokenizer, PreTrainedConfig
+
+from hf_lowrank.architectures import read_config
+from hf_lowrank.cli import tables
+from hf_lowrank.errors import InputError
+from hf_lowrank.loading import load_dense
+from hf_lowrank.progress import progress_bar
+from hf_lowrank.saving import load_compressed, one_line
+from hf_lowrank.tasks import make_task
+from hf_lowrank.tasks.evaluation import evaluate
+
+# Options of the tasks; only those that were given are passed on.
+_OPTIONS = (
+    "text_column", "text_pair_column", "label_column", "score_column",
+    "max_examples", "max_seq_length", "block_length", "stride", "seed",
+)  # fmt: skip
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Score the model, and the dense one if it is given, and print one table."""
+    given = {name: getattr(arguments, name) for name in _OPTIONS}
+    task = make_task(arguments.task, **{name: value for name, value in given.items() if value is not None})
+    dtype = getattr(torch, arguments.dtype) if arguments.dtype else None
+    device = arguments.device or "cpu"
+    model = _load(arguments.path, dtype, device)
+    evaluation = evaluate(
+        model,
+        arguments.dataset,
+        task,
+        dense=_load(arguments.dense, dtype, device) if arguments.dense else None,
+        tokenizer=_tokenizer(arguments.path, arguments.dense),
+        batch_size=arguments.batch_size,
+        cost=not arguments.no_cost,
+        progress=progress_bar,
+    )
+    if arguments.json:
+        about = {"path": arguments.path, "dense_path": arguments.dense, "dataset": arguments.dataset}
+        tables.print_json({**about, "evaluation": evaluation.to_dict()})
+        return 0
+    tables.print_line(f"{arguments.path} on {arguments.dataset}")
+    Console(file=sys.stdout, highlight=False).print(evaluation.to_table())
+    return 0
+
+
+def _load(path: str, dtype: torch.dtype | None, device: str) -> Any:
+    """A compressed or a dense model."""
+    model: Any = load_compressed(path) if _is_compressed(path) else load_dense(path)
+    try:
+        return model.to(device=device, dtype=dtype or model.dtype).eval()
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(f"--device {device} cannot be used: {str(error).splitlines()[0]}") from error
+
+
+def _is_compressed(path: str) -> bool:
+    if Path(path).is_dir():
+        return bool(read_config(Path(path)).get("compression"))
+    try:
+        return bool(PreTrainedConfig.get_config_dict(path)[0].get("compression"))
+    except (OSError, ValueError):
+        return False  # load_dense says what is wrong with it
+
+
+def _tokenizer(path: str, dense: str | None) -> Any:
+    """The tokenizer beside the model, or beside the dense one."""
+    reasons = []
+    for source in [path, dense] if dense else [path]:
+        try:
+            return AutoTokenizer.from_pretrained(source)
+        except (OSError, ValueError, KeyError, ImportError) as error:
+            reasons.append(f"{source}: {one_line(error)[:200]}")
+    raise InputError(f"There is no tokenizer beside the model ({'; '.join(reasons)}). Save it there.")

@@ -1,0 +1,135 @@
+"""What the commands print: tables for people, one JSON object for programs."""
+
+import json
+import sys
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from hf_lowrank.evaluation import Latency
+from hf_lowrank.report import CompressionReport, ModuleReport
+
+_NUM_WORST = 3
+# Below this a difference in speed drowns in the noise of two medians.
+_WORTH_SAYING = 1.05
+
+
+def print_json(result: dict[str, Any]) -> None:
+    """Print one JSON object."""
+    sys.stdout.write(json.dumps(result, indent=2) + "\n")
+
+
+def print_line(text: str = "") -> None:
+    """Print text as it is, however narrow the terminal."""
+    Console(file=sys.stdout, highlight=False, soft_wrap=True).print(escape(text))
+
+
+def print_steps(steps: Sequence[str]) -> None:
+    """Print the commands to run next."""
+    for index, step in enumerate(steps):
+        print_line(f"{'next:' if index == 0 else '     '} {step}")
+
+
+def print_comparison(
+    report: CompressionReport,
+    dense_bytes: int,
+    latency: dict[str, Latency] | None = None,
+    shape: str = "",
+) -> None:
+    """Print the before/after table.
+
+    Args:
+        dense_bytes: Size of the dense model's weights in their own type.
+        latency: Of `dense` and `compressed`, in this order.
+        shape: What one forward pass was of, such as `8 x 128 tokens`.
+    """
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("")
+    for column in ("dense", "compressed", ""):
+        table.add_column(column, justify="right" if column else "left")
+    table.add_row(
+        "parameters", f"{report.dense_parameters:,}", f"{report.parameters:,}", f"{report.kept_fraction:.1%} kept"
+    )
+    table.add_row(
+        "weights", megabytes(dense_bytes), megabytes(report.size_bytes), _share(report.size_bytes, dense_bytes)
+    )
+    table.add_row(
+        "multiply-adds a token",
+        f"{report.dense_multiply_adds:,}",
+        f"{report.multiply_adds:,}",
+        _share(report.multiply_adds, report.dense_multiply_adds),
+    )
+    if latency is not None:
+        dense, compressed = latency["dense"], latency["compressed"]
+        table.add_row(f"latency, {shape}", _milliseconds(dense), _milliseconds(compressed), speed_in_words(compressed))
+    Console(file=sys.stdout, highlight=False).print(table)
+
+
+def print_matrices(report: CompressionReport) -> None:
+    """Print how many matrices were replaced, which were left dense and why, and where the error is largest."""
+    dense = [module for module in report.modules if module.structure == "dense"]
+    print_line(f"matrices: {len(report.modules) - len(dense)} replaced, {len(dense)} left dense")
+    for note, count in Counter(module.note for module in dense).items():
+        print_line(f"          {count} dense: {note}")
+    if worst := worst_modules(report):
+        named = ", ".join(f"{module.name} {module.relative_error:.3f}" for module in worst)
+        print_line(f"largest relative errors: {named}")
+
+
+def worst_modules(report: CompressionReport) -> list[ModuleReport]:
+    """The replaced matrices with the largest relative errors, the worst first."""
+    known = [module for module in report.modules if module.relative_error is not None]
+    return sorted(known, key=lambda module: -(module.relative_error or 0.0))[:_NUM_WORST]
+
+
+def print_modules(report: CompressionReport) -> None:
+    """Print one line for every matrix."""
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("module", overflow="fold")
+    table.add_column("structure")
+    for column in ("shape", "rank", "parameters", "kept", "error"):
+        table.add_column(column, justify="right")
+    for module in report.modules:
+        table.add_row(
+            module.name,
+            module.structure,
+            "{} x {}".format(*module.shape),
+            str(module.rank or ""),
+            f"{module.parameters:,}",
+            f"{module.parameters / module.dense_parameters:.0%}",
+            "" if module.relative_error is None else f"{module.relative_error:.3f}",
+        )
+    Console(file=sys.stdout, highlight=False).print(table)
+
+
+def settings_in_words(report: CompressionReport) -> str:
+    """The settings that were given, on one line."""
+    shown = ("keep_params", "keep_targets", "target_size", "rank", "rank_pattern", "method", "allocation", "dtype")
+    given = report.provenance.get("settings", {})
+    return ", ".join(f"{name} {given[name]}" for name in shown if name in given)
+
+
+def megabytes(num_bytes: int) -> str:
+    """Bytes in the unit of `--target-size`."""
+    return f"{num_bytes / 1e6:.1f} MB" if num_bytes >= 1e5 else f"{num_bytes / 1e3:.1f} KB"
+
+
+def speed_in_words(compressed: Latency) -> str:
+    """How much faster it is, or that it is not."""
+    if compressed.speed_up >= _WORTH_SAYING:
+        return f"{compressed.speed_up:.2f}x as fast"
+    if compressed.speed_up > 1 / _WORTH_SAYING:
+        return f"memory only: no faster here ({compressed.speed_up:.2f}x)"
+    return f"memory only: slower here ({compressed.speed_up:.2f}x)"
+
+
+def _milliseconds(latency: Latency) -> str:
+    return f"{latency.median * 1e3:.1f} ms"
+
+
+def _share(now: float, before: float) -> str:
+    return f"{now / before:.1%}" if before else ""

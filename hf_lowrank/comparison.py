@@ -1,0 +1,287 @@
+"""Methods side by side at equal bytes of the replaced matrices, on held-out text and on text of another kind."""
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from transformers import PreTrainedModel
+
+from hf_lowrank.calibration import make_calibration
+from hf_lowrank.comparison_report import Cell, Comparison, related
+from hf_lowrank.compression import compress
+from hf_lowrank.data import fingerprint
+from hf_lowrank.errors import InputError
+from hf_lowrank.loading import find_tokenizer, load_dense
+from hf_lowrank.planning.sizes import parameter_bytes
+from hf_lowrank.progress import Progress, no_progress
+from hf_lowrank.remote_code.lowrank_model import LowRankMixin
+from hf_lowrank.report import count_multiply_adds, make_report
+from hf_lowrank.settings import CompressionSettings, make_settings
+from hf_lowrank.tasks import make_task
+from hf_lowrank.tasks.base import Step, Task
+from hf_lowrank.version import __version__
+
+# The standard of 2024, which the data-aware methods here are measured against.
+STANDARD = "whitened_svd:uniform"
+DENSE = "dense"
+HELD_OUT, OFF_CALIBRATION = "held-out", "off-calibration"
+DEFAULT_BUDGETS = (0.8, 0.6, 0.4)
+_RECORD = "comparison.jsonl"
+_PARTS = ("method", "allocation", "storage", "refine_passes")
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ComparisonSettings:
+    """What is compared, and how.
+
+    Args:
+        methods: Each a name of `SOLVERS`, optionally with an allocation, a storage and passes of refinement:
+            `two_sided_svd`, `whitened_svd:uniform`, `two_sided_svd:measured:pivoted:0`, `svd::pivoted`. What is left
+            out is what `compress` does by default.
+        budgets: Fractions of the parameters of the replaced matrices that stay (`keep_targets`), the same for all.
+        baseline: Method whose `g` the others' is divided by; None is `STANDARD` if that is among the methods.
+        work_dir: Folder for finished cells, statistics and measurements: what is there is not done again. None keeps
+            nothing.
+    """
+
+    methods: Sequence[str]
+    budgets: Sequence[float] = DEFAULT_BUDGETS
+    baseline: str | None = None
+    work_dir: str | Path | None = None
+
+
+def compare(
+    model_or_id: PreTrainedModel | str | Path,
+    dataset: Any,
+    task: str | Task,
+    *,
+    off_calibration: Any = None,
+    calibration: Any = None,
+    tokenizer: Any = None,
+    progress: Progress = no_progress,
+    **options: Any,
+) -> Comparison:
+    """Compress by every method at every budget and score the results: `compare("bert", "test.txt", "masked-lm", ...)`.
+
+    Args:
+        dataset: What to score on, held out from the calibration; see `hf_lowrank.data.load_rows`.
+        task: A name out of `hf_lowrank.tasks.TASKS`, or a task.
+        off_calibration: A text of another kind than the calibration text, to score on as well.
+        calibration: As for `compress`.
+        tokenizer: Of the model.
+        options: The fields of `ComparisonSettings` and, for all methods alike, of `CompressionSettings`.
+
+    Raises:
+        InputError: If the model, the data, a method or an option cannot be used.
+    """
+    if "methods" not in options:
+        raise InputError("methods must name at least one, such as methods=['two_sided_svd', 'svd'].")
+    names = {field.name for field in fields(ComparisonSettings)}
+    settings = ComparisonSettings(**{name: value for name, value in options.items() if name in names})
+    shared = {name: value for name, value in options.items() if name not in names}
+    entries = _entries(settings, shared, calibration is not None)
+    baseline = _baseline(settings.baseline, entries)
+    task = task if isinstance(task, Task) else make_task(task)
+    dense = load_dense(model_or_id)
+    tokenizer = tokenizer if tokenizer is not None else find_tokenizer(dense)
+    data = {HELD_OUT: dataset} | ({} if off_calibration is None else {OFF_CALIBRATION: off_calibration})
+    part, batch_size = task.prepare(dense), entries[0].settings.batch_size
+    steps = {name: task.steps(tokenizer, source, batch_size, part) for name, source in data.items()}
+    with tempfile.TemporaryDirectory() as scratch:
+        bench = _Bench(dense, task, steps, Path(settings.work_dir or scratch), progress)
+        bench.calibrate(calibration, tokenizer, entries)
+        cells = [bench.dense_cell(), *(bench.cell(entry, tokenizer) for entry in entries)]
+    return Comparison(
+        architecture=type(dense).__name__,
+        task=task.name,
+        metric=_metric(task, cells),
+        higher_is_better=task.higher_is_better,
+        texts=tuple(data),
+        baseline=baseline,
+        cells=tuple(related(cells, _metric(task, cells), baseline)),
+    )
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """What is to be done for one cell."""
+
+    method: str
+    budget: float
+    settings: CompressionSettings
+    has_text: bool
+
+    @property
+    def passes(self) -> int:
+        """Of refinement."""
+        return self.settings.passes(self.has_text, inplace=False)
+
+    @property
+    def reads_text(self) -> bool:
+        """Whether the model is run on the calibration text."""
+        return self.settings.looks_at_text or self.passes > 0
+
+    @property
+    def resolved(self) -> list[Any]:
+        """The method with nothing left to a default."""
+        settings = self.settings
+        return [settings.method, settings.chosen_allocation, settings.chosen_storage, self.passes]
+
+
+def _entries(settings: ComparisonSettings, shared: dict[str, Any], has_text: bool) -> list[_Entry]:
+    methods = [settings.methods] if isinstance(settings.methods, str) else settings.methods
+    if not methods or not settings.budgets:
+        raise InputError("There is nothing to compare. Give at least one method and one budget.")
+    return [_entry(method, budget, shared, has_text) for budget in settings.budgets for method in methods]
+
+
+def _entry(method: str, budget: float, shared: dict[str, Any], has_text: bool) -> _Entry:
+    parts = method.split(":")
+    if len(parts) > len(_PARTS) or not (len(parts) < len(_PARTS) or parts[-1].isdecimal()):
+        raise InputError(f"A method is spelled NAME[:ALLOCATION[:STORAGE[:REFINE_PASSES]]], got {method!r}.")
+    chosen: dict[str, Any] = {name: part for name, part in zip(_PARTS, parts, strict=False) if part}
+    if "refine_passes" in chosen:
+        chosen["refine_passes"] = int(chosen["refine_passes"])
+    return _Entry(method, budget, make_settings({**shared, **chosen, "keep_targets": budget}), has_text)
+
+
+def _baseline(wanted: str | None, entries: Sequence[_Entry]) -> str | None:
+    """The spelling, among the methods, of the baseline."""
+    resolved = _entry(wanted or STANDARD, entries[0].budget, {}, entries[0].has_text).resolved
+    found = [entry.method for entry in entries if entry.resolved == resolved]
+    if not found and wanted is not None:
+        raise InputError(f"baseline {wanted!r} is not among the methods. Add it there.")
+    return found[0] if found else None
+
+
+class _Bench:
+    """Makes the cells and keeps a record of them, a line each as soon as it is done."""
+
+    def __init__(
+        self,
+        dense: PreTrainedModel,
+        task: Task,
+        steps: dict[str, Sequence[Step]],
+        work_dir: Path,
+        progress: Progress,
+    ) -> None:
+        self._dense = dense
+        self._task = task
+        self._steps = steps
+        self._work_dir = work_dir
+        self._progress = progress
+        self._calibration: list[Any] | None = None
+        self._seen = ""  # fingerprint of the calibration
+        work_dir.mkdir(parents=True, exist_ok=True)
+        self._file = work_dir / _RECORD
+        self._done = {line["fingerprint"]: line for line in _read_lines(self._file)}
+        about = [fingerprint([dict(dense.named_parameters())]), __version__, task.name, asdict(task)]
+        self._about = {name: [*about, _fingerprint(of_text)] for name, of_text in steps.items()}
+
+    def calibrate(self, source: Any, tokenizer: Any, entries: Sequence[_Entry]) -> None:
+        """Read the calibration text, if any method looks at it: the same batches for all."""
+        if any(entry.reads_text for entry in entries):
+            calibration = make_calibration(self._dense, source, tokenizer, entries[0].settings)
+            batches = [*calibration.batches, *calibration.probes]
+            self._calibration = None if source is None else batches
+            self._seen = fingerprint(batches)
+
+    def dense_cell(self) -> Cell:
+        """The model as it is."""
+        return self._cell(DENSE, 1.0, [], lambda: self._dense)
+
+    def cell(self, entry: _Entry, tokenizer: Any) -> Cell:
+        """One method at one budget."""
+        settings = replace(entry.settings, cache_dir=entry.settings.cache_dir or str(self._work_dir))
+        about = [settings.to_dict() | {"cache_dir": None}, entry.resolved, self._seen if entry.reads_text else ""]
+        progress = _Labelled(self._progress, f"{entry.method} {entry.budget:g}")
+        make = partial(
+            compress, self._dense, settings, calibration=self._calibration, tokenizer=tokenizer, progress=progress
+        )
+        return self._cell(entry.method, entry.budget, about, make)
+
+    def _cell(self, method: str, budget: float, about: list[Any], make: Callable[[], Any]) -> Cell:
+        keys = {text: _digest([*self._about[text], *about]) for text in self._steps}
+        missing = [text for text, key in keys.items() if key not in self._done]
+        model = make() if missing else None
+        for text in missing:
+            line = {"method": method, "budget": budget, "text": text, "fingerprint": keys[text]}
+            line |= {"sizes": _sizes(model), "scores": self._score(model, text, f"{method} {budget:g}")}
+            _append_line(self._file, line)
+            self._done[keys[text]] = line
+        lines = {text: self._done[key] for text, key in keys.items()}
+        sizes = next(iter(lines.values()))["sizes"]
+        scores = {text: line["scores"] for text, line in lines.items()}
+        return Cell(method, budget, **sizes, scores=scores, g={}, relative_g={}, change={})
+
+    def _score(self, model: Any, text: str, label: str) -> dict[str, float]:
+        """The task's metrics; for another model than the dense one its agreement with that too."""
+        models = {DENSE: self._dense} | ({} if model is self._dense else {"model": model})
+        parts = {name: self._task.prepare(one) for name, one in models.items()}
+        scores = self._task.compare(parts, self._steps[text], _Labelled(self._progress, f"{label}, {text}"))
+        return scores[list(models)[-1]]
+
+
+@dataclass(frozen=True)
+class _Labelled:
+    """Progress that says which cell it is of."""
+
+    progress: Progress
+    label: str
+
+    def __call__(self, work: Sequence[T], description: str) -> Iterable[T]:
+        return self.progress(work, f"{self.label}: {description}")
+
+
+def _metric(task: Task, cells: Sequence[Cell]) -> str:
+    """The task's metric; a model without a head has another measure of agreement."""
+    scores = next(iter(cells[-1].scores.values()))
+    return task.metric if task.metric in scores else "cosine_to_dense"
+
+
+def _sizes(model: Any) -> dict[str, int | None]:
+    is_compressed = isinstance(model, LowRankMixin)
+    of_targets = sum(module.parameters for module in make_report(model).modules) if is_compressed else 0
+    return {
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "size_bytes": parameter_bytes(model),
+        "target_bytes": of_targets * model.dtype.itemsize if is_compressed else None,
+        "multiply_adds": count_multiply_adds(model),
+    }
+
+
+def _fingerprint(steps: Sequence[Step]) -> str:
+    targets = [step.targets.tolist() if isinstance(step.targets, torch.Tensor) else step.targets for step in steps]
+    return _digest([fingerprint([step.inputs for step in steps]), targets])
+
+
+def _digest(about: list[Any]) -> str:
+    return hashlib.sha256(json.dumps(about, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def _read_lines(file: Path) -> Iterable[dict[str, Any]]:
+    """The finished lines; one that a kill cut short is none."""
+    for line in file.read_text(encoding="utf-8").splitlines() if file.is_file() else ():
+        try:
+            yield json.loads(line)
+        except json.JSONDecodeError:
+            continue
+
+
+def _append_line(file: Path, line: dict[str, Any]) -> None:
+    with file.open("a+b") as stream:
+        size = stream.seek(0, os.SEEK_END)
+        stream.seek(max(size - 1, 0))
+        cut_short = stream.read() not in (b"", b"\n")
+        stream.write((b"\n" if cut_short else b"") + json.dumps(line).encode() + b"\n")
+        stream.flush()
+        os.fsync(stream.fileno())

@@ -1,0 +1,231 @@
+"""Dense model -> compressed model and back: the only file that knows both sides."""
+
+import copy
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from hf_lowrank.conversion import convert_storage_
+from hf_lowrank.decomposing import Decomposer
+from hf_lowrank.errors import InputError
+from hf_lowrank.loading import find_tokenizer, load_dense
+from hf_lowrank.planning.plans import make_plan
+from hf_lowrank.progress import Progress, no_progress
+from hf_lowrank.refinement import refine_
+from hf_lowrank.remote_code.configuration_lowrank import compressed_config_class, dense_config_class
+from hf_lowrank.remote_code.lowrank_model import LowRankMixin
+from hf_lowrank.remote_code.lowrank_plan import Plan
+from hf_lowrank.remote_code.lowrank_structures import (
+    build_structure,
+    install_plan_,
+    named_structures,
+    replace_,
+)
+from hf_lowrank.remote_code.modeling_lowrank import compressed_model_class, dense_model_class
+from hf_lowrank.settings import CompressionSettings, make_settings
+from hf_lowrank.solvers.storage import DECODERS, ENCODERS
+from hf_lowrank.targets import OUTPUT_EMBEDDINGS, DenseMatrix, dense_weight
+from hf_lowrank.version import __version__
+
+_NARROW = (torch.float16, torch.bfloat16)
+
+
+def compress(
+    model: PreTrainedModel | str | Path,
+    settings: CompressionSettings | None = None,
+    *,
+    calibration: Any = None,
+    tokenizer: Any = None,
+    inplace: bool = False,
+    progress: Progress = no_progress,
+    **options: Any,
+) -> Any:
+    """A smaller copy of a dense model: `compress("my-bert", keep_params=0.6, calibration=texts)`.
+
+    Args:
+        model: A transformers model, a Hub id or a folder.
+        settings: How to compress; or give the fields of `CompressionSettings` as keyword arguments.
+        calibration: Text like that the model is for: a file, a list of strings, a data set, its Hub name, or batches.
+            None draws synthetic tokens, which is better than no statistics and not as good as text.
+        tokenizer: For the text; None takes the one saved with the model.
+        inplace: Turn `model` itself into the compressed model, freeing each dense matrix as it is replaced.
+        progress: Shows how far the work is; see `hf_lowrank.progress`.
+
+    Returns:
+        A `LowRank...` model with the same head, place and mode, that saves itself with the code it needs.
+
+    Raises:
+        InputError: If the model or an option cannot be used; `model` is then unchanged.
+    """
+    settings = settings or make_settings(options)
+    if inplace and settings.refine_passes:  # None is no request
+        raise InputError("refine_passes needs the dense model to learn from. Leave inplace out, or refine_passes.")
+    dense = load_dense(model)
+    tokenizer = tokenizer if tokenizer is not None else find_tokenizer(dense)
+    dtype = settings.torch_dtype or dense.dtype
+    if settings.looks_at_text and dense.dtype in _NARROW and not inplace:
+        dense = copy.deepcopy(dense).float()  # gradients leave the range of 16 bits
+    decomposer = Decomposer(dense, settings, calibration, tokenizer, progress)
+    plan, replaced = make_plan(dense, settings, decomposer)
+    plan["provenance"] |= {"settings": settings.to_dict(), "hf_lowrank": __version__}
+    passes = settings.passes(has_text=calibration is not None, inplace=inplace)
+    if passes:
+        copied = _copy_sharing(dense, [matrix.module for matrix in replaced])
+        return _compress_and_refine_(copied, dense, plan, replaced, decomposer, passes).to(dtype)
+    is_ours = inplace or dense is not model
+    small: Any = dense if is_ours else _copy_sharing(dense, [matrix.module for matrix in replaced])
+    is_retyped = small.dtype != dtype  # asked now: the first parameter may be a factor soon, already of that type
+    _replace_matrices_(small, replaced, plan, decomposer, dtype, frees=is_ours)
+    _become_compressed_(small, plan)
+    return small.to(dtype) if is_retyped else small
+
+
+def _compress_and_refine_(
+    small: PreTrainedModel,
+    dense: PreTrainedModel,
+    plan: Plan,
+    matrices: Sequence[DenseMatrix],
+    decomposer: Decomposer,
+    passes: int,
+) -> Any:
+    """Replace the matrices by pairs of factors, train those, and only then store them as the plan says."""
+    pairs = copy.deepcopy(plan)
+    for spec in pairs["modules"].values():
+        if spec["structure"] in DECODERS:
+            spec["structure"] = "low_rank"
+    settings = decomposer.settings
+    _replace_matrices_(small, matrices, pairs, decomposer, small.dtype, frees=False)
+    _become_compressed_(small, pairs)
+    refined = refine_(
+        small,
+        dense,
+        decomposer.calibration,
+        passes=passes,
+        learning_rate=settings.refine_learning_rate,
+        seed=settings.seed,
+        progress=decomposer.progress,
+    )
+    plan["provenance"]["refinement"] = asdict(refined)
+    plan["provenance"]["relative_errors"] = {
+        matrix.name: _relative_error(dense_weight(matrix.module), small.get_submodule(matrix.path))
+        for matrix in matrices
+    }
+    small.config.compression = plan
+    convert_storage_(small, settings.chosen_storage, settings.torch_dtype)
+    return small
+
+
+def decompress(model: PreTrainedModel) -> Any:
+    """The stock transformers model a compressed one stands for: each structure becomes the dense layer it replaced.
+
+    Raises:
+        InputError: If `model` is not a compressed model.
+    """
+    if not isinstance(model, LowRankMixin):
+        raise InputError(f"{type(model).__name__} is not a compressed model; there is nothing to decompress.")
+    structures = named_structures(model)
+    dense = _copy_sharing(model, [structure for _, structure in structures])
+    host_class = dense_model_class(type(model))
+    config = copy.deepcopy(model.config)
+    config.__class__ = dense_config_class(type(model.config))
+    for ours in ("compression", "auto_map"):
+        config.__dict__.pop(ours, None)
+    with torch.device("meta"):
+        skeleton = host_class(config)
+    for path, structure in structures:
+        replace_(dense, path, _dense_module(skeleton.get_submodule(path), structure))
+    dense.__dict__.pop("_tied_weights_keys", None)
+    _retype_(dense, host_class, config)
+    return dense
+
+
+def _copy_sharing(model: PreTrainedModel, modules: Iterable[nn.Module]) -> PreTrainedModel:
+    """A deep copy that holds `modules` themselves: they are about to be replaced, so their weights need no copy."""
+    return copy.deepcopy(model, {id(module): module for module in modules})
+
+
+def _replace_matrices_(
+    model: PreTrainedModel,
+    matrices: Sequence[DenseMatrix],
+    plan: Plan,
+    decomposer: Decomposer,
+    dtype: torch.dtype,
+    frees: bool,
+) -> None:
+    """Solve and replace one matrix after the other, and note the relative error of each.
+
+    Args:
+        dtype: Type to store the factors in.
+        frees: Whether nobody needs the dense weights any more.
+    """
+    errors = plan["provenance"]["relative_errors"] = {}
+    for matrix in decomposer.progress(matrices, "decomposing"):
+        spec = plan["output_embeddings"] if matrix.name == OUTPUT_EMBEDDINGS else plan["modules"][matrix.name]
+        weight = dense_weight(matrix.module)
+        factors = decomposer(matrix).factors(spec["rank"])
+        structure: Any = build_structure(matrix.module, spec, device="meta")
+        bias: Any = getattr(matrix.module, "bias", None)
+        state = ENCODERS[spec["structure"]](factors, None if bias is None else bias.detach().clone(), dtype)
+        placed = {name: value.to(weight.device).contiguous() for name, value in state.items()}
+        structure.load_state_dict(placed, strict=True, assign=True)
+        for name, parameter in structure.named_parameters():
+            host = matrix.module.weight if not name.endswith("bias") else bias
+            parameter.requires_grad_(host.requires_grad)
+        errors[matrix.name] = _relative_error(weight, structure)
+        replace_(model, matrix.path, structure)
+        if frees:
+            del weight, factors
+            matrix.module.register_parameter("weight", None)
+
+
+def _relative_error(weight: torch.Tensor, structure: Any) -> float:
+    wide = torch.promote_types(weight.dtype, torch.float32)
+    norm = torch.linalg.norm(weight.to(wide))
+    with torch.no_grad():
+        difference = torch.linalg.norm(structure.to_dense().to(wide).sub_(weight))
+    return float(difference / norm) if norm > 0 else 0.0
+
+
+def _become_compressed_(model: PreTrainedModel, plan: Plan) -> None:
+    """Give a model whose matrices are replaced the class, the configuration and the tied head it is loaded with."""
+    config = copy.deepcopy(model.config)
+    config.__class__ = compressed_config_class(type(model.config))
+    config.compression = plan
+    dense_head = model.get_output_embeddings()
+    install_plan_(model, plan)
+    head: Any = model.get_output_embeddings()
+    if head is not dense_head and getattr(dense_head, "bias", None) is not None:
+        head.get_submodule(head.BIAS.rpartition(".")[0]).bias = dense_head.bias
+    _retype_(model, compressed_model_class(type(model)), config)
+
+
+def _dense_module(host: Any, structure: Any) -> nn.Module:
+    """The host's own kind of layer with the weight and bias a structure stands for."""
+    with torch.no_grad():
+        weight, bias = structure.to_dense(), structure.dense_bias() if structure.HOSTS == "linear" else None
+    state = {"weight": (weight.T if isinstance(host, Conv1D) else weight).contiguous()}
+    if bias is not None:
+        state["bias"] = bias.detach().clone()
+    host.load_state_dict(state, strict=True, assign=True)
+    trainable = {name.endswith("bias"): p.requires_grad for name, p in structure.named_parameters()}
+    for name, parameter in host.named_parameters():
+        parameter.requires_grad_(trainable[name == "bias"])
+    return host  # type: ignore[no-any-return]  # any of several classes
+
+
+def _retype_(model: PreTrainedModel, model_class: type, config: PreTrainedConfig) -> None:
+    """Make `model` an instance of another class of the same fields, with that configuration everywhere in it."""
+    old = model.config
+    for module in model.modules():
+        for name, value in vars(module).items():
+            if value is old:
+                setattr(module, name, config)
+    model.__class__ = model_class
+    model.all_tied_weights_keys = model.get_expanded_tied_weights_keys(all_submodels=True)
+    model.tie_weights()

@@ -1,0 +1,289 @@
+"""Rows, texts and batches from anything: a file, a data set, a list, a `DataLoader`."""
+
+import hashlib
+import random
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import chain, islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.nn.utils.rnn import pad_sequence
+
+from hf_lowrank.data_files import FILE_TYPES, read_file
+from hf_lowrank.errors import InputError
+from hf_lowrank.extras import load_part
+from hf_lowrank.outputs import IGNORED_LABEL, Batch, real_tokens
+
+Row = Mapping[str, Any]
+
+# What a text is looked for under where no column is named, in this order.
+_TEXT_COLUMNS = ("text", "sentence", "content", "document")
+# Texts tokenized at a time: enough to be fast, few enough to stop early.
+_CHUNK = 64
+
+
+def load_rows(source: Any, limit: int | None = None, seed: int = 0) -> list[Row]:
+    """The rows of a data set, a text being a row `{"text": ...}`.
+
+    Args:
+        source: A file (see `hf_lowrank.data_files`), the Hub name of a data set (`NAME`, `NAME:CONFIG` or
+            `NAME:CONFIG:SPLIT`), a `datasets.Dataset`, or an iterable of texts or of rows.
+        limit: Draw that many at random, their order kept; None takes all.
+        seed: Of that draw.
+
+    Raises:
+        InputError: If it cannot be read, or holds nothing.
+    """
+    if isinstance(source, (str, Path)):
+        rows = _read(str(source))
+    elif isinstance(getattr(source, "column_names", None), dict):
+        raise InputError(f"The data set has the splits {', '.join(source)}. Give one of them, such as data['train'].")
+    elif isinstance(source, Iterable):
+        rows = list(source)
+    else:
+        raise InputError(f"Data must be a file, a data set's name, texts or rows, got {type(source).__name__}.")
+    rows = [{"text": row} if isinstance(row, str) else row for row in rows]
+    if not rows:
+        raise InputError(f"{_named(source)} is empty. Give some text.")
+    if not isinstance(rows[0], Mapping):
+        raise InputError(f"Data must consist of texts or of rows (dicts), got items of {type(rows[0]).__name__}.")
+    if limit is not None and limit < len(rows):
+        rows = [rows[index] for index in sorted(random.Random(seed).sample(range(len(rows)), limit))]
+    return rows
+
+
+def load_texts(source: Any, text_column: str | None = None, limit: int | None = None, seed: int = 0) -> list[str]:
+    """The texts of a data set that are not blank.
+
+    Args:
+        source: See `load_rows`.
+        text_column: Column that holds them; None finds it where it is called text, or is the only one of strings.
+        limit: Draw that many at random, their order kept; None takes all.
+        seed: Of that draw.
+
+    Raises:
+        InputError: If there is no such column (with the columns there), or no text.
+    """
+    rows = load_rows(source)
+    column = find_text_column(rows[0], text_column)
+    values = [row.get(column) for row in rows]
+    if bad := [value for value in values if not isinstance(value, (str, type(None)))]:
+        raise InputError(f"Column {column!r} of {_named(source)} must hold text, got {type(bad[0]).__name__}.")
+    texts = [value for value in values if isinstance(value, str) and value.strip()]
+    if not texts:
+        raise InputError(f"{_named(source)} holds no text: all {len(rows)} are blank.")
+    if limit is not None and limit < len(texts):
+        texts = [texts[index] for index in sorted(random.Random(seed).sample(range(len(texts)), limit))]
+    return texts
+
+
+def find_text_column(row: Row, text_column: str | None = None) -> str:
+    """The column that holds a row's text.
+
+    Raises:
+        InputError: If the named one is absent, or none is named and it cannot be told, with the columns there.
+    """
+    if text_column is not None:
+        require_columns(row, [text_column])
+        return text_column
+    named = [name for name in _TEXT_COLUMNS if isinstance(row.get(name), str)]
+    strings = [name for name, value in row.items() if isinstance(value, str)]
+    if not named and len(strings) != 1:
+        raise InputError(f"Which column holds the text? Set text_column to one of: {', '.join(row)}.")
+    return (named or strings)[0]
+
+
+def require_columns(row: Row, columns: Sequence[str], hint: str = "") -> None:
+    """Check that a data set has columns.
+
+    Raises:
+        InputError: Naming the first that is absent and the columns there.
+    """
+    for column in columns:
+        if column not in row:
+            raise InputError(f"The data has no column {column!r}; there are: {', '.join(row)}.{hint and ' ' + hint}")
+
+
+def make_batches(
+    source: Any,
+    tokenizer: Any,
+    num_calibration_samples: int = 256,
+    max_seq_length: int = 128,
+    batch_size: int = 8,
+    seed: int = 0,
+    text_column: str | None = None,
+    pack: bool | None = None,
+) -> list[Batch]:
+    """Batches of token ids and attention masks, the same for the same arguments.
+
+    Packed, the texts are shuffled, joined with the end-of-sequence token after each, and cut into windows that are all
+    `max_seq_length` long. Otherwise a sequence is the beginning of one text, with the tokenizer's special tokens and
+    padded to the longest of its batch, which the attention mask tells; only where there are too few texts are their
+    later parts used too.
+
+    Args:
+        source: See `load_rows`; or a `DataLoader` or other iterable of batches (`input_ids` in rows), or rows of
+            `input_ids`, whose order and other tensors, labels among them, are kept.
+        num_calibration_samples: Sequences at most.
+        pack: Whether to pack; None does so for a tokenizer without a mask token, that is for causal models.
+
+    Raises:
+        InputError: If the data is empty or unreadable, or there is no tokenizer to read text with.
+    """
+    if num_calibration_samples < 1 or max_seq_length < 1 or batch_size < 1:
+        raise InputError("num_calibration_samples, max_seq_length and batch_size must be at least 1.")
+    source = list(source) if isinstance(source, Iterator) else source
+    if (ready := _tokenized(source)) is not None:
+        return _take(_collate(ready, batch_size), num_calibration_samples)
+    if tokenizer is None:
+        raise InputError("Text needs a tokenizer, and there is none. Give tokenizer=, or batches of input_ids.")
+    texts = load_texts(source, text_column)
+    random.Random(seed).shuffle(texts)
+    pack = tokenizer.mask_token_id is None if pack is None else pack
+    make = _packed_windows if pack else _passages
+    sequences = [{"input_ids": ids} for ids in islice(make(texts, tokenizer, max_seq_length), num_calibration_samples)]
+    if not sequences:
+        raise InputError("The text has no token the tokenizer knows. Give more text.")
+    return list(_collate(iter(sequences), batch_size, tokenizer.pad_token_id or 0))
+
+
+def require_tokens(batches: Sequence[Batch], min_tokens: int) -> None:
+    """Check that there is enough text.
+
+    Raises:
+        InputError: With the number of tokens there and the number needed.
+    """
+    there = sum(int(real_tokens(batch).sum()) for batch in batches)
+    if there < min_tokens:
+        raise InputError(f"The text has {there} tokens, and at least {min_tokens} are needed. Give more text.")
+
+
+def fingerprint(batches: Sequence[Batch]) -> str:
+    """SHA-256 of the ids, masks and other tensors of all batches."""
+    digest = hashlib.sha256()
+    for batch in batches:
+        for name in sorted(batch):
+            tensor = batch[name].detach().cpu().contiguous()
+            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+            digest.update(tensor.view(torch.uint8).numpy().tobytes() if tensor.dim() else str(tensor).encode())
+    return digest.hexdigest()
+
+
+def special_frame(tokenizer: Any) -> tuple[list[int], list[int]]:
+    """The special tokens the tokenizer puts before and after a text."""
+    ids = tokenizer("a")["input_ids"]
+    is_text = [index for index, token in enumerate(ids) if token not in tokenizer.all_special_ids]
+    first, last = (is_text[0], is_text[-1]) if is_text else (len(ids), len(ids))
+    return ids[:first], ids[last + 1 :]
+
+
+def tokenize(texts: Sequence[str], tokenizer: Any) -> Iterator[list[int]]:
+    """The token ids of each text that has some, without special tokens."""
+    for start in range(0, len(texts), _CHUNK):
+        # A text may be longer than the model reads: it is cut afterwards, so no warning.
+        found = tokenizer(texts[start : start + _CHUNK], add_special_tokens=False, verbose=False)["input_ids"]
+        yield from (ids for ids in found if ids)
+
+
+def _packed_windows(texts: Sequence[str], tokenizer: Any, length: int) -> Iterator[torch.Tensor]:
+    """Full windows over the joined texts, each text followed by the end-of-sequence token if there is one.
+
+    What is left at the end is dropped, unless it is all there is.
+    """
+    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    waiting: list[int] = []
+    is_first = True
+    for ids in tokenize(texts, tokenizer):
+        waiting += [*ids, *end]
+        while len(waiting) >= length:
+            yield torch.tensor(waiting[:length])
+            waiting, is_first = waiting[length:], False
+    if is_first and waiting:
+        yield torch.tensor(waiting)
+
+
+def _passages(texts: Sequence[str], tokenizer: Any, length: int) -> Iterator[torch.Tensor]:
+    """The beginnings of all texts, then their later parts, with special tokens."""
+    start, end = special_frame(tokenizer)
+    room = length - len(start) - len(end)
+    if room < 1:
+        raise InputError(f"max_seq_length={length} leaves no room beside the special tokens. Raise it.")
+    later = []
+    for ids in tokenize(texts, tokenizer):
+        yield torch.tensor([*start, *ids[:room], *end])
+        later += [ids[first : first + room] for first in range(room, len(ids), room)]
+    for ids in later:
+        yield torch.tensor([*start, *ids, *end])
+
+
+def _tokenized(source: Any) -> Iterator[Row] | None:
+    """The items of a source of token ids, None if it is something else."""
+    if isinstance(source, (str, Path)) or not isinstance(source, Iterable):
+        return None
+    items = iter(source)
+    first = next(items, None)
+    if not isinstance(first, Mapping) or "input_ids" not in first:
+        return None
+    return chain([first], items)
+
+
+def _collate(items: Iterator[Row], batch_size: int, padding: int = 0) -> Iterator[Batch]:
+    """Batches as they are; single sequences padded together."""
+    waiting: list[dict[str, torch.Tensor]] = []
+    for item in items:
+        tensors = {name: torch.as_tensor(value) for name, value in item.items() if not _is_text(value)}
+        tensors.setdefault("attention_mask", torch.ones_like(tensors["input_ids"]))
+        if tensors["input_ids"].dim() > 1:
+            yield tensors
+            continue
+        waiting.append(tensors)
+        if len(waiting) == batch_size:
+            yield _padded(waiting, padding)
+            waiting = []
+    if waiting:
+        yield _padded(waiting, padding)
+
+
+def _padded(rows: Sequence[Mapping[str, torch.Tensor]], padding: int) -> Batch:
+    fill = {"input_ids": padding, "labels": IGNORED_LABEL}
+    columns = {name: [row[name] for row in rows] for name in rows[0]}
+    return {
+        name: pad_sequence(values, batch_first=True, padding_value=fill.get(name, 0))
+        if values[0].dim()
+        else torch.stack(values)
+        for name, values in columns.items()
+    }
+
+
+def _take(batches: Iterable[Batch], num_sequences: int) -> list[Batch]:
+    """The first batches that hold that many sequences, the last one cut."""
+    taken: list[Batch] = []
+    for batch in batches:
+        taken.append({name: tensor[:num_sequences] for name, tensor in batch.items()})
+        num_sequences -= len(batch["input_ids"])
+        if num_sequences <= 0:
+            break
+    return taken
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str) or (isinstance(value, (list, tuple)) and bool(value) and isinstance(value[0], str))
+
+
+def _read(name: str) -> list[Any]:
+    path = Path(name)
+    if "\n" in name or len(name) > 1000:
+        raise InputError("Data given as one string must be a file or a data set's name. Give texts as a list.")
+    if path.is_dir():
+        raise InputError(f"{name} is a folder. Give a file in it, or the Hub name of a data set.")
+    if path.is_file():
+        return read_file(path)
+    if path.suffix in FILE_TYPES:
+        raise InputError(f"There is no file {name}.")
+    rows: list[Any] = load_part("hf_lowrank.hub_datasets", "train").load_hub_rows(name)
+    return rows
+
+
+def _named(source: Any) -> str:
+    return str(source) if isinstance(source, (str, Path)) else "The data"

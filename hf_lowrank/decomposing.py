@@ -1,0 +1,147 @@
+"""Decomposing the matrices of a model with one solver: the text it looks at, the statistics, the measurements."""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from hf_lowrank.calibration import Calibration, make_calibration
+from hf_lowrank.data import fingerprint
+from hf_lowrank.planning.allocation import ALLOCATIONS
+from hf_lowrank.planning.curves import FloatArray, measured_errors, probe_rank, spectral_errors
+from hf_lowrank.planning.plans import candidate_matrices
+from hf_lowrank.planning.probes import Probe
+from hf_lowrank.progress import Progress
+from hf_lowrank.settings import CompressionSettings
+from hf_lowrank.solvers import SOLVERS
+from hf_lowrank.solvers.svd import Decomposition
+from hf_lowrank.statistics.collection import collect_statistics
+from hf_lowrank.statistics.moments import Statistics
+from hf_lowrank.targets import DenseMatrix, dense_weight
+
+
+class Decomposer:
+    """Applies one solver to the matrices of one dense model.
+
+    Nothing is read, run or computed before it is asked for, and nothing twice: with `settings.cache_dir`, not even in
+    a later run on the same model and text.
+
+    Args:
+        source: Calibration text, or None for synthetic tokens; see `make_calibration`.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        settings: CompressionSettings,
+        source: Any,
+        tokenizer: Any,
+        progress: Progress,
+    ) -> None:
+        self._model = model
+        self.settings = settings
+        self._source = source
+        self._tokenizer = tokenizer
+        self.progress = progress
+        self._solver = SOLVERS[settings.method]
+        self._measures = ALLOCATIONS[settings.chosen_allocation].errors == "probes"
+        self._held: dict[str, Decomposition] = {}
+
+    def __call__(self, matrix: DenseMatrix) -> Decomposition:
+        """The decomposition of one matrix."""
+        if matrix.name in self._held:
+            return self._held[matrix.name]
+        weight = dense_weight(matrix.module)
+        weight = weight.to(self.settings.device or weight.device)
+        known = self._statistics.get(matrix.name) if self._statistics is not None else None
+        found = self._solver.decompose(weight, None if known is None else known.to(weight.device))
+        if self._measures:  # asked for again: to measure, to compare allocations, to replace
+            self._held[matrix.name] = found
+        return found
+
+    def errors(self, matrices: Sequence[DenseMatrix]) -> dict[str, FloatArray]:
+        """Loss of each matrix at rank 1, 2, ..., as the allocation wants it."""
+        spectra: dict[str, FloatArray] = {}
+        for matrix in self.progress(matrices, "decomposing"):
+            spectra[matrix.name] = self(matrix).singular_values.cpu().numpy()
+        if not self._measures:
+            return {name: spectral_errors(values) for name, values in spectra.items()}
+        for matrix in self.progress(matrices, "measuring ranks"):
+            self._measure(matrix)
+        return {m.name: measured_errors(spectra[m.name], probe_rank(m), self._measured[m.name]) for m in matrices}
+
+    def damage(self, matrices: Sequence[DenseMatrix], ranks: dict[str, int]) -> float:
+        """What the whole model loses at these ranks; matrices without one stay dense."""
+        return self._probe.damage({m: self._approximation(m, ranks[m.name]) for m in matrices if m.name in ranks})
+
+    def _approximation(self, matrix: DenseMatrix, rank: int) -> torch.Tensor:
+        return self(matrix).factors(rank).product
+
+    def _measure(self, matrix: DenseMatrix) -> None:
+        if matrix.name in self._measured:
+            return
+        self._measured[matrix.name] = self._probe.damage({matrix: self._approximation(matrix, probe_rank(matrix))})
+        if (file := self._cache_file(f"ranks-{self.settings.method}", ".json")) is not None:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            partial = file.with_suffix(".partial")
+            partial.write_text(json.dumps(self._measured), encoding="utf-8")
+            partial.replace(file)
+
+    @cached_property
+    def _measured(self) -> dict[str, float]:
+        """Damage of each matrix at its probe rank, by name, as far as it is known."""
+        file = self._cache_file(f"ranks-{self.settings.method}", ".json")
+        return json.loads(file.read_text(encoding="utf-8")) if file is not None and file.is_file() else {}
+
+    @cached_property
+    def _matrices(self) -> list[DenseMatrix]:
+        return candidate_matrices(self._model, self.settings)
+
+    @cached_property
+    def calibration(self) -> Calibration:
+        """The text the model is watched on."""
+        return make_calibration(self._model, self._source, self._tokenizer, self.settings)
+
+    @cached_property
+    def _probe(self) -> Probe:
+        return Probe(self._model, self._matrices, self.calibration.probes)
+
+    @cached_property
+    def _statistics(self) -> Statistics | None:
+        kinds = self._solver.needs
+        if not kinds:
+            return None
+        file = self._cache_file("statistics-" + "-".join(sorted(kinds)), ".safetensors")
+        if file is not None and file.is_file():
+            return Statistics.load(file)
+        found = collect_statistics(
+            self._model,
+            self._matrices,
+            self.calibration.batches,
+            kinds,
+            seed=self.settings.seed,
+            progress=self.progress,
+        )
+        if file is not None:
+            found.fingerprint = self._identity
+            found.save(file)
+        return found
+
+    def _cache_file(self, name: str, suffix: str) -> Path | None:
+        folder = self.settings.cache_dir
+        return None if folder is None else Path(folder) / f"{name}-{self._identity}{suffix}"
+
+    @cached_property
+    def _identity(self) -> str:
+        """A short hash of the weights, the matrices, the text and the seed: all that statistics depend on."""
+        text = fingerprint([*self.calibration.batches, *self.calibration.probes])
+        names = [matrix.name for matrix in self._matrices]
+        digest = hashlib.sha256(f"{text} {self.settings.seed} {type(self._model).__name__} {names}".encode())
+        for parameter in self._model.parameters():
+            digest.update(parameter.detach().float().sum(dim=-1).cpu().numpy().tobytes())
+        return digest.hexdigest()[:16]

@@ -1,0 +1,94 @@
+"""What a model says, in a form that two models can be compared in, whatever their head."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.nn import functional as F
+from transformers import PreTrainedModel
+
+Batch = Mapping[str, torch.Tensor]
+
+IGNORED_LABEL = -100
+
+
+@dataclass(frozen=True)
+class Said:
+    """The output of a model at the places that count.
+
+    Args:
+        kind: `distribution` (rows are logits) or `embedding` (rows are unit vectors).
+        rows: (N, V) or (N, D).
+    """
+
+    kind: str
+    rows: torch.Tensor
+
+    def distance(self, reference: "Said") -> torch.Tensor:
+        """How far each row is from the reference's, (N): KL(reference || this), or 1 - cosine."""
+        if self.kind == "embedding":
+            return 1 - (self.rows * reference.rows).sum(dim=-1)
+        wanted, found = F.log_softmax(reference.rows, dim=-1), F.log_softmax(self.rows, dim=-1)
+        return (wanted.exp() * (wanted - found)).sum(dim=-1)
+
+    def random_gradient_loss(self, generator: torch.Generator) -> torch.Tensor:
+        """A random scalar whose gradient has the second moment of the Gauss-Newton matrix of `distance`.
+
+        For distributions: the cross-entropy of labels drawn from the model's own prediction, so that no labels are
+        needed (the Fisher matrix). For embeddings: the product with standard normal directions.
+        """
+        if self.kind == "embedding":
+            directions = torch.randn(self.rows.shape, generator=generator, dtype=torch.float32)
+            return (self.rows * directions.to(self.rows)).sum()
+        probabilities = F.softmax(self.rows.detach().float(), dim=-1).cpu()
+        labels = torch.multinomial(probabilities, 1, generator=generator)[:, 0].to(self.rows.device)
+        return F.cross_entropy(self.rows, labels, reduction="sum")
+
+
+def run(model: PreTrainedModel, batch: Batch) -> Said:
+    """Run a batch and take from its output what is to be compared.
+
+    A token head speaks at the masked tokens where the batch has labels, else at every token that is no padding; a
+    sequence head once per sequence, a question-answering head once for the start and once for the end, a
+    multiple-choice head once per batch; a model without a head by the mean of its last hidden states over the tokens,
+    as unit vectors.
+    """
+    inputs = {name: value for name, value in batch.items() if name != "labels"}
+    if type(model).__name__.endswith("ForMultipleChoice"):
+        inputs = {name: value[None] for name, value in inputs.items()}  # the sequences of the batch are the choices
+    output = model(**inputs, **({"use_cache": False} if _has_cache(model) else {}))
+    if getattr(output, "start_logits", None) is not None:
+        return Said("distribution", torch.cat([output.start_logits, output.end_logits]))
+    logits = getattr(output, "logits", None)
+    if logits is None:
+        logits = getattr(output, "prediction_logits", None)
+    if logits is None:
+        return Said("embedding", pooled(output.last_hidden_state, batch))
+    if logits.dim() == 2:
+        return Said("distribution", logits)
+    return Said("distribution", logits[speaking_places(batch)])
+
+
+def pooled(hidden_states: torch.Tensor, batch: Batch) -> torch.Tensor:
+    """Mean of the hidden states (B, T, D) over the tokens that are no padding, as unit vectors (B, D)."""
+    weights = real_tokens(batch).to(hidden_states)[..., None]  # (B, T, 1)
+    return F.normalize((hidden_states * weights).sum(dim=1) / weights.sum(dim=1), dim=-1)
+
+
+def real_tokens(batch: Batch) -> torch.Tensor:
+    """Which tokens are no padding, (B, T), bool."""
+    mask = batch.get("attention_mask")
+    return torch.ones_like(batch["input_ids"], dtype=torch.bool) if mask is None else mask.bool()
+
+
+def speaking_places(batch: Batch) -> torch.Tensor:
+    """Where a token head's prediction counts, (B, T), bool: at token labels if there are any, else at real tokens."""
+    labels = batch.get("labels")
+    if labels is not None and labels.shape == batch["input_ids"].shape:
+        return labels != IGNORED_LABEL
+    return real_tokens(batch)
+
+
+def _has_cache(model: Any) -> bool:
+    return model.can_generate() and getattr(model.config, "use_cache", False)

@@ -1,0 +1,96 @@
+"""What every rank of one matrix costs and what it loses: the input of every allocation."""
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hf_lowrank.remote_code.lowrank_structures import STRUCTURES
+from hf_lowrank.targets import DenseMatrix
+
+# A pair of thin matrices is two calls where the dense layer is one. Measured on two CPU cores at 8 x 128 tokens
+# (examples/benchmark_speed.py), it stops being faster between 85 and 95 % of the dense multiply-adds.
+LARGEST_USEFUL_FRACTION = 0.85
+
+FloatArray = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Curve:
+    """The choices for one matrix: rank 1, 2, ... and, last, dense.
+
+    Args:
+        structure: Name of the structure that holds rank `k`.
+        costs: Cost of each choice in the unit of the budget; increasing up to the last rank.
+        errors: Loss of each choice in a unit all matrices share; 0 for dense. Zeros if no spectrum was asked for.
+    """
+
+    matrix: DenseMatrix
+    structure: str
+    costs: FloatArray
+    errors: FloatArray
+
+    @property
+    def dense(self) -> int:
+        """Index of the choice to leave the matrix dense."""
+        return len(self.costs) - 1
+
+    @property
+    def dense_cost(self) -> float:
+        """Cost of leaving the matrix dense."""
+        return float(self.costs[-1])
+
+    def rank_for(self, cost: float) -> int:
+        """The choice of the largest rank that costs at most `cost`, at least rank 1."""
+        affordable = int(np.searchsorted(self.costs[:-1], cost, side="right"))
+        return max(min(affordable, self.dense) - 1, 0)
+
+
+def make_curve(matrix: DenseMatrix, structure: str, cost_per_weight: float, errors: FloatArray | None = None) -> Curve:
+    """The curve of one matrix under one structure.
+
+    Args:
+        cost_per_weight: Cost of one stored number: 1 for parameters, its bytes for a size on disk.
+        errors: Loss at rank 1, 2, ..., min(O, I); None when the allocation does not look at errors.
+    """
+    counted = STRUCTURES[structure].num_weights
+    useful = matrix.num_weights * (LARGEST_USEFUL_FRACTION if matrix.kind == "linear" else 1.0)
+    ranks = np.arange(1, min(matrix.shape) + 1)
+    weights = np.array([counted(*matrix.shape, rank=int(rank)) for rank in ranks], dtype=np.float64)
+    num_useful = int(np.count_nonzero(weights <= useful))
+    costs = np.append(weights[:num_useful], matrix.num_weights) * cost_per_weight
+    losses = np.zeros(num_useful) if errors is None else errors[:num_useful]
+    return Curve(matrix, structure, costs, np.append(losses, 0.0))
+
+
+def spectral_errors(singular_values: FloatArray) -> FloatArray:
+    """Loss of each rank by the spectrum alone: the energy it discards over the length of the matrix.
+
+    `sum_{i>k} s_i^2 / ||W||_F`. Between the absolute energy (which starves small matrices) and the relative one (which
+    starves the embedding), this kept the highest mean cosine of sentence embeddings at every budget tried.
+    """
+    tail = _tail_energies(singular_values)
+    norm = np.sqrt(np.sum(singular_values**2))
+    return tail / norm if norm > 0 else tail
+
+
+def measured_errors(singular_values: FloatArray, rank: int, damage: float) -> FloatArray:
+    """Loss of each rank by one measurement: `damage * tail(k) / tail(rank)` with `tail(k) = sum_{i>k} s_i^2`.
+
+    To second order the damage grows with the discarded energy in the solver's metric; the measurement sets the scale
+    that makes matrices comparable (LEMS, ICML 2026).
+    """
+    tail = _tail_energies(singular_values)
+    known = tail[rank - 1]
+    return max(damage, 0.0) * tail / known if known > 0 else np.zeros_like(tail)
+
+
+def probe_rank(matrix: DenseMatrix) -> int:
+    """The rank to measure at: half the one where a pair of factors is as large as the matrix."""
+    rows, columns = matrix.shape
+    return max(1, rows * columns // (2 * (rows + columns)))
+
+
+def _tail_energies(singular_values: FloatArray) -> FloatArray:
+    energies: FloatArray = singular_values**2
+    return np.append(np.cumsum(energies[::-1])[::-1][1:], 0.0)

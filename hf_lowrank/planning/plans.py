@@ -1,0 +1,223 @@
+"""From settings to a resolved plan."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Protocol
+
+import torch
+from transformers import PreTrainedModel
+
+from hf_lowrank.errors import InputError
+from hf_lowrank.planning.allocation import ALLOCATIONS, uniform
+from hf_lowrank.planning.curves import Curve, FloatArray, make_curve
+from hf_lowrank.planning.sizes import overhead_bytes, parameter_bytes
+from hf_lowrank.remote_code.lowrank_plan import FORMAT_VERSION, Plan, Spec
+from hf_lowrank.remote_code.lowrank_structures import STRUCTURES
+from hf_lowrank.settings import CompressionSettings
+from hf_lowrank.targets import OUTPUT_EMBEDDINGS, DenseMatrix, find_matrices, matching, select_matrices
+
+
+class ErrorSource(Protocol):
+    """Tells what ranks cost in quality."""
+
+    def errors(self, matrices: Sequence[DenseMatrix]) -> dict[str, FloatArray]:
+        """Loss of each matrix at rank 1, 2, ..., as the allocation wants it."""
+        ...
+
+    def damage(self, matrices: Sequence[DenseMatrix], ranks: dict[str, int]) -> float:
+        """What the whole model loses at these ranks; matrices without one stay dense."""
+        ...
+
+
+def candidate_matrices(model: PreTrainedModel, settings: CompressionSettings) -> list[DenseMatrix]:
+    """The matrices the settings speak of: those to share the budget, and those whose rank is given by name.
+
+    Raises:
+        InputError: If nothing matches.
+    """
+    every = find_matrices(model)
+    chosen = select_matrices(every, settings.roles, settings.target_modules, settings.exclude_modules)
+    named = [m for pattern in settings.rank_pattern for m in matching(every, [pattern], "rank_pattern")]
+    return [matrix for matrix in every if matrix in chosen or matrix in named]
+
+
+def make_plan(
+    model: PreTrainedModel,
+    settings: CompressionSettings,
+    source: ErrorSource,
+) -> tuple[Plan, list[DenseMatrix]]:
+    """The plan for a dense model, and the matrices it replaces.
+
+    Args:
+        source: Asked for the errors of ranks where the allocation looks at them.
+
+    Raises:
+        InputError: If nothing matches, a weight is not finite, or the budget is out of reach.
+    """
+    candidates = candidate_matrices(model, settings)
+    fixed_specs = _specs_for_pattern(candidates, settings)
+    fixed = [matrix for matrix in candidates if matrix.name in fixed_specs]
+    free = [matrix for matrix in candidates if matrix.name not in fixed_specs]
+    _check_finite(candidates)
+    if settings.rank is not None:
+        specs = _specs_for_rank(free, settings.rank, settings)
+    else:
+        account = _account(model, settings, candidates)
+        spent = sum(account.cost_per_weight * _num_weights(m, fixed_specs[m.name]) for m in fixed)
+        specs = _specs_for_budget(free, account, spent, settings, source)
+    specs |= fixed_specs
+    replaced = [matrix for matrix in candidates if matrix.name in specs]
+    kept = {m.name: [list(m.shape), m.role, _why_dense(m, settings)] for m in free if m.name not in specs}
+    return _as_plan(specs, kept), replaced
+
+
+def _as_plan(specs: dict[str, Spec], kept_dense: dict[str, Any]) -> Plan:
+    plan: Plan = {
+        "format_version": FORMAT_VERSION,
+        "modules": {name: spec for name, spec in specs.items() if name != OUTPUT_EMBEDDINGS},
+        "provenance": {"kept_dense": kept_dense},
+    }
+    if OUTPUT_EMBEDDINGS in specs:
+        plan["output_embeddings"] = specs[OUTPUT_EMBEDDINGS]
+    return plan
+
+
+@dataclass(frozen=True)
+class _Account:
+    """What a budget comes to in one unit, parameters or bytes.
+
+    Args:
+        whole: What the budget's fraction is of.
+        fixed: What of it is not up to the plan.
+        limit: What the whole may cost.
+    """
+
+    cost_per_weight: float
+    whole: float
+    fixed: float
+    limit: float
+
+
+def _account(model: PreTrainedModel, settings: CompressionSettings, matrices: Sequence[DenseMatrix]) -> _Account:
+    budget = settings.budget
+    num_dense = sum(matrix.num_weights for matrix in matrices)
+    if budget.kind == "keep_targets":
+        return _Account(1, num_dense, 0, math.floor(budget.value * num_dense))
+    if budget.kind == "keep_params":
+        whole = sum(p.numel() for p in model.parameters())
+        return _Account(1, whole, whole - num_dense, math.floor(budget.value * whole))
+    itemsize = (settings.torch_dtype or model.dtype).itemsize
+    whole = parameter_bytes(model) * itemsize // model.dtype.itemsize
+    fixed = whole - num_dense * itemsize + overhead_bytes(model, len(matrices))
+    return _Account(itemsize, whole, fixed, budget.value)
+
+
+def _specs_for_budget(
+    matrices: Sequence[DenseMatrix],
+    account: _Account,
+    spent: float,
+    settings: CompressionSettings,
+    source: ErrorSource,
+) -> dict[str, Spec]:
+    allocation = ALLOCATIONS[settings.chosen_allocation]
+    structures = _structures(settings)
+    available = account.limit - account.fixed - spent
+    dense_cost = account.cost_per_weight * sum(matrix.num_weights for matrix in matrices)
+    if available >= dense_cost:
+        return {}
+    curves = [make_curve(m, structures[m.kind], account.cost_per_weight) for m in matrices]
+    least = sum(float(curve.costs.min()) for curve in curves)
+    if available < least:
+        raise InputError(_out_of_reach(settings, account, spent + least))
+    if allocation.errors == "none":
+        return _as_specs(curves, allocation.choose(curves, available))
+    errors = source.errors(matrices)
+    curves = [make_curve(m, structures[m.kind], account.cost_per_weight, errors[m.name]) for m in matrices]
+    specs = _as_specs(curves, allocation.choose(curves, available))
+    if allocation.errors == "probes":
+        return min((specs, _as_specs(curves, uniform(curves, available))), key=partial(_damage, source, matrices))
+    return specs
+
+
+def _as_specs(curves: Sequence[Curve], choices: Sequence[int]) -> dict[str, Spec]:
+    return {
+        curve.matrix.name: {"structure": curve.structure, "rank": choice + 1}
+        for curve, choice in zip(curves, choices, strict=True)
+        if choice < curve.dense
+    }
+
+
+def _damage(source: ErrorSource, matrices: Sequence[DenseMatrix], specs: dict[str, Spec]) -> float:
+    return source.damage(matrices, {name: spec["rank"] for name, spec in specs.items()})
+
+
+def _structures(settings: CompressionSettings) -> dict[str, str]:
+    """Kind of matrix -> structure that holds a low-rank one."""
+    return {"linear": settings.chosen_storage, "embedding": "low_rank_embedding"}
+
+
+def _out_of_reach(settings: CompressionSettings, account: _Account, least: float) -> str:
+    budget = settings.budget
+    smallest = account.fixed + least
+    if budget.kind == "target_size":
+        reachable, asked = f"{math.ceil(smallest / 1e4) / 100:.2f}MB", f"{budget.value / 1e6:.2f}MB"
+    else:
+        reachable, asked = f"{math.ceil(smallest / account.whole * 1e4) / 1e4:.4f}", f"{budget.value:g}"
+    return (
+        f"{budget.kind}={asked} is out of reach: the smallest model with these targets is {reachable}. "
+        "Raise the budget, or let more modules be compressed."
+    )
+
+
+def _specs_for_rank(matrices: Sequence[DenseMatrix], rank: int, settings: CompressionSettings) -> dict[str, Spec]:
+    """The same rank everywhere; a matrix that would not gain stays dense."""
+    for matrix in matrices:
+        _check_rank(matrix, rank)
+    structures = _structures(settings)
+    return {
+        m.name: {"structure": structures[m.kind], "rank": rank}
+        for m in matrices
+        if rank <= make_curve(m, structures[m.kind], 1).dense
+    }
+
+
+def _specs_for_pattern(matrices: Sequence[DenseMatrix], settings: CompressionSettings) -> dict[str, Spec]:
+    """Specs of the matrices whose rank is given by name; a later key wins over an earlier one."""
+    structures = _structures(settings)
+    specs: dict[str, Spec] = {}
+    for pattern, rank in settings.rank_pattern.items():
+        for matrix in matching(matrices, [pattern], "rank_pattern"):
+            _check_rank(matrix, rank)
+            specs[matrix.name] = {"structure": structures[matrix.kind], "rank": rank}
+    return specs
+
+
+def _check_rank(matrix: DenseMatrix, rank: int) -> None:
+    bound = min(matrix.shape)
+    if isinstance(rank, bool) or not isinstance(rank, int) or not 1 <= rank <= bound:
+        raise InputError(
+            f"rank of {matrix.name!r} must be between 1 and {bound}, got {rank!r}. "
+            "Choose one within, or exclude the module."
+        )
+
+
+def _check_finite(matrices: Sequence[DenseMatrix]) -> None:
+    for matrix in matrices:
+        weight: Any = matrix.module.weight
+        if weight.device.type == "meta":
+            raise InputError(f"The weight of {matrix.path!r} is not in memory. Load the model without offloading.")
+        if not bool(torch.isfinite(weight).all()):
+            raise InputError(f"The weight of {matrix.path!r} holds NaN or Inf. Repair it, or exclude the module.")
+
+
+def _why_dense(matrix: DenseMatrix, settings: CompressionSettings) -> str:
+    if settings.rank is not None:
+        return f"rank {settings.rank} would not make it smaller and faster"
+    return "worth its full size at this budget"
+
+
+def _num_weights(matrix: DenseMatrix, spec: Spec) -> int:
+    sizes = {key: value for key, value in spec.items() if key != "structure"}
+    return int(STRUCTURES[spec["structure"]].num_weights(*matrix.shape, **sizes))

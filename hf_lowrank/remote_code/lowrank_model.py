@@ -1,0 +1,123 @@
+"""What a host model class gains when it is compressed: its plan installed, its factors drawn, its code saved along."""
+
+import os
+import re
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.models.auto import modeling_auto
+
+from .configuration_lowrank import PREFIX, LowRankConfigMixin, as_stock, dense_config_class
+from .lowrank_structures import install_plan_, module_name, named_structures, structure_name
+
+
+def auto_classes(model_type: str) -> dict[str, str]:
+    """Auto class name -> host model class name, for every head transformers knows of `model_type`."""
+    found = {}
+    for name, auto_class in vars(modeling_auto).items():
+        mapping = getattr(getattr(auto_class, "_model_mapping", None), "_model_mapping", None)
+        if mapping is not None and name.startswith("Auto") and model_type in mapping:
+            host = mapping[model_type]
+            found[name] = host if isinstance(host, str) else host[0]
+    return found
+
+
+def auto_map(config_class: Any) -> dict[str, str]:
+    """The `auto_map` entry of `config.json`: every head of the architecture, not only the one that is saved."""
+    heads = auto_classes(dense_config_class(config_class).model_type)
+    entries = {name: f"modeling_lowrank.{PREFIX}{host}" for name, host in sorted(heads.items())}
+    return {"AutoConfig": f"configuration_lowrank.{config_class.__name__}", **entries}
+
+
+def _guard_name(plan: dict[str, Any]) -> str | None:
+    """The name, relative to the base model, of a dense weight that is gone; None if none is."""
+    names = plan["modules"]
+    return f"{min(names)}.weight" if names else None
+
+
+class LowRankMixin:
+    """Mixed in before a host model class; see `modeling_lowrank`."""
+
+    def __init__(self: Any, config: LowRankConfigMixin, *args: Any, **kwargs: Any) -> None:
+        with as_stock(config):
+            super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]  # the host's
+        install_plan_(self, config.plan)
+        if (guard := _guard_name(config.plan)) is not None:
+            ignored = self._keys_to_ignore_on_load_unexpected or []
+            self._keys_to_ignore_on_load_unexpected = [*ignored, rf"(^|\.){re.escape(guard)}$"]
+        super().post_init()
+
+    def post_init(self: Any) -> None:
+        # The host calls this at the end of its `__init__` to initialize and tie what it has built: too early.
+        pass
+
+    @torch.no_grad()
+    def initialize_weights(self: Any) -> None:
+        # The host would draw each factor with the deviation of a whole weight.
+        std = getattr(self.config, "initializer_range", None) or 0.02
+        structure: Any
+        for _, structure in named_structures(self):
+            if not all(getattr(p, "_is_hf_initialized", False) for p in structure.parameters()):
+                structure.reset_parameters(std)
+            for module in structure.modules():
+                module._is_hf_initialized = True
+        super().initialize_weights()
+
+    def save_pretrained(self: Any, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
+        """Save a folder that loads anywhere with `trust_remote_code=True`: weights, plan and the code they need.
+
+        Among the weights is an empty tensor in the place of one that is gone. A stock class, which knows nothing of
+        the plan, would draw that weight at random; it stops at the wrong shape instead.
+        """
+        self.config.auto_map = auto_map(type(self.config))
+        guard = _guard_name(self.config.plan)
+        if guard is not None and not getattr(self, "_hf_peft_config_loaded", False):
+            state = kwargs.pop("state_dict", None) or self.state_dict()
+            prefix = "" if self.base_model is self else f"{self.base_model_prefix}."
+            kwargs["state_dict"] = {**state, prefix + guard: torch.empty(0, dtype=self.dtype)}
+        super().save_pretrained(save_directory, **kwargs)
+
+    def resize_token_embeddings(
+        self: Any,
+        new_num_tokens: int | None = None,
+        pad_to_multiple_of: int | None = None,
+        mean_resizing: bool = True,
+    ) -> nn.Module:
+        """As in the host; a compressed table grows by rows that decode to its mean row."""
+        embedding, head = self.get_input_embeddings(), self.get_output_embeddings()
+        if not (structure_name(embedding) or (head is not None and structure_name(head))):
+            super().resize_token_embeddings(new_num_tokens, pad_to_multiple_of, mean_resizing)
+            _refresh_second_bias_(self)
+            return self.get_input_embeddings()
+        if new_num_tokens is None and pad_to_multiple_of is None:
+            return embedding
+        multiple = pad_to_multiple_of or 1
+        wanted = new_num_tokens if new_num_tokens is not None else self.config.get_text_config().vocab_size
+        num_tokens = -(-wanted // multiple) * multiple
+        if structure_name(embedding):
+            embedding.resize_(num_tokens)
+        else:
+            self.set_input_embeddings(self._get_resized_embeddings(embedding, num_tokens, mean_resizing=mean_resizing))
+        if head is not None and structure_name(head):
+            head.resize_(num_tokens)
+        elif head is not None:
+            self.set_output_embeddings(self._get_resized_lm_head(head, num_tokens, mean_resizing=mean_resizing))
+        self.config.get_text_config().vocab_size = num_tokens
+        self.vocab_size = num_tokens
+        self.tie_weights()
+        _refresh_second_bias_(self)
+        return self.get_input_embeddings()
+
+
+def _refresh_second_bias_(model: Any) -> None:
+    # BERT and its like keep a bias beside an untied head that has one: unused, but saved, and built anew at the length
+    # of the vocabulary. It must be of that length, and not the same tensor, which would be saved under one name only.
+    head = model.get_output_embeddings()
+    name = module_name(model, head)
+    if name is None or getattr(model.config, "tie_word_embeddings", False):
+        return
+    parent = model.get_submodule(name.rpartition(".")[0])
+    used = dict(head.named_parameters()).get(head.BIAS if structure_name(head) else "bias")
+    if used is not None and isinstance(getattr(parent, "bias", None), nn.Parameter):
+        parent.bias = nn.Parameter(used.detach().clone(), parent.bias.requires_grad)

@@ -1,0 +1,140 @@
+"""The table of structures, and the one place where a plan becomes modules.
+
+A structure is a module class with
+    SIZES                          names of the whole numbers its spec holds
+    HOSTS                          "linear" or "embedding": what it can replace
+    like(dense, device, **sizes)   an instance of the shape and dtype of a dense module, its numbers still to come
+    num_weights(O, I, **sizes)     stored numbers without the bias
+    num_multiply_adds(O, I, **sizes)   multiply-adds for one token
+    to_dense()                     the weight it stands for, (O, I)
+    reset_parameters(std)          a random start whose weight has standard deviation `std`
+A linear one also gives the bias it stands for (`dense_bias`). An embedding names the linear structure of a head tied
+to it (`TIED_HEAD`, `tied_head_sizes`) and which of the head's parameters are which of its own (`TIED_PARAMETERS`);
+that structure names where its bias lives (`BIAS`). What stands at a token embedding or a head can be resized
+(`resize_`).
+"""
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from .lowrank_dense import dense_kind
+from .lowrank_linear import LowRankEmbedding, LowRankLinear
+from .lowrank_pivoted import PivotedLinear
+from .lowrank_plan import Plan, PlanError, Spec, closest_name, validate_plan
+
+STRUCTURES: dict[str, Any] = {
+    "low_rank": LowRankLinear,
+    "low_rank_embedding": LowRankEmbedding,
+    "pivoted": PivotedLinear,
+}
+
+
+def structure_name(module: nn.Module) -> str | None:
+    """The name `module`'s class has in `STRUCTURES`, or None for any other module."""
+    return next((name for name, structure in STRUCTURES.items() if type(module) is structure), None)
+
+
+def named_structures(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """Every structure in `model` with its module name, in the model's order."""
+    return [(name, module) for name, module in model.named_modules() if structure_name(module)]
+
+
+def build_structure(dense: nn.Module, spec: Spec, device: torch.device | str | None = None) -> nn.Module:
+    """A structure that can stand where `dense` stands, its numbers still to come.
+
+    Args:
+        device: Where to build it; None is where `dense` is.
+
+    Raises:
+        PlanError: If the structure cannot replace such a module, or a size is out of bounds.
+    """
+    sizes = {key: value for key, value in spec.items() if key != "structure"}
+    structure = STRUCTURES[spec["structure"]]
+    if dense_kind(dense) != structure.HOSTS:
+        raise PlanError(f"{spec['structure']} replaces {structure.HOSTS} modules, got {type(dense).__name__}.")
+    try:
+        return structure.like(dense, device, **sizes)
+    except ValueError as error:
+        raise PlanError(str(error)) from error
+
+
+def install_plan_(model: Any, plan: Plan) -> None:
+    """Put the plan's structures into a host model and make its tied weights point at their factors.
+
+    Does nothing to a module that is a structure already, so it may run again.
+
+    Raises:
+        PlanError: Naming the module that does not exist or does not fit.
+    """
+    validate_plan(plan, STRUCTURES)
+    base = model.base_model
+    names = {name for name, _ in base.named_modules()}
+    for name, spec in plan["modules"].items():
+        if name not in names:
+            raise PlanError(
+                f"Plan names no module {name!r} of {type(base).__name__}. Closest: {closest_name(name, names)!r}. "
+                "Names are relative to model.base_model."
+            )
+        _install_(base, name, spec)
+    _install_head_(model, plan)
+
+
+def _install_(root: nn.Module, name: str, spec: Spec) -> None:
+    dense = root.get_submodule(name)
+    if structure_name(dense):
+        return
+    try:
+        structure = build_structure(dense, spec)
+    except PlanError as error:
+        raise PlanError(f"{name}: {error}") from error
+    replace_(root, name, structure)
+
+
+def replace_(root: nn.Module, name: str, module: nn.Module) -> None:
+    """Put `module` where `name` is, in the training mode of what was there."""
+    module.train(root.get_submodule(name).training)
+    root.set_submodule(name, module)
+    # Some hosts' `_init_weights` reaches from the parent into the child's `weight`, which is gone. The children
+    # initialize themselves; a parent without parameters or buffers of its own has nothing else to draw.
+    parent: Any = root.get_submodule(name.rpartition(".")[0])
+    if not [*parent.parameters(recurse=False), *parent.buffers(recurse=False)]:
+        parent._is_hf_initialized = True
+
+
+def _install_head_(model: Any, plan: Plan) -> None:
+    head_name = module_name(model, model.get_output_embeddings())
+    embedding_name = module_name(model, model.get_input_embeddings())
+    if head_name is None or embedding_name is None:
+        return
+    embedding = model.get_submodule(embedding_name)
+    is_tied = bool(getattr(model.config, "tie_word_embeddings", False))
+    if is_tied and structure_name(embedding):
+        spec = {"structure": embedding.TIED_HEAD, **embedding.tied_head_sizes}
+        _install_(model, head_name, spec)
+    elif not is_tied and plan.get("output_embeddings") is not None:
+        _install_(model, head_name, plan["output_embeddings"])
+    else:
+        return
+    model._tied_weights_keys = tied_factor_keys(model, head_name, embedding_name)
+
+
+def module_name(model: nn.Module, module: nn.Module | None) -> str | None:
+    """The name of `module` in `model`, or None."""
+    return next((name for name, candidate in model.named_modules() if candidate is module), None)
+
+
+def tied_factor_keys(model: Any, head_name: str, embedding_name: str) -> dict[str, str]:
+    """The host's `{target: source}` tied parameters, with the dense weight replaced by the factors it became."""
+    head, embedding = model.get_submodule(head_name), model.get_submodule(embedding_name)
+    keys = {}
+    for target, source in (type(model)._tied_weights_keys or {}).items():
+        if target == f"{head_name}.bias":
+            keys[f"{head_name}.{head.BIAS}"] = source
+        elif target != f"{head_name}.weight":
+            keys[target] = source
+        elif structure_name(embedding):
+            for ours, theirs in embedding.TIED_PARAMETERS.items():
+                keys[f"{head_name}.{ours}"] = f"{embedding_name}.{theirs}"
+    return keys

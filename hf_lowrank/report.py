@@ -1,0 +1,162 @@
+"""One report of a compressed model feeds every table, log and card."""
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from hf_lowrank.remote_code.lowrank_dense import dense_kind, dense_shape
+from hf_lowrank.remote_code.lowrank_structures import STRUCTURES, named_structures, structure_name
+
+
+@dataclass(frozen=True)
+class ModuleReport:
+    """One matrix before and after.
+
+    Args:
+        structure: What holds it now; `dense` if it was left as it was.
+        rank: Inner size, None where there is none.
+        dense_parameters: Stored numbers while dense, bias not counted.
+        multiply_adds: For one token; `dense_multiply_adds` is what it was.
+        relative_error: `||W - W'||_F / ||W||_F`, None where nothing was replaced.
+        note: Why it stayed dense, or empty.
+    """
+
+    name: str
+    structure: str
+    rank: int | None
+    shape: tuple[int, int]
+    dense_parameters: int
+    parameters: int
+    dense_multiply_adds: int
+    multiply_adds: int
+    relative_error: float | None
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class CompressionReport:
+    """A compressed model against the dense one it came from; tied parameters are counted once.
+
+    Args:
+        size_bytes: Of all parameters in their own types; what the weights file holds.
+        multiply_adds: Of all matrix products with weights, for one token; attention scores not counted.
+        provenance: Method, budget and versions, as stored in `config.json`.
+    """
+
+    architecture: str
+    dense_parameters: int
+    parameters: int
+    dense_size_bytes: int
+    size_bytes: int
+    dense_multiply_adds: int
+    multiply_adds: int
+    modules: tuple[ModuleReport, ...]
+    provenance: dict[str, Any]
+
+    @property
+    def kept_fraction(self) -> float:
+        """Parameters that stayed, as a fraction of the whole dense model's."""
+        return self.parameters / self.dense_parameters
+
+    @property
+    def kept_targets_fraction(self) -> float:
+        """Parameters that stayed, as a fraction of those of the matrices that were candidates."""
+        return sum(m.parameters for m in self.modules) / max(sum(m.dense_parameters for m in self.modules), 1)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON."""
+        fractions = {"kept_fraction": self.kept_fraction, "kept_targets_fraction": self.kept_targets_fraction}
+        return {**asdict(self), **fractions}
+
+
+def make_report(model: PreTrainedModel) -> CompressionReport:
+    """The report of a compressed model, from its modules and the provenance in its configuration."""
+    plan = model.config.plan
+    provenance = dict(plan.get("provenance", {}))
+    modules = [*_replaced(model, provenance), *_kept_dense(provenance)]
+    parameters = sum(p.numel() for p in model.parameters())
+    size_bytes = sum(p.numel() * p.element_size() for p in model.parameters())
+    itemsize = next(model.parameters()).element_size()
+    # A tied head is the embedding's second use: its multiply-adds count, its parameters do not.
+    saved = sum(m.dense_parameters - m.parameters for m in modules)
+    multiply_adds = count_multiply_adds(model)
+    saved_multiply_adds = sum(
+        dense - now for _, structure in named_structures(model) for dense, now in [_multiply_adds(structure)]
+    )
+    return CompressionReport(
+        architecture=type(model).__name__,
+        dense_parameters=parameters + saved,
+        parameters=parameters,
+        dense_size_bytes=size_bytes + saved * itemsize,
+        size_bytes=size_bytes,
+        dense_multiply_adds=multiply_adds + saved_multiply_adds,
+        multiply_adds=multiply_adds,
+        modules=tuple(modules),
+        provenance={k: v for k, v in provenance.items() if k not in ("relative_errors", "kept_dense")},
+    )
+
+
+def count_multiply_adds(model: nn.Module) -> int:
+    """Multiply-adds for one token of all matrix products with weights, in a dense or a compressed model."""
+    structures = named_structures(model)
+    inside = {id(part) for _, structure in structures for part in structure.modules()}
+    dense = (module for module in model.modules() if id(module) not in inside and dense_kind(module) == "linear")
+    total = sum(rows * columns for rows, columns in map(dense_shape, dense))
+    return total + sum(_multiply_adds(structure)[1] for _, structure in structures)
+
+
+def _replaced(model: PreTrainedModel, provenance: dict[str, Any]) -> list[ModuleReport]:
+    errors = provenance.get("relative_errors", {})
+    plan = model.config.plan
+    base = model.base_model
+    found: list[tuple[str, Any]] = [(name, base.get_submodule(name)) for name in plan["modules"]]
+    if plan.get("output_embeddings") and structure_name(model.get_output_embeddings()):
+        found.append(("output_embeddings", model.get_output_embeddings()))
+    rows = []
+    for name, structure in found:
+        shape = _shape(structure)
+        sizes = _sizes(structure)
+        dense_multiply_adds, multiply_adds = _multiply_adds(structure)
+        rows.append(
+            ModuleReport(
+                name=name,
+                structure=str(structure_name(structure)),
+                rank=sizes.get("rank"),
+                shape=shape,
+                dense_parameters=shape[0] * shape[1],
+                parameters=type(structure).num_weights(*shape, **sizes),
+                dense_multiply_adds=dense_multiply_adds,
+                multiply_adds=multiply_adds,
+                relative_error=errors.get(name),
+            )
+        )
+    return rows
+
+
+def _kept_dense(provenance: dict[str, Any]) -> list[ModuleReport]:
+    rows = []
+    for name, (shape, role, note) in provenance.get("kept_dense", {}).items():
+        weights = shape[0] * shape[1]
+        products = 0 if role == "embedding" else weights
+        rows.append(
+            ModuleReport(name, "dense", None, (shape[0], shape[1]), weights, weights, products, products, None, note)
+        )
+    return rows
+
+
+def _sizes(structure: Any) -> dict[str, int]:
+    return {size: int(getattr(structure, size)) for size in STRUCTURES[str(structure_name(structure))].SIZES}
+
+
+def _shape(structure: Any) -> tuple[int, int]:
+    if structure.HOSTS == "embedding":
+        return structure.num_embeddings, structure.embedding_dim
+    return structure.out_features, structure.in_features
+
+
+def _multiply_adds(structure: Any) -> tuple[int, int]:
+    rows, columns = _shape(structure)
+    dense = 0 if structure.HOSTS == "embedding" else rows * columns
+    return dense, int(type(structure).num_multiply_adds(rows, columns, **_sizes(structure)))

@@ -1,0 +1,256 @@
+"""Model folders: written whole or not at all, the tokenizer beside the weights, and read back with clear errors."""
+
+import json
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
+from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel
+
+from hf_lowrank import remote_code
+from hf_lowrank.architectures import read_config
+from hf_lowrank.errors import InputError
+from hf_lowrank.remote_code import modeling_lowrank
+from hf_lowrank.remote_code.lowrank_plan import PlanError
+
+# `save_pretrained` writes these itself; a card is rendered, not copied.
+_NOT_COPIED = {"config.json", "generation_config.json", "README.md"} | {
+    path.name for path in Path(remote_code.__path__[0]).glob("*.py")
+}
+# Weights in any format, and what a training run leaves.
+_WEIGHTS = (
+    ".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".ot", ".onnx", ".ckpt", ".gguf", ".tflite",
+    ".mlmodel", ".index.json",
+)  # fmt: skip
+# Folders of a model folder that belong to its tokenizer; those of sentence-transformers are named in modules.json.
+_TOKENIZER_FOLDERS = ("additional_chat_templates",)
+
+
+def check_output(out: str | Path, overwrite: bool = False, source: str | Path | None = None) -> None:
+    """Refuse an output folder that cannot be written, before any long work.
+
+    Args:
+        overwrite: Whether a model folder that is there may be replaced.
+        source: The folder that is read meanwhile, or a Hub id; the output may be neither it, nor in it, nor around it.
+
+    Raises:
+        InputError: If the folder must not be written.
+    """
+    target = Path(out).resolve()
+    if source is not None and Path(source).is_dir():
+        read = Path(source).resolve()
+        if target == read or read in target.parents or target in read.parents:
+            raise InputError(f"The output {out} and the input {source} overlap. Choose another output folder.")
+    existing = next(path for path in (target, *target.parents) if path.exists())
+    if not existing.is_dir():
+        raise InputError(f"{existing} is a file; the output must be a folder. Choose another name.")
+    if existing != target or not any(target.iterdir()):
+        return
+    if not overwrite:
+        raise InputError(f"{out} exists and is not empty. Choose another folder, or overwrite it (--overwrite).")
+    if not (target / "config.json").is_file():
+        raise InputError(f"{out} is not a model folder (no config.json), so it is not overwritten. Choose another.")
+
+
+def save_folder(
+    model: PreTrainedModel, out: str | Path, side_files_from: str | Path | None = None, overwrite: bool = False
+) -> Path:
+    """Save a model and what belongs to it as one folder, which appears complete or not at all.
+
+    Everything is written beside `out` and renamed at the end: an error, a full disk or an interrupt leaves neither a
+    half-written folder nor a lost old one.
+
+    Args:
+        side_files_from: Folder or Hub id whose tokenizer and other files are copied along.
+        overwrite: Replace the model folder that is there.
+
+    Returns:
+        The folder.
+
+    Raises:
+        InputError: If `out` must not be written.
+    """
+    check_output(out, overwrite, side_files_from)
+    target = Path(out).resolve()
+    with _workshop(target) as workshop:
+        draft = workshop / "new"
+        draft.mkdir()
+        model.save_pretrained(draft)
+        if side_files_from is not None:
+            _copy_side_files(side_files_from, draft)
+        # Weights are written readable by their owner only; a folder to share has one mode throughout.
+        mode = (draft / "config.json").stat().st_mode
+        for path in draft.glob("*.safetensors"):
+            path.chmod(mode)
+        _swap(draft, target, workshop / "old")
+    return target
+
+
+@contextmanager
+def _workshop(target: Path) -> Iterator[Path]:
+    """A folder on the file system of `target` that is gone afterwards, as are the parents made for it on failure."""
+    made = [parent for parent in target.parents if not parent.exists()]
+    target.parent.mkdir(parents=True, exist_ok=True)
+    workshop = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    try:
+        yield workshop
+    except BaseException:
+        shutil.rmtree(workshop, ignore_errors=True)
+        for parent in made:
+            parent.rmdir()
+        raise
+    shutil.rmtree(workshop, ignore_errors=True)
+
+
+def _swap(new: Path, target: Path, old: Path) -> None:
+    """Put `new` in the place of `target`; if that fails, what was there is back."""
+    try:
+        if target.exists():
+            target.rename(old)
+        new.rename(target)
+    except BaseException:
+        if old.exists() and not target.exists():
+            old.rename(target)
+        raise
+
+
+def side_files(source: str | Path) -> dict[str, Path]:
+    """Path inside the folder -> file, for all that belongs to a model besides its weights, configuration and card.
+
+    That is its tokenizer and, for sentence-transformers, `modules.json` and the later modules with their weights.
+    Empty where `source` is a Hub id that cannot be reached.
+    """
+    folder = Path(source) if Path(source).is_dir() else _snapshot(str(source))
+    if folder is None:
+        return {}
+    root = [
+        path
+        for path in folder.iterdir()
+        if path.is_file() and not path.name.startswith(".") and path.name not in _NOT_COPIED
+    ]
+    found = {path.name: path for path in root if not path.name.endswith(_WEIGHTS)}
+    for name in (*_TOKENIZER_FOLDERS, *_module_folders(folder)):
+        found |= {str(path.relative_to(folder)): path for path in (folder / name).rglob("*") if path.is_file()}
+    return dict(sorted(found.items()))
+
+
+def side_file_bytes(source: str | Path) -> int:
+    """Bytes of the side files of a folder or Hub id: what a saved folder holds besides what the model writes."""
+    return sum(path.stat().st_size for path in side_files(source).values())
+
+
+def _module_folders(folder: Path) -> list[str]:
+    """Folders of the modules that follow the transformer in a sentence-transformers model."""
+    try:
+        modules = json.loads((folder / "modules.json").read_text(encoding="utf-8"))
+        paths = [str(module["path"]) for module in modules]
+    except (OSError, ValueError, TypeError, KeyError):
+        return []
+    # A path that leads out of the folder is not ours to copy.
+    return [path for path in paths if path and (folder / path).resolve().is_relative_to(folder.resolve())]
+
+
+def _snapshot(repo: str) -> Path | None:
+    """The local copy of a Hub repository without its weights, None where there is none and the Hub is out of reach."""
+    weights = [f"*{suffix}" for suffix in _WEIGHTS]
+    try:
+        folder = Path(snapshot_download(repo, ignore_patterns=weights))
+        if modules := _module_folders(folder):
+            snapshot_download(repo, allow_patterns=[f"{name}/*" for name in modules])
+    except (OSError, ValueError):
+        return None
+    return folder
+
+
+def _copy_side_files(source: str | Path, draft: Path) -> None:
+    for name, path in side_files(source).items():
+        copy = draft / name
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(path, copy)
+    _name_tokenizer_class(source, draft)
+
+
+def _name_tokenizer_class(source: str | Path, draft: Path) -> None:
+    """Write down the tokenizer's class where only the model type told it: ours is not one transformers knows."""
+    file = draft / "tokenizer_config.json"
+    if not any(
+        (draft / name).exists() for name in ("tokenizer_config.json", "tokenizer.json", "vocab.txt", "vocab.json")
+    ):
+        return
+    try:
+        settings = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+        if "tokenizer_class" in settings:
+            return
+        settings["tokenizer_class"] = type(AutoTokenizer.from_pretrained(source, trust_remote_code=False)).__name__
+    except (OSError, ValueError, KeyError, TypeError):
+        return  # a tokenizer that the source folder cannot load either
+    file.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def compressed_class(path: str | Path) -> Any:
+    """The class of the compressed model in a folder or a Hub repository.
+
+    Raises:
+        InputError: If there is none.
+    """
+    if Path(path).is_dir():
+        config = read_config(Path(path))
+        if not config:
+            raise InputError(f"{path} is not a model folder: it has no readable config.json.")
+    else:
+        try:
+            config = PreTrainedConfig.get_config_dict(str(path))[0]
+        except (OSError, ValueError) as error:
+            raise InputError(f"There is no model {str(path)!r}: {one_line(error)}") from error
+    if not config.get("compression"):
+        raise InputError(f"{path} is not a compressed model: its config.json has no 'compression'.")
+    name = (config.get("architectures") or [""])[0]
+    try:
+        return getattr(modeling_lowrank, name)
+    except AttributeError as error:
+        raise InputError(f"{path} names the architecture {name!r}, which this library does not know.") from error
+
+
+def load_skeleton_config(path: str | Path) -> tuple[Any, Any]:
+    """Class and configuration of a saved compressed model, without its weights.
+
+    Raises:
+        InputError: If the folder holds no compressed model or its configuration is damaged.
+    """
+    model_class = compressed_class(path)
+    try:
+        return model_class, model_class.config_class.from_pretrained(path)
+    except (OSError, ValueError, TypeError, StrictDataclassError) as error:
+        raise InputError(f"The config.json of {path} is damaged: {one_line(error)}") from error
+
+
+def load_compressed(path: str | Path) -> Any:
+    """A compressed model from its folder or Hub id, by the code of this library, in evaluation mode.
+
+    Raises:
+        InputError: If the folder holds no compressed model, or its configuration or weights are damaged.
+        PlanError: If its plan does not fit.
+    """
+    model_class, config = load_skeleton_config(path)
+    try:
+        model, info = model_class.from_pretrained(path, config=config, dtype="auto", output_loading_info=True)
+    except PlanError:
+        raise
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise InputError(f"The weights of {path} cannot be loaded: {one_line(error)}") from error
+    for problem in ("missing_keys", "unexpected_keys"):
+        if keys := sorted(info[problem]):
+            word = problem.partition("_")[0]
+            raise InputError(f"The weights of {path} do not fit its plan: {len(keys)} {word}, such as {keys[0]!r}.")
+    return model.eval()
+
+
+def one_line(error: BaseException) -> str:
+    """All of an error's text on one line; the name of its class where it has none."""
+    return " ".join(str(error).split()) or type(error).__name__

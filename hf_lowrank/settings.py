@@ -1,0 +1,161 @@
+"""What `compress` can be asked for, in one place for Python, the command line and the record in `config.json`."""
+
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
+
+import torch
+
+from hf_lowrank.errors import InputError
+from hf_lowrank.planning.allocation import ALLOCATIONS
+from hf_lowrank.planning.budgets import Budget, make_budget
+from hf_lowrank.remote_code.lowrank_plan import closest_name
+from hf_lowrank.solvers import SOLVERS
+from hf_lowrank.targets import Patterns
+
+EMBEDDINGS = ("low_rank", "dense")
+STORAGES = ("low_rank", "pivoted")
+_REFINE_PASSES = 2
+_FAST_SHARE = 4
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompressionSettings:
+    """How to compress. Exactly one of the four budgets must be given.
+
+    Args:
+        keep_params: Fraction of the whole model's parameters that stay, tied ones counted once.
+        keep_targets: Fraction of the parameters of the replaced matrices that stay.
+        target_size: Size on disk of everything `save_pretrained` writes: `"100MB"`, `"95MiB"` or bytes.
+        rank: The rank of every replaced matrix.
+        rank_pattern: Rank by module name or last part of it; these matrices are outside the budget's sharing.
+        method: Solver that finds the numbers; see `SOLVERS`.
+        allocation: How the budget is shared among the matrices; see `ALLOCATIONS`. Default: `measured` for a method
+            that looks at text, `energy` for one that does not.
+        storage: Structure that holds a low-rank linear layer: `low_rank` (two factors) or `pivoted` (more rank in the
+            same size, at the price of reordering the outputs).
+        target_modules: Names, last parts of names, a regular expression or `"all-linear"`, as in PEFT. Default: the
+            linear layers of the blocks, and for `keep_params` and `target_size` the embeddings too.
+        exclude_modules: The same, taken away again.
+        embeddings: `"low_rank"` or `"dense"`, overriding the default for the token embedding and the untied head.
+        dtype: Type of the compressed model's weights, such as `"bfloat16"`; None keeps the model's.
+        device: Where to decompose; None is where the weights are.
+        num_calibration_samples: Sequences of text to look at.
+        max_seq_length: Tokens a sequence may have; longer ones are cut.
+        batch_size: Sequences run at once.
+        text_column: Column of a data set that holds the text.
+        seed: Of every draw: samples, masked tokens, synthetic tokens and labels.
+        refine_passes: Passes over the text of a short training towards the dense model; see `refine_`. Default:
+            2 where there is text and ranks are measured on it, unless compressing in place; else 0.
+        fast: A quarter of the text and no refinement.
+        refine_learning_rate: Of that training.
+        cache_dir: Folder where statistics and measurements are kept, so that the same model and text are looked at
+            once whatever the budget, and a killed run goes on where it was.
+
+    Raises:
+        InputError: Naming the option, the rule and the value.
+    """
+
+    keep_params: float | None = None
+    keep_targets: float | None = None
+    target_size: str | int | None = None
+    rank: int | None = None
+    rank_pattern: dict[str, int] = field(default_factory=dict)
+    method: str = "two_sided_svd"
+    allocation: str | None = None
+    storage: str | None = None
+    target_modules: Patterns | None = None
+    exclude_modules: Patterns | None = None
+    embeddings: str | None = None
+    dtype: str | None = None
+    device: str | None = None
+    num_calibration_samples: int = 256
+    max_seq_length: int = 128
+    batch_size: int = 8
+    text_column: str | None = None
+    seed: int = 0
+    refine_passes: int | None = None
+    refine_learning_rate: float = 1e-4
+    fast: bool = False
+    cache_dir: str | None = None
+
+    def __post_init__(self) -> None:
+        _check_choice("method", self.method, list(SOLVERS))
+        if self.allocation is not None:
+            _check_choice("allocation", self.allocation, list(ALLOCATIONS))
+        if self.storage is not None:
+            _check_choice("storage", self.storage, list(STORAGES))
+        if self.dtype is not None:
+            _check_choice("dtype", self.dtype, list(DTYPES))
+        for name in ("num_calibration_samples", "max_seq_length", "batch_size"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name} must be at least 1, got {getattr(self, name)}.")
+        if self.embeddings is not None:
+            _check_choice("embeddings", self.embeddings, list(EMBEDDINGS))
+        _ = self.budget
+
+    @property
+    def budget(self) -> Budget:
+        """The one budget that was given."""
+        return make_budget(self.keep_params, self.keep_targets, self.target_size, self.rank)
+
+    @property
+    def torch_dtype(self) -> torch.dtype | None:
+        """The type asked for."""
+        return None if self.dtype is None else DTYPES[self.dtype]
+
+    @property
+    def chosen_allocation(self) -> str:
+        """The allocation asked for; by default `measured` for a method that looks at text, else `energy`."""
+        return self.allocation or ("measured" if SOLVERS[self.method].needs else "energy")
+
+    @property
+    def chosen_storage(self) -> str:
+        """The storage asked for; by default `pivoted` where ranks are measured, else two factors."""
+        return self.storage or ("pivoted" if self.chosen_allocation == "measured" else "low_rank")
+
+    @property
+    def num_samples(self) -> int:
+        """Sequences of text to look at."""
+        return max(2, self.num_calibration_samples // _FAST_SHARE) if self.fast else self.num_calibration_samples
+
+    def passes(self, has_text: bool, inplace: bool) -> int:
+        """Passes of refinement: those asked for, or what is worth its time."""
+        if self.refine_passes is not None:
+            return self.refine_passes
+        is_worth_it = has_text and not inplace and not self.fast and self.chosen_allocation == "measured"
+        return _REFINE_PASSES if is_worth_it else 0
+
+    @property
+    def looks_at_text(self) -> bool:
+        """Whether the model has to be run: for statistics, or to measure ranks."""
+        shares = self.rank is None and ALLOCATIONS[self.chosen_allocation].errors == "probes"
+        return bool(SOLVERS[self.method].needs) or shares
+
+    @property
+    def roles(self) -> set[str]:
+        """Which matrices are candidates when `target_modules` does not say."""
+        with_embeddings = self.budget.is_whole_model if self.embeddings is None else self.embeddings != "dense"
+        return {"block", "embedding", "head"} if with_embeddings else {"block"}
+
+    def to_dict(self) -> dict[str, Any]:
+        """The settings that were given, as plain JSON."""
+        return {key: value for key, value in asdict(self).items() if value not in (None, {})}
+
+
+def make_settings(options: dict[str, Any]) -> CompressionSettings:
+    """Settings from keyword arguments.
+
+    Raises:
+        InputError: If one of them does not exist, naming the closest that does.
+    """
+    known = [f.name for f in fields(CompressionSettings)]
+    for name in options:
+        if name not in known:
+            raise InputError(f"There is no option {name!r}. Closest: {closest_name(name, known)!r}.")
+    return CompressionSettings(**options)
+
+
+def _check_choice(option: str, value: str, known: list[str]) -> None:
+    if value not in known:
+        raise InputError(f"{option} must be one of {', '.join(known)}, got {value!r}.")

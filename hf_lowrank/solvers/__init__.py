@@ -1,0 +1,31 @@
+"""How the numbers of a structure are found: one class a solver, one row of `SOLVERS` each."""
+
+from typing import Protocol
+
+import torch
+
+from hf_lowrank.solvers.data_aware_svd import TwoSidedSVD, WeightedSVD, WhitenedSVD
+from hf_lowrank.solvers.svd import SVD, Decomposition
+from hf_lowrank.statistics.moments import MatrixStatistics
+
+
+class Solver(Protocol):
+    """What every low-rank solver offers.
+
+    Args:
+        needs: Kinds of statistics it looks at; see `hf_lowrank.statistics.collection.KINDS`.
+    """
+
+    needs: frozenset[str]
+
+    def decompose(self, weight: torch.Tensor, statistics: MatrixStatistics | None = None) -> Decomposition:
+        """Every truncation of a weight (O, I), best first in the solver's own measure of error."""
+        ...
+
+
+SOLVERS: dict[str, Solver] = {
+    "svd": SVD(),
+    "weighted_svd": WeightedSVD(),
+    "whitened_svd": WhitenedSVD(),
+    "two_sided_svd": TwoSidedSVD(),
+}

@@ -1,0 +1,72 @@
+"""Low-rank approximation in the metrics of what a matrix sees and of what its errors do."""
+
+import torch
+
+from hf_lowrank.solvers.metric import Metric, identity, moment_metric, row_metric
+from hf_lowrank.solvers.svd import Decomposition, decompose
+from hf_lowrank.statistics.moments import MatrixStatistics
+
+# Measured on WikiText and sentence embeddings (examples/benchmark_quality.py): little is best for the inputs, which
+# many tokens describe; more for the gradients, which are noisier.
+_INPUT_SHRINKAGE = 0.01
+_OUTPUT_SHRINKAGE = 0.1
+_ROW_SHRINKAGE = 0.1
+
+
+class WhitenedSVD:
+    """The least error of the outputs on the inputs seen: `min E ||(W - W') x||^2 = ||(W - W') C^(1/2)||_F^2`.
+
+    `C = E[x x^T]`. The optimum of DRONE (Chen et al., NeurIPS 2021) and SVD-LLM (Wang et al., ICLR 2025), in the
+    projection form that inverts no covariance. For an embedding table, rows count as often as their tokens occur.
+    """
+
+    needs: frozenset[str] = frozenset({"input_moment", "row_weights"})
+
+    def decompose(self, weight: torch.Tensor, statistics: MatrixStatistics | None = None) -> Decomposition:
+        """Every truncation of `weight` (O, I)."""
+        return decompose(weight, _row_side(statistics), _input_side(statistics))
+
+
+class TwoSidedSVD:
+    """The least change of the loss to second order: `min tr(G (W - W') C (W - W')^T)`.
+
+    `C = E[x x^T]` of the inputs and `G = E[g g^T]` of the gradients at the outputs: the Kronecker-factored curvature
+    (KFAC-SVD, ICML 2026). With `G = I` this is `WhitenedSVD`.
+    """
+
+    needs: frozenset[str] = frozenset({"input_moment", "output_moment", "row_weights"})
+
+    def decompose(self, weight: torch.Tensor, statistics: MatrixStatistics | None = None) -> Decomposition:
+        """Every truncation of `weight` (O, I)."""
+        output_side = _row_side(statistics)
+        if statistics is not None and statistics.output_moment is not None:
+            output_side = moment_metric(statistics.output_moment, statistics.num_tokens, _OUTPUT_SHRINKAGE)
+        return decompose(weight, output_side, _input_side(statistics))
+
+
+class WeightedSVD:
+    """Rows weighted by how much the loss feels them: `min sum_i f_i ||W_i - W'_i||^2`.
+
+    `f_i` is the sum over row `i` of the diagonal Fisher information of the weights (FWSVD: Hsu et al., ICLR 2022).
+    """
+
+    needs: frozenset[str] = frozenset({"fisher", "row_weights"})
+
+    def decompose(self, weight: torch.Tensor, statistics: MatrixStatistics | None = None) -> Decomposition:
+        """Every truncation of `weight` (O, I)."""
+        side = _row_side(statistics)
+        if statistics is not None and statistics.fisher is not None:
+            side = row_metric(statistics.fisher.sum(dim=1), _INPUT_SHRINKAGE)
+        return decompose(weight, side, identity())
+
+
+def _row_side(statistics: MatrixStatistics | None) -> Metric:
+    if statistics is None or statistics.row_weights is None:
+        return identity()
+    return row_metric(statistics.row_weights, _ROW_SHRINKAGE)
+
+
+def _input_side(statistics: MatrixStatistics | None) -> Metric:
+    if statistics is None or statistics.input_moment is None:
+        return identity()
+    return moment_metric(statistics.input_moment, statistics.num_tokens, _INPUT_SHRINKAGE)

@@ -1,0 +1,36 @@
+"""What low-rank solvers find."""
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Factors:
+    """A rank-`R` matrix `W = up @ down`.
+
+    Shapes:
+        up    (O, R)
+        down  (R, I)
+    """
+
+    up: torch.Tensor
+    down: torch.Tensor
+
+    @property
+    def product(self) -> torch.Tensor:
+        """The matrix itself, (O, I)."""
+        return self.up @ self.down
+
+
+def balanced(up: torch.Tensor, down: torch.Tensor) -> Factors:
+    """The same product with column `k` of `up` and row `k` of `down` of equal length.
+
+    Equal lengths keep both factors in the range of a 16-bit type and give both gradients of one scale. Where one of
+    the two is zero (a rank-deficient matrix) the other stays as it is, so that training can still use it.
+    """
+    # In float64, which holds the square of every narrower number.
+    up_norms, down_norms = up.norm(dim=0, dtype=torch.float64), down.norm(dim=1, dtype=torch.float64)  # (R), (R)
+    usable = (up_norms > 0) & (down_norms > 0)
+    scale = torch.where(usable, down_norms.sqrt() / up_norms.sqrt(), 1.0).to(up.dtype)
+    return Factors(up * scale, down / scale[:, None])

@@ -1,0 +1,145 @@
+"""The dense matrices of a model that can be compressed, and choosing among them by name."""
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from hf_lowrank.errors import InputError
+from hf_lowrank.remote_code.lowrank_dense import dense_kind, dense_shape
+from hf_lowrank.remote_code.lowrank_plan import closest_name
+from hf_lowrank.remote_code.lowrank_structures import module_name, named_structures
+
+OUTPUT_EMBEDDINGS = "output_embeddings"
+ALL_LINEAR = "all-linear"
+
+Patterns = str | Sequence[str]
+
+
+@dataclass(frozen=True)
+class DenseMatrix:
+    """One matrix of a model that a structure could replace.
+
+    Args:
+        name: As in a plan: relative to `model.base_model`, or `output_embeddings` for an untied head.
+        path: Full module name in the model.
+        role: `block` (a linear layer inside a repeated block), `embedding` or `head`.
+        shape: `(O, I)`, or `(V, D)` for an embedding.
+    """
+
+    name: str
+    path: str
+    role: str
+    module: nn.Module
+    shape: tuple[int, int]
+
+    @property
+    def kind(self) -> str:
+        """What the matrix is to a structure: `linear` or `embedding`."""
+        return "embedding" if self.role == "embedding" else "linear"
+
+    @property
+    def num_weights(self) -> int:
+        """Stored numbers while dense, bias not counted."""
+        return self.shape[0] * self.shape[1]
+
+
+def dense_weight(module: nn.Module) -> torch.Tensor:
+    """The weight as `(O, I)`: the one place where GPT-2's `Conv1D`, stored `(I, O)`, is turned."""
+    stored: Any = module.weight
+    weight: torch.Tensor = stored.detach()
+    return weight.T if isinstance(module, Conv1D) else weight
+
+
+def find_matrices(model: PreTrainedModel) -> list[DenseMatrix]:
+    """Every matrix of `model` that can be replaced: linear layers of its blocks, token embedding, untied head.
+
+    Raises:
+        InputError: If the model is compressed already, or has no such matrices.
+    """
+    if named_structures(model):
+        raise InputError(f"{type(model).__name__} is compressed already. Decompress it first, or start from its base.")
+    base = model.base_model
+    prefix = "" if base is model else f"{module_name(model, base)}."
+    found = []
+    for name, module in base.named_modules():
+        if dense_kind(module) == "linear" and any(part.isdigit() for part in name.split(".")):
+            found.append(DenseMatrix(name, prefix + name, "block", module, dense_shape(module)))
+    if not found:
+        raise InputError(
+            f"{type(model).__name__} has no blocks of nn.Linear or Conv1D layers to compress. Supported is every "
+            "transformers model that has: BERT, GPT-2, RoBERTa, DistilBERT, Llama and their like."
+        )
+    embedding = model.get_input_embeddings()
+    name = module_name(base, embedding)
+    if name is not None and dense_kind(embedding) == "embedding":
+        found.append(DenseMatrix(name, prefix + name, "embedding", embedding, dense_shape(embedding)))
+    head = model.get_output_embeddings()
+    if head is not None and dense_kind(head) == "linear" and not is_tied(model):
+        path = module_name(model, head) or OUTPUT_EMBEDDINGS
+        found.append(DenseMatrix(OUTPUT_EMBEDDINGS, path, "head", head, dense_shape(head)))
+    return found
+
+
+def is_tied(model: PreTrainedModel) -> bool:
+    """Whether the language-model head, if there is one, shares the table of the token embedding."""
+    return bool(getattr(model.config, "tie_word_embeddings", False))
+
+
+def select_matrices(
+    matrices: Iterable[DenseMatrix],
+    roles: set[str],
+    target_modules: Patterns | None,
+    exclude_modules: Patterns | None,
+) -> list[DenseMatrix]:
+    """The matrices that `target_modules` names, or those of the given roles, less `exclude_modules`.
+
+    Patterns mean what they mean in PEFT: a list holds full names or their last parts, a string is a regular
+    expression for the full name, and `"all-linear"` is every linear layer of the blocks.
+
+    Raises:
+        InputError: If a pattern matches nothing, or nothing is left.
+    """
+    matrices = list(matrices)
+    if target_modules == ALL_LINEAR:
+        chosen = [matrix for matrix in matrices if matrix.role == "block"]
+    elif target_modules is not None:
+        chosen = matching(matrices, target_modules, "target_modules")
+    else:
+        chosen = [matrix for matrix in matrices if matrix.role in roles]
+    if exclude_modules is not None:
+        excluded = matching(matrices, exclude_modules, "exclude_modules")
+        chosen = [matrix for matrix in chosen if matrix not in excluded]
+    if not chosen:
+        raise InputError("exclude_modules leaves nothing to compress. Exclude less.")
+    return chosen
+
+
+def matching(matrices: Sequence[DenseMatrix], patterns: Patterns, option: str) -> list[DenseMatrix]:
+    """The matrices any of the patterns matches; every pattern must match at least one."""
+    found: list[DenseMatrix] = []
+    for pattern in [patterns] if isinstance(patterns, str) else patterns:
+        hits = [matrix for matrix in matrices if _matches(matrix, pattern, is_regex=isinstance(patterns, str))]
+        if not hits:
+            names = {matrix.name for matrix in matrices}
+            raise InputError(
+                f"{option} {pattern!r} matches none of the {len(names)} matrices that can be compressed. "
+                f"Closest: {closest_name(pattern, names)!r}."
+            )
+        found += [matrix for matrix in hits if matrix not in found]
+    return found
+
+
+def _matches(matrix: DenseMatrix, pattern: str, is_regex: bool) -> bool:
+    names = (matrix.name, matrix.path)
+    if is_regex:
+        try:
+            return any(re.fullmatch(pattern, name) for name in names)
+        except re.error as error:
+            raise InputError(f"{pattern!r} is not a regular expression: {error}.") from error
+    return any(name == pattern or name.endswith(f".{pattern}") for name in names)

@@ -1,0 +1,156 @@
+"""What every task is: data as steps, a score that grows step by step, and the driver that runs models over both."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Protocol
+
+import torch
+
+from hf_lowrank.errors import InputError
+from hf_lowrank.outputs import Batch, Said, run
+from hf_lowrank.progress import Progress, no_progress
+from hf_lowrank.remote_code.configuration_lowrank import PREFIX
+
+
+@dataclass(frozen=True)
+class Step:
+    """One batch, and what the model's answer to it is scored against."""
+
+    inputs: Batch
+    targets: Any
+
+
+class Score(Protocol):
+    """A sum over steps."""
+
+    def add(self, rows: torch.Tensor, step: Step) -> None:
+        """Count one step; `rows` are those of `hf_lowrank.outputs.run`."""
+
+    def result(self) -> dict[str, float]:
+        """Name of each metric and its value."""
+
+
+@dataclass(frozen=True)
+class Task(ABC):
+    """A way to score a model; its fields are its options.
+
+    Args:
+        max_examples: Score on that many examples at most.
+        seed: Of everything drawn.
+    """
+
+    name: ClassVar[str]
+    needs: ClassVar[tuple[str, ...]]  # columns of the data
+    metric: ClassVar[str]  # the one that counts, of those the score gives
+    higher_is_better: ClassVar[bool]
+    heads: ClassVar[Collection[str]]  # names of the dense classes that can do it; all where empty
+    reads_text: ClassVar[bool] = True  # and nothing else
+
+    max_examples: int | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.max_examples is not None and self.max_examples < 1:
+            raise InputError(f"max_examples must be at least 1, got {self.max_examples}.")
+
+    def steps(self, tokenizer: Any, examples: Any, batch_size: int, model: Any) -> Sequence[Step]:
+        """The data in batches, as long as the model can take them.
+
+        Args:
+            examples: Whatever `hf_lowrank.data.load_rows` reads.
+
+        Raises:
+            InputError: If the data or the tokenizer does not fit the task.
+        """
+        if tokenizer is None and self.reads_text:
+            raise InputError("Text needs a tokenizer, and there is none. Give tokenizer=.")
+        return self._steps(tokenizer, examples, batch_size, model)
+
+    @abstractmethod
+    def _steps(self, tokenizer: Any, examples: Any, batch_size: int, model: Any) -> Sequence[Step]: ...
+
+    @abstractmethod
+    def score(self) -> Score:
+        """A score that has seen nothing yet."""
+
+    def prepare(self, model: Any) -> Any:
+        """The part of a model that is run.
+
+        Raises:
+            InputError: If it has not the head the task needs.
+        """
+        name = type(model).__name__.removeprefix(PREFIX)
+        if self.heads and name not in self.heads:
+            raise InputError(f"Task {self.name} cannot use the head of {name}. Give a model with a head for it.")
+        return model
+
+    def evaluate(
+        self, model: Any, tokenizer: Any, examples: Any, batch_size: int = 8, progress: Progress = no_progress
+    ) -> dict[str, float]:
+        """Score one model.
+
+        Raises:
+            InputError: If the model, the tokenizer or the data does not fit the task.
+        """
+        model = self.prepare(model)
+        return self.compare({"model": model}, self.steps(tokenizer, examples, batch_size, model), progress)["model"]
+
+    def compare(
+        self, models: dict[str, Any], steps: Sequence[Step], progress: Progress = no_progress
+    ) -> dict[str, dict[str, float]]:
+        """Score models on the same data, all of them in each step; every later one is also compared with the first."""
+        scores = {name: self.score() for name in models}
+        agreements = {name: Agreement() for name in list(models)[1:]}
+        was_training = {name: model.training for name, model in models.items()}
+        try:
+            for step in progress(steps, f"evaluating {self.name}"):
+                said = {name: _run(model.eval(), step.inputs) for name, model in models.items()}
+                first = next(iter(said.values()))
+                for name, one in said.items():
+                    scores[name].add(one.rows, step)
+                for name, agreement in agreements.items():
+                    agreement.add(said[name], first)
+        finally:
+            for name, model in models.items():
+                model.train(was_training[name])
+        return {
+            name: score.result() | (agreements[name].result() if name in agreements else {})
+            for name, score in scores.items()
+        }
+
+
+class Agreement:
+    """How alike the outputs of two models are: KL divergence and shared first choices, or the cosine of embeddings."""
+
+    def __init__(self) -> None:
+        self._kind = ""
+        self._distance = 0.0
+        self._same = 0
+        self._count = 0
+
+    def add(self, said: Said, reference: Said) -> None:
+        """Count one step.
+
+        Raises:
+            InputError: If the models do not speak of the same things.
+        """
+        if said.kind != reference.kind or said.rows.shape != reference.rows.shape:
+            raise InputError("The model and the dense one have different heads or sizes. Give the one it came from.")
+        self._kind = said.kind
+        self._distance += float(said.distance(reference).double().sum())
+        self._same += int((said.rows.argmax(dim=-1) == reference.rows.argmax(dim=-1)).sum())
+        self._count += len(said.rows)
+
+    def result(self) -> dict[str, float]:
+        """`kl_from_dense` in nats and `top1_agreement`, or `cosine_to_dense`; means over everything said."""
+        mean = self._distance / self._count
+        if self._kind == "embedding":
+            return {"cosine_to_dense": 1 - mean}
+        return {"kl_from_dense": mean, "top1_agreement": self._same / self._count}
+
+
+@torch.inference_mode()
+def _run(model: Any, inputs: Batch) -> Said:
+    said = run(model, {name: tensor.to(model.device) for name, tensor in inputs.items()})
+    return Said(said.kind, said.rows.float().cpu())

@@ -1,0 +1,38 @@
+"""Texts as one long row of tokens, from which language models' blocks are cut."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from hf_lowrank.data import tokenize
+from hf_lowrank.errors import InputError
+
+
+def joined_ids(
+    texts: Sequence[str], tokenizer: Any, separator: int | None, min_tokens: int, max_tokens: int | None
+) -> torch.Tensor:
+    """The token ids of all texts in order, `separator` after each; no special tokens but that.
+
+    Raises:
+        InputError: If there are fewer than `min_tokens`.
+    """
+    end = [] if separator is None else [separator]
+    ids: list[int] = []
+    for found in tokenize(texts, tokenizer):
+        ids += [*found, *end]
+        if max_tokens is not None and len(ids) >= max_tokens:
+            break
+    if len(ids) < min_tokens:
+        raise InputError(f"The text has {len(ids)} tokens, and at least {min_tokens} are needed. Give more text.")
+    return torch.tensor(ids[:max_tokens])
+
+
+def block_length_of(model: Any, wanted: int) -> int:
+    """The wanted block length, or what the model can take if that is less."""
+    if wanted < 2:
+        raise InputError(f"block_length must be at least 2, got {wanted}.")
+    config = model.config.get_text_config()
+    positions = getattr(config, "max_position_embeddings", None)
+    # Some families keep positions for padding: RoBERTa two of 514.
+    return min(wanted, int(positions) - 2) if positions else wanted

@@ -1,0 +1,157 @@
+"""`evaluate`: a compressed model's quality, size, speed and memory, beside the dense one's."""
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from rich.table import Table
+from transformers import PreTrainedModel
+
+from hf_lowrank.errors import InputError
+from hf_lowrank.evaluation import Latency, measure_latency, typical_length
+from hf_lowrank.progress import Progress, no_progress
+from hf_lowrank.tasks import make_task
+from hf_lowrank.tasks.base import Task
+from hf_lowrank.tasks.memory import peak_memory
+
+_SHAPE = (8, 128)
+_DENSE, _MODEL = "dense", "model"
+# Scores that are counts, not measures, and those of agreement, which are the compressed model's alone.
+_DIGITS = {"scored_tokens": 0, "perplexity": 2}
+
+
+@dataclass(frozen=True)
+class Measurements:
+    """What one model scores, takes and needs.
+
+    Args:
+        scores: The task's metrics; for a model with a dense one beside it, the agreement with that too.
+        size_bytes: Of all parameters in their own types.
+        peak_memory_bytes: See `hf_lowrank.tasks.memory`.
+        latency: Of one forward pass.
+    """
+
+    class_name: str
+    parameters: int
+    size_bytes: int
+    scores: dict[str, float]
+    peak_memory_bytes: int | None
+    latency: Latency | None
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The result of `evaluate`.
+
+    Args:
+        options: All options of the task, so that the numbers can be had again.
+        metric: The score that counts.
+        batch_size: Of the forward pass that latency and memory are of.
+        sequence_length: The same.
+    """
+
+    task: str
+    options: dict[str, Any]
+    metric: str
+    higher_is_better: bool
+    batch_size: int
+    sequence_length: int
+    model: Measurements
+    dense: Measurements | None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON."""
+        return asdict(self)
+
+    def to_table(self) -> Table:
+        """Dense and compressed side by side; what the dense model has not, agreement with itself, stays blank."""
+        sides = [side for side in (self.dense, self.model) if side is not None]
+        table = Table(box=None, pad_edge=False, header_style="bold")
+        table.add_column(self.task, overflow="fold")
+        for name in ("dense", "compressed")[: len(sides)] if self.dense is not None else ("model",):
+            table.add_column(name, justify="right")
+        for name in self.model.scores:
+            table.add_row(name.replace("_", " "), *(_score(side.scores, name) for side in sides))
+        table.add_row("parameters", *(f"{side.parameters:,}" for side in sides))
+        table.add_row("weights", *(_megabytes(side.size_bytes) for side in sides))
+        shape = f"{self.batch_size} x {self.sequence_length} tokens"
+        if self.model.latency is not None:
+            table.add_row(f"latency, {shape}", *(_milliseconds(side.latency) for side in sides))
+        if self.model.peak_memory_bytes is not None:
+            table.add_row(f"memory, {shape}", *(_megabytes(side.peak_memory_bytes) for side in sides))
+        return table
+
+
+def evaluate(
+    model: PreTrainedModel,
+    dataset: Any,
+    task: str | Task,
+    *,
+    dense: PreTrainedModel | None = None,
+    tokenizer: Any = None,
+    batch_size: int = 8,
+    cost: bool = True,
+    progress: Progress = no_progress,
+    **options: Any,
+) -> Evaluation:
+    """Score a model, and beside it the dense one it came from: `evaluate(small, "dev.tsv", "similarity")`.
+
+    Args:
+        model: Compressed or not, with the head the task needs.
+        dataset: A file, a data set of the Hub, a `datasets.Dataset`, texts or rows; see `hf_lowrank.data.load_rows`.
+        task: A name out of `hf_lowrank.tasks.TASKS`, or a task.
+        dense: What `model` was; agreement with it is measured too.
+        tokenizer: Of both models.
+        cost: Whether to measure latency and memory.
+        options: Of the task, such as `max_examples` or `text_column`; see its class.
+
+    Raises:
+        InputError: If the data, the model or an option does not fit the task.
+    """
+    if isinstance(task, Task) and options:
+        raise InputError(f"A task that is made has its options; {next(iter(options))} must be given where it is made.")
+    task = task if isinstance(task, Task) else make_task(task, **options)
+    if dense is None and task.metric == "top1_agreement":
+        raise InputError(f"Task {task.name} compares with the dense model, and there is none. Give dense=.")
+    models = {_MODEL: model} if dense is None else {_DENSE: dense, _MODEL: model}
+    parts = {name: task.prepare(one) for name, one in models.items()}
+    steps = task.steps(tokenizer, dataset, batch_size, parts[_MODEL])
+    scores = task.compare(parts, steps, progress)
+    shape = (_SHAPE[0], typical_length(model, _SHAPE[1]))
+    latency = measure_latency(models, *shape) if cost else {}
+    measured = {name: _measure(one, scores[name], latency.get(name), shape) for name, one in models.items()}
+    return Evaluation(
+        task=task.name,
+        options=asdict(task),
+        metric=task.metric,
+        higher_is_better=task.higher_is_better,
+        batch_size=shape[0],
+        sequence_length=shape[1],
+        model=measured[_MODEL],
+        dense=measured.get(_DENSE),
+    )
+
+
+def _measure(model: Any, scores: dict[str, float], latency: Latency | None, shape: tuple[int, int]) -> Measurements:
+    parameters = list(model.parameters())
+    inputs = {"input_ids": torch.ones(shape, dtype=torch.long), "attention_mask": torch.ones(shape, dtype=torch.long)}
+    return Measurements(
+        class_name=type(model).__name__,
+        parameters=sum(parameter.numel() for parameter in parameters),
+        size_bytes=sum(parameter.numel() * parameter.element_size() for parameter in parameters),
+        scores=scores,
+        peak_memory_bytes=None if latency is None else peak_memory(model, inputs),
+        latency=latency,
+    )
+
+
+def _score(scores: dict[str, float], name: str) -> str:
+    return f"{scores[name]:,.{_DIGITS.get(name, 4)}f}" if name in scores else ""
+
+
+def _megabytes(num_bytes: int | None) -> str:
+    return "" if num_bytes is None else f"{num_bytes / 1e6:.1f} MB"
+
+
+def _milliseconds(latency: Latency | None) -> str:
+    return "" if latency is None else f"{latency.median * 1e3:.1f} ms"

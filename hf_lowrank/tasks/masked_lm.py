@@ -1,0 +1,80 @@
+"""Perplexity of a masked language model."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+    MODEL_FOR_PRETRAINING_MAPPING_NAMES,
+)
+
+from hf_lowrank.data import load_texts, special_frame
+from hf_lowrank.errors import InputError
+from hf_lowrank.outputs import IGNORED_LABEL
+from hf_lowrank.tasks.base import Step, Task
+from hf_lowrank.tasks.blocks import block_length_of, joined_ids
+from hf_lowrank.tasks.perplexity import Perplexity, token_steps
+
+_PRETRAINING = {name for name in MODEL_FOR_PRETRAINING_MAPPING_NAMES.values() if name.endswith("ForPreTraining")}
+# Of the chosen tokens, how many become the mask token and how many a random one.
+_MASKED, _RANDOM = 0.8, 0.1
+
+
+@dataclass(frozen=True)
+class MaskedLanguageModeling(Task):
+    """Perplexity of hidden tokens: `exp` of the mean negative log-likelihood of those that were masked.
+
+    All texts are joined without anything between them and cut into blocks of `block_length` tokens, the special tokens
+    at both ends counted; what is left at the end is dropped. Every token but the special ones is chosen with
+    probability `masked_fraction`. As in BERT's training, 80 % of the chosen become the mask token, 10 % a random token
+    and 10 % stay; all of them are scored, none else. The draws depend on `seed` and the shape of the blocks alone, so
+    every model with that tokenizer sees the same.
+
+    Args:
+        max_examples: Blocks at most, from the beginning.
+        block_length: Tokens of a block; what the model can take, if that is less.
+        masked_fraction: Probability of each token to be chosen.
+    """
+
+    name: ClassVar[str] = "masked-lm"
+    needs: ClassVar[tuple[str, ...]] = ("text",)
+    metric: ClassVar[str] = "perplexity"
+    higher_is_better: ClassVar[bool] = False
+    heads: ClassVar = frozenset(MODEL_FOR_MASKED_LM_MAPPING_NAMES.values()) | _PRETRAINING
+
+    text_column: str | None = None
+    block_length: int = 128
+    masked_fraction: float = 0.15
+
+    def _steps(self, tokenizer: Any, examples: Any, batch_size: int, model: Any) -> Sequence[Step]:
+        if not 0 < self.masked_fraction <= 1:
+            raise InputError(f"masked_fraction must be above 0 and at most 1, got {self.masked_fraction}.")
+        if tokenizer.mask_token_id is None:
+            raise InputError(f"Task {self.name} needs a mask token, and the tokenizer has none. Use causal-lm?")
+        blocks = self._blocks(tokenizer, load_texts(examples, self.text_column), model)  # (N, T)
+        generator = torch.Generator().manual_seed(self.seed)
+        special = torch.isin(blocks, torch.tensor(sorted(tokenizer.all_special_ids)))
+        chosen = (torch.rand(blocks.shape, generator=generator) < self.masked_fraction) & ~special
+        if not bool(chosen.any()):
+            raise InputError(f"None of the {len(blocks)} blocks got a masked token. Give more text.")
+        draw = torch.rand(blocks.shape, generator=generator)
+        noise = torch.randint(len(tokenizer), blocks.shape, generator=generator)
+        inputs = blocks.masked_fill(chosen & (draw < _MASKED), tokenizer.mask_token_id)
+        inputs = torch.where(chosen & (draw >= 1 - _RANDOM), noise, inputs)
+        return token_steps(inputs, blocks.masked_fill(~chosen, IGNORED_LABEL), batch_size)
+
+    def _blocks(self, tokenizer: Any, texts: Sequence[str], model: Any) -> torch.Tensor:
+        room = block_length_of(model, self.block_length) - tokenizer.num_special_tokens_to_add()
+        wanted = None if self.max_examples is None else self.max_examples * room
+        ids = joined_ids(texts, tokenizer, None, room, wanted)
+        rows = ids[: len(ids) // room * room].view(-1, room).tolist()
+        start, end = special_frame(tokenizer)
+        return torch.tensor([[*start, *row, *end] for row in rows])
+
+    def score(self) -> Perplexity:
+        return Perplexity()
+
+
+TASK = MaskedLanguageModeling

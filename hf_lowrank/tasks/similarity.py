@@ -1,0 +1,95 @@
+"""How well the cosine of two sentences' embeddings follows their gold similarity."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch.nn.utils.rnn import pad_sequence
+
+from hf_lowrank.data import load_rows, require_columns
+from hf_lowrank.errors import InputError
+from hf_lowrank.tasks.base import Step, Task
+from hf_lowrank.tasks.blocks import block_length_of
+from hf_lowrank.tasks.metrics import CorrelationMetric, compute
+
+
+class _Similarity:
+    """Cosines and gold scores of all pairs."""
+
+    def __init__(self) -> None:
+        self._cosines: list[float] = []
+        self._gold: list[float] = []
+
+    def add(self, rows: torch.Tensor, step: Step) -> None:
+        """Count one step; the rows are unit vectors, (2, N) x D."""
+        first, second = rows.double().chunk(2)
+        self._cosines += (first * second).sum(dim=-1).tolist()
+        self._gold += step.targets
+
+    def result(self) -> dict[str, float]:
+        """`spearman` and `pearson`."""
+        return compute(CorrelationMetric, self._cosines, self._gold)
+
+
+@dataclass(frozen=True)
+class SentenceSimilarity(Task):
+    """Spearman's rank correlation between gold scores and the cosine of mean-pooled last hidden states.
+
+    A head, if there is one, is left out.
+
+    Args:
+        max_examples: Pairs at most, drawn by `seed`.
+        score_column: Gold similarity, on any scale.
+        max_seq_length: Tokens of a sentence at most.
+    """
+
+    name: ClassVar[str] = "similarity"
+    needs: ClassVar[tuple[str, ...]] = ("sentence1", "sentence2", "score")
+    metric: ClassVar[str] = "spearman"
+    higher_is_better: ClassVar[bool] = True
+    heads: ClassVar[tuple[str, ...]] = ()
+
+    text_column: str = "sentence1"
+    text_pair_column: str = "sentence2"
+    score_column: str = "score"
+    max_seq_length: int = 256
+
+    def prepare(self, model: Any) -> Any:
+        return model.base_model
+
+    def _steps(self, tokenizer: Any, examples: Any, batch_size: int, model: Any) -> Sequence[Step]:
+        rows = load_rows(examples, self.max_examples, self.seed)
+        columns = [self.text_column, self.text_pair_column, self.score_column]
+        require_columns(rows[0], columns, "Set text_column, text_pair_column and score_column.")
+        pairs = [(str(row[columns[0]]), str(row[columns[1]]), self._gold(row)) for row in rows]
+        # Pairs of like length together: less padding.
+        pairs.sort(key=lambda pair: len(pair[0]) + len(pair[1]))
+        length = block_length_of(model, self.max_seq_length)
+        return [
+            self._step(pairs[start : start + batch_size], tokenizer, length)
+            for start in range(0, len(pairs), batch_size)
+        ]
+
+    def _gold(self, row: Any) -> float:
+        value = row[self.score_column]
+        try:
+            return float(value)
+        except (TypeError, ValueError) as error:
+            raise InputError(f"Column {self.score_column!r} must hold numbers, got {value!r}.") from error
+
+    def _step(self, pairs: Sequence[tuple[str, str, float]], tokenizer: Any, length: int) -> Step:
+        texts = [pair[0] for pair in pairs] + [pair[1] for pair in pairs]
+        found = tokenizer(texts, truncation=True, max_length=length)["input_ids"]
+        ids = [torch.tensor(row) for row in found]
+        inputs = {
+            "input_ids": pad_sequence(ids, batch_first=True, padding_value=tokenizer.pad_token_id or 0),
+            "attention_mask": pad_sequence([torch.ones_like(row) for row in ids], batch_first=True),
+        }
+        return Step(inputs, [pair[2] for pair in pairs])
+
+    def score(self) -> _Similarity:
+        return _Similarity()
+
+
+TASK = SentenceSimilarity

@@ -1,0 +1,113 @@
+"""Accuracy, F1 and Matthews correlation of a text classifier."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
+
+from hf_lowrank.data import Row, find_text_column, load_rows, require_columns
+from hf_lowrank.errors import InputError
+from hf_lowrank.tasks.base import Step, Task
+from hf_lowrank.tasks.blocks import block_length_of
+from hf_lowrank.tasks.metrics import ClassificationMetric, compute
+
+# The two texts of a row, where the columns are called so and none is named.
+_PAIRS = (
+    ("sentence1", "sentence2"),
+    ("premise", "hypothesis"),
+    ("question1", "question2"),
+    ("question", "sentence"),
+)
+
+
+class _Classification:
+    """Predicted and true classes of all rows."""
+
+    def __init__(self) -> None:
+        self._predicted: list[int] = []
+        self._true: list[int] = []
+        self._num_classes = 0
+
+    def add(self, rows: torch.Tensor, step: Step) -> None:
+        """Count one step."""
+        self._num_classes = rows.shape[1]
+        self._predicted += rows.argmax(dim=-1).tolist()
+        self._true += step.targets
+
+    def result(self) -> dict[str, float]:
+        """`accuracy`, `f1` and `matthews`."""
+        average = "binary" if self._num_classes == 2 else "macro"
+        return compute(ClassificationMetric, self._predicted, self._true, average=average)
+
+
+@dataclass(frozen=True)
+class TextClassification(Task):
+    """Accuracy of the most likely class, F1 (of class 1 where there are two, else macro) and Matthews correlation.
+
+    Args:
+        max_examples: Rows at most, drawn by `seed`.
+        text_pair_column: Second text of a row. Found, like the first, where the two have the names GLUE gives them.
+        label_column: Class, as a number or as a name in the model's `label2id`.
+        max_seq_length: Tokens of a row at most.
+    """
+
+    name: ClassVar[str] = "text-classification"
+    needs: ClassVar[tuple[str, ...]] = ("text", "label")
+    metric: ClassVar[str] = "accuracy"
+    higher_is_better: ClassVar[bool] = True
+    heads: ClassVar = frozenset(MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES.values())
+
+    text_column: str | None = None
+    text_pair_column: str | None = None
+    label_column: str = "label"
+    max_seq_length: int = 256
+
+    def _steps(self, tokenizer: Any, examples: Any, batch_size: int, model: Any) -> Sequence[Step]:
+        rows = load_rows(examples, self.max_examples, self.seed)
+        columns = self._columns(rows[0])
+        require_columns(rows[0], [self.label_column], "Classification needs labels: set label_column.")
+        classes = _classes(model)
+        length = block_length_of(model, self.max_seq_length)
+        steps = []
+        for start in range(0, len(rows), batch_size):
+            some = rows[start : start + batch_size]
+            texts = [[str(row[column]) for row in some] for column in columns]
+            found = tokenizer(*texts, truncation=True, max_length=length, padding=True, return_tensors="pt")
+            steps.append(Step(dict(found), [_class_of(row[self.label_column], classes) for row in some]))
+        return steps
+
+    def _columns(self, row: Row) -> list[str]:
+        if self.text_column is None and self.text_pair_column is None:
+            pair = next((pair for pair in _PAIRS if pair[0] in row and pair[1] in row), None)
+            if pair is not None:
+                return list(pair)
+        first = find_text_column({k: v for k, v in row.items() if k != self.label_column}, self.text_column)
+        second = [] if self.text_pair_column is None else [self.text_pair_column]
+        require_columns(row, second)
+        return [first, *second]
+
+    def score(self) -> _Classification:
+        return _Classification()
+
+
+def _classes(model: Any) -> dict[str, int]:
+    """What a label can be written as: the class's name in any case, or its number."""
+    config = model.config
+    if config.num_labels < 2:
+        raise InputError(f"text-classification needs a head with two classes or more, got {config.num_labels}.")
+    names = {str(name).lower(): int(number) for name, number in (config.label2id or {}).items()}
+    return {**{str(number): number for number in range(config.num_labels)}, **names}
+
+
+def _class_of(label: Any, classes: dict[str, int]) -> int:
+    if isinstance(label, float) and label.is_integer():
+        label = int(label)
+    found = classes.get(str(label).strip().lower())
+    if found is None:
+        raise InputError(f"Label {label!r} is none of the model's: {', '.join(classes)}. Set label2id in its config.")
+    return found
+
+
+TASK = TextClassification

@@ -1,0 +1,68 @@
+"""What every test gets: no network, one thread, a fixed seed, and a cache of its own."""
+
+import atexit
+import os
+import random
+import shutil
+import tempfile
+from pathlib import Path
+
+# Read by the libraries when they are imported; subprocesses of the tests inherit it.
+os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="hf_lowrank-tests-")
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
+os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+os.environ["TRANSFORMERS_OFFLINE"] = "1"
+os.environ["HF_DATASETS_OFFLINE"] = "1"
+os.environ["HF_EVALUATE_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ["OMP_NUM_THREADS"] = "1"
+os.environ["MPLBACKEND"] = "Agg"
+
+import hypothesis
+import numpy as np
+import pytest
+import torch
+import transformers
+
+atexit.register(shutil.rmtree, os.environ["HF_HOME"], ignore_errors=True)
+torch.set_num_threads(1)
+transformers.utils.logging.disable_progress_bar()
+hypothesis.settings.register_profile("fixed", deadline=None, derandomize=True)
+hypothesis.settings.load_profile("fixed")
+
+SHARED = Path(__file__).resolve().parents[2] / "shared"
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if {"data_dir", "models_dir"} & set(getattr(item, "fixturenames", ())):
+            item.add_marker("realdata")
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    random.seed(0)
+    np.random.seed(0)  # noqa: NPY002  (the libraries under test use the global generator)
+    torch.manual_seed(0)
+    return 0
+
+
+def folder_or_skip(variable, default):
+    folder = Path(os.environ.get(variable, default))
+    if not folder.is_dir():
+        pytest.skip(f"no folder {folder} ({variable})")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def data_dir():
+    """Real data sets; a test that asks for it is marked `realdata`."""
+    return folder_or_skip("HF_LOWRANK_DATA", SHARED / "data")
+
+
+@pytest.fixture(scope="session")
+def models_dir():
+    """Real trained models; a test that asks for it is marked `realdata`."""
+    return folder_or_skip("HF_LOWRANK_MODELS", SHARED / "models")

@@ -1,0 +1,234 @@
+"""A saved folder is loaded anywhere: as any head, in a process that cannot import this library."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from tiny_models import CONFIGURATIONS, build, family_of, heads_of, inputs_for, largest_difference, outputs
+
+import hf_lowrank
+from hf_lowrank import compress
+from hf_lowrank.architectures import FAMILIES
+
+# One head of every family is loaded as each of its heads; of these two, each head is.
+EVERY_PAIR = ("bert", "gpt2")
+SAVED = {
+    family: heads_of(family) if family in EVERY_PAIR else [next(h for h in heads_of(family) if "LM" in h)]
+    for family in CONFIGURATIONS
+}
+CASES = [(saved, head) for family, heads in SAVED.items() for saved in heads for head in heads_of(family)]
+FIRST = [(saved, head) for saved, head in CASES if saved == SAVED[family_of(saved)][0]]
+each_case = pytest.mark.parametrize(("saved", "head"), CASES)
+each_first = pytest.mark.parametrize(("saved", "head"), FIRST)
+
+# Read by a Python that cannot import this library; loads each folder as each head, and saves and loads it once more.
+CHILD = """
+import json, sys
+from importlib.abc import MetaPathFinder
+
+class Blocked(MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] == "hf_lowrank":
+            raise ModuleNotFoundError(f"No module named {name!r} (blocked)")
+
+sys.meta_path.insert(0, Blocked())
+jobs = json.loads(sys.stdin.read())
+sys.path.insert(0, jobs["tests"])
+import torch
+import transformers
+from tiny_models import inputs_for, outputs
+
+torch.set_num_threads(1)
+results = {}
+for folder, head, auto, is_first in jobs["cases"]:
+    torch.manual_seed(0)
+    if hasattr(transformers, auto):
+        load = getattr(transformers, auto).from_pretrained
+    else:
+        from transformers.dynamic_module_utils import get_class_from_dynamic_module
+        load = get_class_from_dynamic_module(f"modeling_lowrank.{auto}", folder).from_pretrained
+    # A classifier of one output (multiple choice) is no classifier of two: such a head is drawn anew, as in stock.
+    model, info = load(folder, trust_remote_code=True, output_loading_info=True, ignore_mismatched_sizes=True)
+    found = results[folder, head] = {
+        "class": (type(model).__name__, type(model).__module__),
+        "info": {kind: sorted(map(str, keys)) for kind, keys in info.items()},
+        "outputs": outputs(model.eval(), inputs_for(head)),
+    }
+    if is_first:
+        model.save_pretrained(f"{folder}-again-{head}")
+        again, info = load(f"{folder}-again-{head}", trust_remote_code=True, output_loading_info=True)
+        found["info again"] = {kind: sorted(map(str, keys)) for kind, keys in info.items()}
+        found["outputs again"] = outputs(again.eval(), inputs_for(head))
+torch.save(results, jobs["results"])
+"""
+
+
+def auto_name(head):
+    """The auto class that loads a head, or the name of our class where transformers has none."""
+    heads = hf_lowrank.remote_code.lowrank_model.auto_classes(family_of(head))
+    return next((auto for auto, host in heads.items() if host == head), f"LowRank{head}")
+
+
+def child_environment(tmp_path):
+    allowed = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    return {**allowed, "HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_HUB_OFFLINE": "1", "PYTHONNOUSERSITE": "1"}
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    root = tmp_path_factory.mktemp("saved")
+    for saved in {saved for saved, _ in CASES}:
+        compress(build(saved), keep_params=0.5, method="svd").save_pretrained(root / saved)
+    return root
+
+
+@pytest.fixture(scope="module")
+def elsewhere(folders):
+    """What a process without this library saw, by folder and head."""
+    cases = [(str(folders / saved), head, auto_name(head), (saved, head) in FIRST) for saved, head in CASES]
+    jobs = {"tests": str(Path(__file__).parent), "cases": cases, "results": str(folders / "results.pt")}
+
+    done = subprocess.run(
+        [sys.executable, "-c", CHILD],
+        input=json.dumps(jobs),
+        env=child_environment(folders),
+        cwd=folders,
+        text=True,
+        capture_output=True,
+        check=False,
+    )
+
+    assert done.returncode == 0, done.stderr[-3000:]
+    return torch.load(folders / "results.pt")
+
+
+def load_here(folder, head):
+    torch.manual_seed(0)
+    model, info = getattr(hf_lowrank, f"LowRank{head}").from_pretrained(
+        folder, output_loading_info=True, ignore_mismatched_sizes=True
+    )
+    return model.eval(), {kind: sorted(map(str, keys)) for kind, keys in info.items()}
+
+
+@each_case
+def test_every_head_is_the_same_function_without_this_library(folders, elsewhere, saved, head):
+    found = elsewhere[str(folders / saved), head]
+
+    here, info = load_here(folders / saved, head)
+
+    assert found["class"][0] == type(here).__name__ == f"LowRank{head}"
+    assert found["class"][1].startswith("transformers_modules.")
+    assert found["info"] == info
+    assert largest_difference(found["outputs"], outputs(here, inputs_for(head))) == 0.0
+
+
+@each_case
+def test_only_what_belongs_to_a_head_is_missing_or_left_over(folders, elsewhere, saved, head):
+    info = elsewhere[str(folders / saved), head]["info"]
+    dense, wanted = build(saved), build(head)
+    if dense.base_model_prefix != wanted.base_model_prefix:
+        pytest.skip("not even stock transformers loads the one as the other")
+
+    body = [f"{model.base_model_prefix}." if model.base_model is not model else "" for model in (dense, wanted)]
+    in_body = {name for name, _ in wanted.base_model.named_parameters()}
+    keys = [key for kind in info.values() for key in kind]
+    stripped = {key.removeprefix(body[0]).removeprefix(body[1]) for key in keys}
+
+    assert not [key for key in stripped if key in in_body and not key.startswith("pooler.")]
+    assert not any("classifier" not in key and "score" not in key for key in info["mismatched_keys"])
+    assert saved != head or not keys
+
+
+@each_first
+def test_what_was_loaded_without_this_library_is_saved_and_loaded_again(folders, elsewhere, saved, head):
+    found = elsewhere[str(folders / saved), head]
+
+    assert not any(found["info again"].values())
+    assert largest_difference(found["outputs"], found["outputs again"]) == 0.0
+
+
+@pytest.mark.parametrize("saved", sorted({saved for saved, _ in CASES}))
+def test_the_saved_head_is_the_compressed_model(folders, saved):
+    model = compress(build(saved), keep_params=0.5, method="svd")
+
+    here, info = load_here(folders / saved, saved)
+
+    assert not any(info.values())
+    assert largest_difference(outputs(model, inputs_for(saved)), outputs(here, inputs_for(saved))) == 0.0
+
+
+@pytest.mark.parametrize("saved", sorted({saved for saved, _ in CASES}))
+def test_the_auto_map_holds_every_head(folders, saved):
+    config = json.loads((folders / saved / "config.json").read_text())
+
+    named = {entry.split(".")[-1] for entry in config["auto_map"].values()}
+
+    in_auto = {f"LowRank{head}" for head in heads_of(family_of(saved)) if hasattr(transformers, auto_name(head))}
+    assert named >= in_auto
+    assert config["compression"]["format_version"] == 1
+    assert config["model_type"] == f"lowrank_{family_of(saved)}"
+    assert config["architectures"] == [f"LowRank{saved}"]
+
+
+def again_in(folders, saved, head):
+    return Path(f"{folders / saved}-again-{head}")
+
+
+@each_first
+def test_a_folder_saved_without_this_library_is_as_complete(folders, elsewhere, saved, head):
+    assert elsewhere
+    first, second = folders / saved, again_in(folders, saved, head)
+
+    maps = [json.loads((folder / "config.json").read_text())["auto_map"] for folder in (first, second)]
+    shipped = [{path.name: path.read_text() for path in folder.glob("*.py")} for folder in (first, second)]
+
+    assert shipped[0] == shipped[1]
+    assert maps[1].items() >= {key: value for key, value in maps[0].items() if hasattr(transformers, key)}.items()
+
+
+@pytest.mark.parametrize("head", [head for family in FAMILIES for head in heads_of(family)])
+def test_no_flag_is_needed_where_the_library_is_imported(folders, head):
+    saved = SAVED[family_of(head)][0]
+    if not hasattr(transformers, auto_name(head)):
+        pytest.skip("no auto class loads this head of any model")
+
+    model = getattr(transformers, auto_name(head)).from_pretrained(folders / saved)
+
+    assert type(model) is getattr(hf_lowrank, f"LowRank{head}")
+
+
+WITHOUT_FLAG = """
+import sys, transformers
+for folder in sys.argv[1:]:
+    for auto in (transformers.AutoModel, transformers.AutoConfig, transformers.AutoModelForSequenceClassification):
+        try:
+            auto.from_pretrained(folder, trust_remote_code=False)
+        except ValueError as error:
+            assert "trust_remote_code=True" in str(error), error
+        else:
+            sys.exit(f"{auto.__name__} loaded {folder}")
+"""
+
+
+def test_without_the_flag_and_without_the_library_loading_raises(folders):
+    saved = [str(folders / heads[0]) for heads in SAVED.values()]
+
+    done = subprocess.run(
+        [sys.executable, "-c", WITHOUT_FLAG, *saved],
+        env=child_environment(folders),
+        cwd=folders,
+        text=True,
+        capture_output=True,
+        check=False,
+    )
+
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def test_a_family_in_no_table_is_among_those_proved_here():
+    assert {"electra", "opt"} <= set(SAVED) - set(FAMILIES)
