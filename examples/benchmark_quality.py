@@ -5,7 +5,7 @@
 
 `DATA` and `MODELS` are folders with `lm-corpus`, `wikitext-2-raw`, `tinystories-sample` and `glue/STS-B`, and with the
 masked language model `minilm-l6-mlm` and the causal one `gpt2-mini`; the sentence encoder is the real
-all-MiniLM-L6-v2. Every method looks at the same 256 passages of the mixed corpus, never at the text that is reported.
+all-MiniLM-L6-v2. Every method looks at the same passages of the mixed corpus, never at the text that is reported.
 All rows of one budget hold the same number of stored parameters in the matrices of the blocks. Finished cells are
 kept in the work directory and not computed again.
 """
@@ -42,8 +42,8 @@ METHODS: dict[str, dict[str, Any]] = {
     "two-sided, pivoted": {"method": "two_sided_svd", "allocation": "uniform", "storage": "pivoted"},
     "two-sided, measured": {"method": "two_sided_svd", "allocation": "measured", "storage": "low_rank"},
     "synthetic text": {"synthetic": True},
+    "measured, pivoted": {"refine_passes": 0},
     "default": {},
-    "default, refined": {"refine_passes": 6},
 }
 
 
@@ -144,7 +144,8 @@ def run_cell(study: Study, method: str, keep: float, work_dir: Path) -> dict[str
         text_column="text",
         **options,
     )
-    cell = {"seconds": time.perf_counter() - start, "scores": score(study, small)}
+    refinement = small.config.plan["provenance"].get("refinement")
+    cell = {"seconds": time.perf_counter() - start, "refinement": refinement, "scores": score(study, small)}
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps(cell, indent=1), encoding="utf-8")
     return cell

@@ -20,20 +20,34 @@ from hf_lowrank.errors import InputError as InputError
 from hf_lowrank.version import __version__ as __version__
 
 if TYPE_CHECKING:
+    from hf_lowrank.analysis import analyze as analyze
+    from hf_lowrank.analysis_report import Analysis as Analysis
+    from hf_lowrank.comparison import compare as compare
+    from hf_lowrank.comparison_report import Comparison as Comparison
     from hf_lowrank.compression import compress as compress
     from hf_lowrank.compression import decompress as decompress
+    from hf_lowrank.conversion import convert_storage_ as convert_storage_
     from hf_lowrank.remote_code.lowrank_plan import PlanError as PlanError
     from hf_lowrank.report import CompressionReport as CompressionReport
     from hf_lowrank.report import make_report as make_report
     from hf_lowrank.settings import CompressionSettings as CompressionSettings
+    from hf_lowrank.tasks.evaluation import Evaluation as Evaluation
+    from hf_lowrank.tasks.evaluation import evaluate as evaluate
 
 # public name -> module that defines it; imported when first asked for
 _HOMES = {
+    "Analysis": "hf_lowrank.analysis_report",
+    "Comparison": "hf_lowrank.comparison_report",
     "CompressionReport": "hf_lowrank.report",
     "CompressionSettings": "hf_lowrank.settings",
     "PlanError": "hf_lowrank.remote_code.lowrank_plan",
+    "Evaluation": "hf_lowrank.tasks.evaluation",
+    "analyze": "hf_lowrank.analysis",
+    "compare": "hf_lowrank.comparison",
     "compress": "hf_lowrank.compression",
+    "convert_storage_": "hf_lowrank.conversion",
     "decompress": "hf_lowrank.compression",
+    "evaluate": "hf_lowrank.tasks.evaluation",
     "make_report": "hf_lowrank.report",
 }
 

@@ -1,7 +1,10 @@
 """The text a model is watched on: real text where there is some, else tokens drawn by the law of Zipf."""
 
-from collections.abc import Sequence
+import math
+import random
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,7 +14,7 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_PRETRAINING_MAPPING_NAMES,
 )
 
-from hf_lowrank.data import make_batches, require_tokens, special_frame
+from hf_lowrank.data import load_texts, make_batches, require_tokens, special_frame
 from hf_lowrank.errors import InputError
 from hf_lowrank.outputs import IGNORED_LABEL, Batch
 from hf_lowrank.remote_code.configuration_lowrank import PREFIX
@@ -25,6 +28,7 @@ _ZIPF_OFFSET = 20
 _SYNTHETIC_LENGTH = 64
 _SYNTHETIC_SAMPLES = 144
 _UNBOUNDED = 1 << 20
+_SHORT_TEXT = (4, 100)  # words
 
 
 @dataclass(frozen=True)
@@ -45,25 +49,33 @@ def make_calibration(
     Raises:
         InputError: If the source is empty, or too little for statistics.
     """
-    if source is None:
-        batches = synthetic_batches(model, tokenizer, settings)
-    else:
-        batches = make_batches(
-            source,
-            tokenizer,
-            num_calibration_samples=settings.num_samples,
-            max_seq_length=min(settings.max_seq_length, _longest_input(model)),
-            batch_size=settings.batch_size,
-            seed=settings.seed,
-            text_column=settings.text_column,
-        )
-        require_tokens(batches, model.config.get_text_config().hidden_size)
+    batches = (
+        synthetic_batches(model, tokenizer, settings) if source is None else _read(model, source, tokenizer, settings)
+    )
     if is_masked_lm(model) and "labels" not in batches[0]:
         batches = mask_tokens(batches, model, tokenizer, settings.seed)
     num_probes = max(1, round(len(batches) * _PROBE_SHARE))
     if len(batches) < 2:
         raise InputError("Calibration needs two batches at least, one to measure ranks on; got 1. Give more text.")
     return Calibration(tuple(batches[:-num_probes]), tuple(batches[-num_probes:]))
+
+
+def _read(model: PreTrainedModel, source: Any, tokenizer: Any, settings: CompressionSettings) -> list[Batch]:
+    source = list(source) if isinstance(source, Iterator) else source
+    text_column = settings.text_column
+    if _is_text(source) and not is_causal(model):
+        source, text_column = varied_lengths(source, settings), None
+    batches = make_batches(
+        source,
+        tokenizer,
+        num_calibration_samples=settings.num_samples,
+        max_seq_length=min(settings.max_seq_length, _longest_input(model)),
+        batch_size=settings.batch_size,
+        seed=settings.seed,
+        text_column=text_column,
+    )
+    require_tokens(batches, model.config.get_text_config().hidden_size)
+    return batches
 
 
 def synthetic_batches(model: PreTrainedModel, tokenizer: Any, settings: CompressionSettings) -> list[Batch]:
@@ -86,6 +98,37 @@ def synthetic_batches(model: PreTrainedModel, tokenizer: Any, settings: Compress
     rows = drawn.view(_SYNTHETIC_SAMPLES, length)
     ids = torch.cat([start.expand(len(rows), -1), rows, end.expand(len(rows), -1)], dim=1)  # (N, T)
     return [{"input_ids": part, "attention_mask": torch.ones_like(part)} for part in ids.split(settings.batch_size)]
+
+
+def is_causal(model: PreTrainedModel) -> bool:
+    """Whether the model reads from left to right, so that a long text holds every shorter one."""
+    return bool(model.can_generate())
+
+
+def varied_lengths(source: Any, settings: CompressionSettings) -> list[str]:
+    """The texts, every other one cut to a sentence or a few: an encoder is asked about short texts too.
+
+    The number of words kept is drawn log-uniformly; a cut begins at a sentence where there is one.
+    """
+    texts = load_texts(source, settings.text_column, limit=settings.num_samples, seed=settings.seed)
+    generator = random.Random(settings.seed)
+    return [text if index % 2 else _cut(text, generator) for index, text in enumerate(texts)]
+
+
+def _cut(text: str, generator: random.Random) -> str:
+    words = text.split()
+    count = int(math.exp(generator.uniform(*map(math.log, _SHORT_TEXT))))
+    starts = [0, *(index + 1 for index, word in enumerate(words) if word[-1] in ".!?")]
+    start = generator.choice([index for index in starts if index + count <= len(words)] or [0])
+    return " ".join(words[start : start + count])
+
+
+def _is_text(source: Any) -> bool:
+    """Whether the source holds texts rather than batches of token ids."""
+    if isinstance(source, (str, Path)):
+        return True
+    first = next(iter(source), None)
+    return not (isinstance(first, Mapping) and "input_ids" in first)
 
 
 def is_masked_lm(model: PreTrainedModel) -> bool:

@@ -2,7 +2,7 @@
 
 import math
 import random
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +19,7 @@ from hf_lowrank.remote_code.lowrank_structures import named_structures
 
 _WARM_UP = 0.1
 _LARGEST_GRADIENT = 1.0
+_STEP_DOWN = 4
 
 
 @dataclass(frozen=True)
@@ -30,11 +31,13 @@ class Refinement:
             `Said.distance`.
         after: The same of the state that was kept: the best of all passes, or the one before them.
         passes: Passes over the text that led to it; 0 if none helped.
+        learning_rate: The one it was trained at.
     """
 
     before: float
     after: float
     passes: int
+    learning_rate: float
 
 
 def refine_(
@@ -55,38 +58,73 @@ def refine_(
 
     Args:
         passes: Over the calibration batches.
-        learning_rate: Peak of AdamW's, after a warm-up over a tenth of the steps; it falls as a cosine.
+        learning_rate: Peak of AdamW's, after a warm-up over a tenth of the steps; it falls as a cosine. A model that
+            has lost little is hurt by a rate that heals another: where the first pass does not help, training starts
+            again at a quarter of it.
         seed: Of the order of the batches.
     """
     names = sorted({block_name(name) for name, _ in named_structures(small)} - {""})
-    parameters = [p for name in names for p in small.get_submodule(name).parameters() if p.is_floating_point()]
-    state = [parameter.requires_grad for parameter in small.parameters()]
-    order = random.Random(seed)
-    steps = [batch for _ in range(passes) for batch in order.sample(calibration.batches, len(calibration.batches))]
+    parameters = [p for name in names for p in small.get_submodule(name).parameters()]
+    trainable = [parameter.requires_grad for parameter in small.parameters()]
+    run_ = _Run(small, dense, names, parameters, calibration, passes, seed, progress)
     with frozen(dense), frozen(small):
-        best = before = _distance(small, dense, calibration.probes)
-        kept, kept_passes = _copies(parameters), 0
-        for parameter in parameters:
+        found = run_.at(learning_rate)
+        if found.passes == 0:
+            found = run_.at(learning_rate / _STEP_DOWN)
+    for parameter, requires_grad in zip(small.parameters(), trainable, strict=True):
+        parameter.requires_grad_(requires_grad)
+    return found
+
+
+@dataclass(frozen=True)
+class _Run:
+    """One training from the state the model is in, at a rate to be given."""
+
+    small: PreTrainedModel
+    dense: PreTrainedModel
+    names: Sequence[str]
+    parameters: Sequence[nn.Parameter]
+    calibration: Calibration
+    passes: int
+    seed: int
+    progress: Progress
+
+    def at(self, learning_rate: float) -> Refinement:
+        """Train, and leave the best state; give up after a first pass that does not help."""
+        per_pass = len(self.calibration.batches)
+        order = random.Random(self.seed)
+        steps = [batch for _ in range(self.passes) for batch in order.sample(self.calibration.batches, per_pass)]
+        for parameter in self.parameters:
             parameter.requires_grad_(True)
-        optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=0.0, betas=(0.9, 0.98))
+        optimizer = torch.optim.AdamW(self.parameters, lr=learning_rate, weight_decay=0.0, betas=(0.9, 0.98))
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, _Cosine(len(steps)))
-        for step, batch in enumerate(progress(steps, "refining"), start=1):
+        best = before = self._distance()
+        kept, kept_passes = _copies(self.parameters), 0
+        for step, batch in enumerate(self.progress(steps, f"refining at {learning_rate:g}"), start=1):
             optimizer.zero_grad()
-            _loss(small, dense, batch, names).backward()
-            nn.utils.clip_grad_norm_(parameters, _LARGEST_GRADIENT)
+            _loss(self.small, self.dense, batch, self.names).backward()
+            nn.utils.clip_grad_norm_(self.parameters, _LARGEST_GRADIENT)
             optimizer.step()
             schedule.step()
-            if step % len(calibration.batches) == 0:
-                distance = _distance(small, dense, calibration.probes)
+            if step % per_pass == 0:
+                distance = self._distance()
                 if distance < best:
-                    best, kept, kept_passes = distance, _copies(parameters), step // len(calibration.batches)
+                    best, kept, kept_passes = distance, _copies(self.parameters), step // per_pass
+                elif step == per_pass:
+                    break
         with torch.no_grad():
-            for parameter, value in zip(parameters, kept, strict=True):
+            for parameter, value in zip(self.parameters, kept, strict=True):
                 parameter.copy_(value)
                 parameter.grad = None
-    for parameter, requires_grad in zip(small.parameters(), state, strict=True):
-        parameter.requires_grad_(requires_grad)
-    return Refinement(before, best, kept_passes)
+        return Refinement(before, best, kept_passes, learning_rate)
+
+    def _distance(self) -> float:
+        with torch.no_grad():
+            distances = []
+            for batch in self.calibration.probes:
+                placed = {name: value.to(self.small.device) for name, value in batch.items()}
+                distances.append(run(self.small, placed).distance(run(self.dense, placed)))
+        return float(torch.cat(distances).mean())
 
 
 @dataclass(frozen=True)
@@ -116,15 +154,6 @@ def _loss(small: PreTrainedModel, dense: PreTrainedModel, batch: Batch, names: S
 def _hidden(output: Any) -> torch.Tensor:
     hidden: torch.Tensor = output[0] if isinstance(output, tuple) else output
     return hidden
-
-
-def _distance(small: PreTrainedModel, dense: PreTrainedModel, batches: Iterable[Batch]) -> float:
-    with torch.no_grad():
-        distances = []
-        for batch in batches:
-            placed = {name: value.to(small.device) for name, value in batch.items()}
-            distances.append(run(small, placed).distance(run(dense, placed)))
-    return float(torch.cat(distances).mean())
 
 
 def _copies(parameters: Sequence[nn.Parameter]) -> list[torch.Tensor]:

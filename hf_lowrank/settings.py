@@ -69,7 +69,7 @@ class CompressionSettings:
     embeddings: str | None = None
     dtype: str | None = None
     device: str | None = None
-    num_calibration_samples: int = 256
+    num_calibration_samples: int = 384
     max_seq_length: int = 128
     batch_size: int = 8
     text_column: str | None = None

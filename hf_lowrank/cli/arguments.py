@@ -3,6 +3,7 @@
 import argparse
 from typing import NoReturn
 
+from hf_lowrank.cli.evaluate_arguments import add_evaluate
 from hf_lowrank.cli.study_arguments import add_study_commands
 from hf_lowrank.errors import InputError
 from hf_lowrank.version import __version__
@@ -48,6 +49,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_inspect(commands)
     _add_decompress(commands)
     _add_verify(commands)
+    add_evaluate(commands)
     add_study_commands(commands)
     return parser
 

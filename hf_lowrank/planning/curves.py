@@ -12,21 +12,25 @@ from hf_lowrank.targets import DenseMatrix
 # (examples/benchmark_speed.py), it stops being faster between 85 and 95 % of the dense multiply-adds.
 LARGEST_USEFUL_FRACTION = 0.85
 
+_SMALLEST_STEPPED = 256
+
 FloatArray = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
 class Curve:
-    """The choices for one matrix: rank 1, 2, ... and, last, dense.
+    """The choices for one matrix: ranks in increasing order and, last, dense.
 
     Args:
-        structure: Name of the structure that holds rank `k`.
+        structure: Name of the structure that holds a low-rank matrix.
+        ranks: Rank of each choice but the last.
         costs: Cost of each choice in the unit of the budget; increasing up to the last rank.
         errors: Loss of each choice in a unit all matrices share; 0 for dense. Zeros if no spectrum was asked for.
     """
 
     matrix: DenseMatrix
     structure: str
+    ranks: NDArray[np.int64]
     costs: FloatArray
     errors: FloatArray
 
@@ -41,7 +45,7 @@ class Curve:
         return float(self.costs[-1])
 
     def rank_for(self, cost: float) -> int:
-        """The choice of the largest rank that costs at most `cost`, at least rank 1."""
+        """The choice of the largest rank that costs at most `cost`, at least the smallest there is."""
         affordable = int(np.searchsorted(self.costs[:-1], cost, side="right"))
         return max(min(affordable, self.dense) - 1, 0)
 
@@ -55,12 +59,23 @@ def make_curve(matrix: DenseMatrix, structure: str, cost_per_weight: float, erro
     """
     counted = STRUCTURES[structure].num_weights
     useful = matrix.num_weights * (LARGEST_USEFUL_FRACTION if matrix.kind == "linear" else 1.0)
-    ranks = np.arange(1, min(matrix.shape) + 1)
+    step = rank_step(matrix)
+    every = np.arange(1, min(matrix.shape) + 1)
+    ranks = every[(every < step) | (every % step == 0)]
     weights = np.array([counted(*matrix.shape, rank=int(rank)) for rank in ranks], dtype=np.float64)
     num_useful = int(np.count_nonzero(weights <= useful))
     costs = np.append(weights[:num_useful], matrix.num_weights) * cost_per_weight
-    losses = np.zeros(num_useful) if errors is None else errors[:num_useful]
-    return Curve(matrix, structure, costs, np.append(losses, 0.0))
+    useful_ranks = ranks[:num_useful]
+    losses = np.zeros(num_useful) if errors is None else errors[useful_ranks - 1]
+    return Curve(matrix, structure, useful_ranks, costs, np.append(losses, 0.0))
+
+
+def rank_step(matrix: DenseMatrix) -> int:
+    """Ranks of large matrices come in steps of the processor's vectors: others run up to a fifth slower."""
+    size = min(matrix.shape)
+    if matrix.kind != "linear" or size < _SMALLEST_STEPPED:
+        return 1
+    return 16 if size >= 2 * _SMALLEST_STEPPED else 8
 
 
 def spectral_errors(singular_values: FloatArray) -> FloatArray:

@@ -143,7 +143,7 @@ def _specs_for_budget(
 
 def _as_specs(curves: Sequence[Curve], choices: Sequence[int]) -> dict[str, Spec]:
     return {
-        curve.matrix.name: {"structure": curve.structure, "rank": choice + 1}
+        curve.matrix.name: {"structure": curve.structure, "rank": int(curve.ranks[choice])}
         for curve, choice in zip(curves, choices, strict=True)
         if choice < curve.dense
     }
@@ -179,7 +179,7 @@ def _specs_for_rank(matrices: Sequence[DenseMatrix], rank: int, settings: Compre
     return {
         m.name: {"structure": structures[m.kind], "rank": rank}
         for m in matrices
-        if rank <= make_curve(m, structures[m.kind], 1).dense
+        if rank <= make_curve(m, structures[m.kind], 1).ranks.max(initial=0)
     }
 
 

@@ -11,8 +11,15 @@ from typing import Any
 import transformers
 from transformers import PreTrainedModel
 
+# Older releases of transformers copy only the files that this one names, not those that these import.
 from .configuration_lowrank import PREFIX, compressed_config_class
+from .lowrank_dense import dense_shape as dense_shape
+from .lowrank_linear import LowRankEmbedding as LowRankEmbedding
+from .lowrank_linear import LowRankLinear as LowRankLinear
 from .lowrank_model import LowRankMixin, auto_classes
+from .lowrank_pivoted import PivotedLinear as PivotedLinear
+from .lowrank_plan import PlanError as PlanError
+from .lowrank_structures import STRUCTURES as STRUCTURES
 
 
 def dense_model_class(model_class: type) -> type:

@@ -42,12 +42,10 @@ def collect_statistics(
     generator = torch.Generator().manual_seed(seed)
     collector = _Collector(kinds)
     needs_gradients = bool(kinds & {"output_moment", "fisher"})
-    hooks = [matrix.module.register_forward_hook(collector.watch(matrix)) for matrix in matrices]
-    embedding: nn.Module = model.get_input_embeddings()
     # With frozen weights the gradient flows through the activations alone, from the embedding on.
-    hooks.append(
-        embedding.register_forward_hook(lambda module, inputs, output: output.requires_grad_(needs_gradients))
-    )
+    embedding: nn.Module = model.get_input_embeddings()
+    hooks = [embedding.register_forward_hook(lambda module, inputs, output: output.requires_grad_(needs_gradients))]
+    hooks += [matrix.module.register_forward_hook(collector.watch(matrix)) for matrix in matrices]
     try:
         with frozen(model), torch.set_grad_enabled(needs_gradients):
             for batch in progress(batches, "collecting statistics"):

@@ -16,7 +16,7 @@ from hf_lowrank.tasks.memory import peak_memory
 
 _SHAPE = (8, 128)
 _DENSE, _MODEL = "dense", "model"
-# Scores that are counts, not measures, and those of agreement, which are the compressed model's alone.
+# Digits after the point in the table; four for all other scores.
 _DIGITS = {"scored_tokens": 0, "perplexity": 2}
 
 

@@ -1,0 +1,135 @@
+"""Statistics are what they say: moments of what the matrices saw, padding left out, the same however it is batched."""
+
+import pytest
+import torch
+from tiny_models import build
+
+from hf_lowrank import InputError
+from hf_lowrank.outputs import run
+from hf_lowrank.statistics.collection import KINDS, collect_statistics
+from hf_lowrank.statistics.moments import Statistics
+from hf_lowrank.targets import find_matrices
+
+EVERY = frozenset(KINDS)
+
+
+def batch_of(lengths, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(3, 97, (len(lengths), max(lengths)), generator=generator)
+    mask = torch.arange(max(lengths))[None] < torch.tensor(lengths)[:, None]
+    return {"input_ids": torch.where(mask, ids, 0), "attention_mask": mask.long()}
+
+
+def collect(model, batches, kinds=EVERY):
+    return collect_statistics(model, find_matrices(model), batches, kinds)
+
+
+@pytest.mark.parametrize("name", ["BertModel", "GPT2LMHeadModel"])
+def test_an_input_moment_is_the_mean_outer_product_of_the_real_inputs(name):
+    model, batch = build(name).eval(), batch_of([9, 4])
+    matrix = find_matrices(model)[0]
+    seen = []
+    hook = matrix.module.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    run(model, batch)
+    hook.remove()
+
+    rows = seen[0][batch["attention_mask"].bool()].double()
+    found = collect(model, [batch])[matrix.name].input_moment
+
+    assert torch.allclose(found, rows.T @ rows / 13, rtol=1e-4, atol=1e-6)
+
+
+def test_padding_changes_nothing():
+    model = build("BertModel").eval()
+    short = batch_of([6])
+    padded = {name: torch.cat([values, torch.zeros(1, 5).long()], dim=1) for name, values in short.items()}
+
+    first, second = collect(model, [short]), collect(model, [padded])
+
+    assert first.num_tokens == second.num_tokens == 6
+    for key in first.tensors:
+        assert torch.allclose(first.tensors[key], second.tensors[key], rtol=1e-3, atol=1e-6), key
+
+
+def test_input_moments_do_not_depend_on_the_batching():
+    model, batch = build("BertModel").eval(), batch_of([9, 9])
+    halves = [{name: values[i : i + 1] for name, values in batch.items()} for i in range(2)]
+
+    whole, parts = (collect(model, batches, frozenset({"input_moment"})) for batches in ([batch], halves))
+
+    for key in whole.tensors:
+        assert torch.allclose(whole.tensors[key], parts.tensors[key], rtol=1e-4, atol=1e-7)
+
+
+def test_query_key_and_value_share_one_input_moment():
+    found = collect(build("BertModel"), [batch_of([9])], frozenset({"input_moment"}))
+    first = "encoder.layer.0.attention.self"
+
+    assert found.inputs[f"{first}.key"] == found.inputs[f"{first}.value"] == f"{first}.query"
+    assert f"input_moment/{first}.key" not in found.tensors
+    assert found[f"{first}.key"].input_moment is found[f"{first}.query"].input_moment
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["BertModel", "BertForMaskedLM", "BertForSequenceClassification", "BertForQuestionAnswering", "GPT2LMHeadModel"],
+)
+def test_gradient_moments_exist_for_every_head_and_are_positive(name):
+    model = build(name)
+    found = collect(model, [batch_of([9, 5])])
+
+    for matrix in find_matrices(model):
+        statistics = found[matrix.name]
+        moment = statistics.input_moment if matrix.role == "embedding" else statistics.output_moment
+        assert moment.shape == (matrix.shape[1 if matrix.role == "embedding" else 0],) * 2
+        values = torch.linalg.eigvalsh(moment)
+        assert values.min() >= -1e-6 * values.max()
+        assert values.max() > 0
+
+
+def test_row_weights_count_the_tokens():
+    batch = batch_of([9, 4])
+    model = build("BertModel")
+    name = next(matrix.name for matrix in find_matrices(model) if matrix.role == "embedding")
+
+    weights = collect(model, [batch], frozenset({"row_weights"}))[name].row_weights
+
+    assert weights.sum().item() == pytest.approx(1)
+    assert weights[batch["input_ids"][0, 0]] >= 1 / 13
+
+
+def test_collecting_leaves_the_model_as_it_was():
+    model = build("BertForMaskedLM").train()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+
+    collect(model, [batch_of([9])])
+
+    assert model.training
+    assert all(p.requires_grad and p.grad is None for p in model.parameters())
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+    assert not any(module._forward_hooks for module in model.modules())
+
+
+def test_statistics_survive_a_file(tmp_path):
+    found = collect(build("BertModel"), [batch_of([9])])
+    found.fingerprint = "abc"
+
+    found.save(tmp_path / "deep" / "statistics.safetensors")
+    loaded = Statistics.load(tmp_path / "deep" / "statistics.safetensors")
+
+    assert (loaded.num_tokens, loaded.names, loaded.inputs, loaded.fingerprint) == (
+        9,
+        found.names,
+        found.inputs,
+        "abc",
+    )
+    assert all(torch.equal(loaded.tensors[key], found.tensors[key]) for key in found.tensors)
+
+
+def test_another_file_is_refused(tmp_path):
+    from safetensors.torch import save_file
+
+    save_file({"a": torch.ones(1)}, tmp_path / "other.safetensors")
+
+    with pytest.raises(InputError, match="holds no statistics"):
+        Statistics.load(tmp_path / "other.safetensors")
