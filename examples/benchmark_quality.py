@@ -40,10 +40,11 @@ METHODS: dict[str, dict[str, Any]] = {
     "plain SVD, uniform": {"method": "svd", "allocation": "uniform", "storage": "low_rank"},
     "input-whitened, pivoted": {"method": "whitened_svd", "allocation": "uniform", "storage": "pivoted"},
     "two-sided, pivoted": {"method": "two_sided_svd", "allocation": "uniform", "storage": "pivoted"},
-    "two-sided, measured": {"method": "two_sided_svd", "allocation": "measured", "storage": "low_rank"},
+    "two-sided, measured": {"method": "two_sided_svd", "allocation": "measured", "refine_passes": 0},
     "synthetic text": {"synthetic": True},
-    "measured, pivoted": {"refine_passes": 0},
+    "measured, pivoted": {"storage": "pivoted", "refine_passes": 0},
     "default": {},
+    "default, pivoted": {"storage": "pivoted"},
 }
 
 

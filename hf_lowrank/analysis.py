@@ -76,7 +76,7 @@ def analyze(
     model = load_dense(model_or_id)
     tokenizer = tokenizer if tokenizer is not None else find_tokenizer(model)
     study = _Study(model, settings, calibration, tokenizer, progress)
-    return study.analysis(_time_layers(study.targets, settings[0].chosen_storage, progress) if latency else {})
+    return study.analysis(_time_layers(study.targets, settings[0].storage, progress) if latency else {})
 
 
 def planned_report(dense: PreTrainedModel, plan: Plan, dtype: torch.dtype) -> CompressionReport:
@@ -159,7 +159,7 @@ class _Study:
             architecture=type(self._model).__name__,
             method=first.method,
             allocation=first.chosen_allocation,
-            storage=first.chosen_storage,
+            storage=first.storage,
             budget_kind=first.budget.kind,
             loss_name="predicted damage" if self._runs_model else "energy lost",
             dense=dense,

@@ -134,7 +134,7 @@ class _Entry:
     def resolved(self) -> list[Any]:
         """The method with nothing left to a default."""
         settings = self.settings
-        return [settings.method, settings.chosen_allocation, settings.chosen_storage, self.passes]
+        return [settings.method, settings.chosen_allocation, settings.storage, self.passes]
 
 
 def _entries(settings: ComparisonSettings, shared: dict[str, Any], has_text: bool) -> list[_Entry]:

@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from hf_lowrank.decomposing import Decomposer
 from hf_lowrank.errors import InputError
 from hf_lowrank.loading import find_tokenizer, load_dense
 from hf_lowrank.planning.plans import make_plan
+from hf_lowrank.planning.sizes import parameter_bytes
 from hf_lowrank.progress import Progress, no_progress
 from hf_lowrank.refinement import refine_
 from hf_lowrank.remote_code.configuration_lowrank import compressed_config_class, dense_config_class
@@ -68,12 +69,18 @@ def compress(
         raise InputError("refine_passes needs the dense model to learn from. Leave inplace out, or refine_passes.")
     dense = load_dense(model)
     tokenizer = tokenizer if tokenizer is not None else find_tokenizer(dense)
-    dtype = settings.torch_dtype or dense.dtype
+    dtype, dense_bytes = settings.torch_dtype or dense.dtype, parameter_bytes(dense)
     if settings.looks_at_text and dense.dtype in _NARROW and not inplace:
         dense = copy.deepcopy(dense).float()  # gradients leave the range of 16 bits
+        settings = replace(settings, dtype=str(dtype).removeprefix("torch."))
     decomposer = Decomposer(dense, settings, calibration, tokenizer, progress)
     plan, replaced = make_plan(dense, settings, decomposer)
-    plan["provenance"] |= {"settings": settings.to_dict(), "hf_lowrank": __version__}
+    plan["provenance"] |= {
+        "settings": settings.to_dict(),
+        "hf_lowrank": __version__,
+        "dense_size_bytes": dense_bytes,
+        "text": decomposer.described_text(),
+    }
     passes = settings.passes(has_text=calibration is not None, inplace=inplace)
     if passes:
         copied = _copy_sharing(dense, [matrix.module for matrix in replaced])
@@ -117,7 +124,7 @@ def _compress_and_refine_(
         for matrix in matrices
     }
     small.config.compression = plan
-    convert_storage_(small, settings.chosen_storage, settings.torch_dtype)
+    convert_storage_(small, settings.storage, settings.torch_dtype)
     return small
 
 

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from hf_lowrank.calibration import Calibration, make_calibration
 from hf_lowrank.data import fingerprint
+from hf_lowrank.outputs import real_tokens
 from hf_lowrank.planning.allocation import ALLOCATIONS
 from hf_lowrank.planning.curves import FloatArray, measured_errors, probe_rank, spectral_errors
 from hf_lowrank.planning.plans import candidate_matrices
@@ -78,6 +79,19 @@ class Decomposer:
     def damage(self, matrices: Sequence[DenseMatrix], ranks: dict[str, int]) -> float:
         """What the whole model loses at these ranks; matrices without one stay dense."""
         return self._probe.damage({m: self._approximation(m, ranks[m.name]) for m in matrices if m.name in ranks})
+
+    def described_text(self) -> dict[str, Any] | None:
+        """What the model was watched on, for the record; None if it was not."""
+        if not self.settings.looks_at_text:
+            return None
+        batches = [*self.calibration.batches, *self.calibration.probes]
+        source = "synthetic" if self._source is None else "batches"
+        if isinstance(self._source, (str, Path)):
+            source = Path(self._source).name
+        elif isinstance(self._source, list) and self._source and isinstance(self._source[0], str):
+            source = "texts"
+        num_tokens = sum(int(real_tokens(batch).sum()) for batch in batches)
+        return {"source": source, "num_tokens": num_tokens, "sha256": fingerprint(batches)}
 
     def _approximation(self, matrix: DenseMatrix, rank: int) -> torch.Tensor:
         return self(matrix).factors(rank).product

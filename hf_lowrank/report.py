@@ -89,7 +89,7 @@ def make_report(model: PreTrainedModel) -> CompressionReport:
         architecture=type(model).__name__,
         dense_parameters=parameters + saved,
         parameters=parameters,
-        dense_size_bytes=size_bytes + saved * itemsize,
+        dense_size_bytes=provenance.get("dense_size_bytes", size_bytes + saved * itemsize),
         size_bytes=size_bytes,
         dense_multiply_adds=multiply_adds + saved_multiply_adds,
         multiply_adds=multiply_adds,

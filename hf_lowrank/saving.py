@@ -243,6 +243,8 @@ def load_compressed(path: str | Path) -> Any:
     except PlanError:
         raise
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        if "ignore_mismatched_sizes" in str(error):
+            raise InputError(f"The weights of {path} do not fit its plan: some have other shapes.") from error
         raise InputError(f"The weights of {path} cannot be loaded: {one_line(error)}") from error
     for problem in ("missing_keys", "unexpected_keys"):
         if keys := sorted(info[problem]):

@@ -33,7 +33,7 @@ class CompressionSettings:
         allocation: How the budget is shared among the matrices; see `ALLOCATIONS`. Default: `measured` for a method
             that looks at text, `energy` for one that does not.
         storage: Structure that holds a low-rank linear layer: `low_rank` (two factors) or `pivoted` (more rank in the
-            same size, at the price of reordering the outputs).
+            same size, which is better, but its outputs must be put in order, which on a CPU takes time).
         target_modules: Names, last parts of names, a regular expression or `"all-linear"`, as in PEFT. Default: the
             linear layers of the blocks, and for `keep_params` and `target_size` the embeddings too.
         exclude_modules: The same, taken away again.
@@ -63,7 +63,7 @@ class CompressionSettings:
     rank_pattern: dict[str, int] = field(default_factory=dict)
     method: str = "two_sided_svd"
     allocation: str | None = None
-    storage: str | None = None
+    storage: str = "low_rank"
     target_modules: Patterns | None = None
     exclude_modules: Patterns | None = None
     embeddings: str | None = None
@@ -83,8 +83,7 @@ class CompressionSettings:
         _check_choice("method", self.method, list(SOLVERS))
         if self.allocation is not None:
             _check_choice("allocation", self.allocation, list(ALLOCATIONS))
-        if self.storage is not None:
-            _check_choice("storage", self.storage, list(STORAGES))
+        _check_choice("storage", self.storage, list(STORAGES))
         if self.dtype is not None:
             _check_choice("dtype", self.dtype, list(DTYPES))
         for name in ("num_calibration_samples", "max_seq_length", "batch_size"):
@@ -108,11 +107,6 @@ class CompressionSettings:
     def chosen_allocation(self) -> str:
         """The allocation asked for; by default `measured` for a method that looks at text, else `energy`."""
         return self.allocation or ("measured" if SOLVERS[self.method].needs else "energy")
-
-    @property
-    def chosen_storage(self) -> str:
-        """The storage asked for; by default `pivoted` where ranks are measured, else two factors."""
-        return self.storage or ("pivoted" if self.chosen_allocation == "measured" else "low_rank")
 
     @property
     def num_samples(self) -> int:

@@ -75,9 +75,6 @@ def _add_compress(commands: "argparse._SubParsersAction[_Parser]") -> None:
         "--rank-pattern", metavar="NAME=R", nargs="+", action="extend", default=[], type=_name_and_rank
     )
     choice.add_argument("--method", help="how the factors are found; svd looks at no text (default: two_sided_svd)")
-    choice.add_argument(
-        "--calibration", metavar="TEXT", help="file or Hub data set of text like that the model is for"
-    )
     choice.add_argument("--allocation", help="how the budget is shared (default: what suits the method)")
     choice.add_argument("--storage", help="low_rank or pivoted: the structure that holds the factors")
     names = "names, last parts of names, all-linear, or one regular expression"
@@ -88,10 +85,29 @@ def _add_compress(commands: "argparse._SubParsersAction[_Parser]") -> None:
     )
     choice.add_argument("--dtype", help="type to store the weights in, such as bfloat16 (default: as they are)")
     choice.add_argument("--device", help="where to decompose, such as cuda (default: cpu)")
+    _add_text(parser)
     parser.add_argument("--overwrite", action="store_true", help="replace the model folder OUT if there is one")
     parser.add_argument("--dry-run", action="store_true", help="print the plan and write nothing")
     parser.add_argument("--no-latency", action="store_true", help="do not measure how fast the two models run")
     _add_json(parser)
+
+
+def _add_text(parser: argparse.ArgumentParser) -> None:
+    text = parser.add_argument_group("the text that is looked at")
+    text.add_argument(
+        "--calibration", metavar="TEXT", help="file or Hub data set of text like that the model is for; default: none"
+    )
+    text.add_argument("--text-column", metavar="NAME", help="column that holds the text")
+    for name, meaning in (
+        ("num-calibration-samples", "sequences to look at"),
+        ("max-seq-length", "tokens of a sequence at most"),
+        ("batch-size", "sequences run at once"),
+        ("seed", "of every draw"),
+        ("refine-passes", "passes of training towards the dense model; 0 for none"),
+    ):
+        text.add_argument(f"--{name}", type=int, metavar="N", help=meaning)
+    text.add_argument("--fast", action="store_true", default=None, help="a quarter of the text and no refinement")
+    text.add_argument("--cache-dir", metavar="DIR", help="keep what was found, for other budgets or after a kill")
 
 
 def _add_budget(parser: argparse.ArgumentParser) -> None:

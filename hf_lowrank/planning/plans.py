@@ -110,7 +110,7 @@ def _account(model: PreTrainedModel, settings: CompressionSettings, matrices: Se
         return _Account(1, whole, whole - num_dense, math.floor(budget.value * whole))
     itemsize = (settings.torch_dtype or model.dtype).itemsize
     whole = parameter_bytes(model) * itemsize // model.dtype.itemsize
-    fixed = whole - num_dense * itemsize + overhead_bytes(model, len(matrices))
+    fixed = whole - num_dense * itemsize + overhead_bytes(model, matrices, settings.storage)
     return _Account(itemsize, whole, fixed, budget.value)
 
 
@@ -155,7 +155,7 @@ def _damage(source: ErrorSource, matrices: Sequence[DenseMatrix], specs: dict[st
 
 def _structures(settings: CompressionSettings) -> dict[str, str]:
     """Kind of matrix -> structure that holds a low-rank one."""
-    return {"linear": settings.chosen_storage, "embedding": "low_rank_embedding"}
+    return {"linear": settings.storage, "embedding": "low_rank_embedding"}
 
 
 def _out_of_reach(settings: CompressionSettings, account: _Account, least: float) -> str:

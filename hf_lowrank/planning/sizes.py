@@ -1,12 +1,14 @@
 """What a saved model will weigh before it is made."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 from torch import nn
 from transformers import PreTrainedModel
 
 from hf_lowrank import remote_code
+from hf_lowrank.targets import DenseMatrix
 
 # A tensor's entry in the header of a safetensors file, without its name: type, shape and two offsets.
 _HEADER_BYTES = 90
@@ -14,6 +16,8 @@ _HEADER_BYTES = 90
 _PLAN_BYTES = 150
 # Padding of the safetensors header, generation_config.json, the auto_map.
 _OTHER_BYTES = 4000
+# The place of one row of a pivoted matrix.
+_ORDER_BYTES = 8
 
 
 def parameter_bytes(model: nn.Module) -> int:
@@ -21,12 +25,14 @@ def parameter_bytes(model: nn.Module) -> int:
     return sum(p.numel() * p.element_size() for p in model.parameters())
 
 
-def overhead_bytes(model: PreTrainedModel, num_replaced: int) -> int:
+def overhead_bytes(model: PreTrainedModel, matrices: Sequence[DenseMatrix], storage: str) -> int:
     """Bytes `save_pretrained` writes beside the numbers: shipped code, configuration, the header of the weights."""
     code = sum(path.stat().st_size for path in Path(remote_code.__path__[0]).glob("*.py"))
     config = len(json.dumps(model.config.to_dict(), indent=2, default=str))
     header = sum(len(name) + _HEADER_BYTES for name in model.state_dict())
     longest = max(len(name) for name, _ in model.named_modules())
-    replaced = num_replaced * (2 * (longest + _HEADER_BYTES) + 2 * longest + _PLAN_BYTES)
+    replaced = len(matrices) * (2 * (longest + _HEADER_BYTES) + 2 * longest + _PLAN_BYTES)
     buffers = sum(b.numel() * b.element_size() for b in model.buffers())
+    if storage == "pivoted":
+        buffers += sum(_ORDER_BYTES * matrix.shape[0] for matrix in matrices if matrix.kind == "linear")
     return code + config + header + replaced + buffers + _OTHER_BYTES

@@ -1,0 +1,158 @@
+"""Compressing with text: measured ranks, a guarded refinement, and nothing done twice."""
+
+import json
+
+import pytest
+import torch
+from tiny_models import VOCABULARY, assert_same_function, build, inputs_for
+
+from hf_lowrank import CompressionSettings, InputError, compress, decomposing, make_report
+from hf_lowrank.blocks import find_blocks, recorded_outputs, replayed_outputs
+from hf_lowrank.outputs import run
+from hf_lowrank.planning.probes import Probe
+from hf_lowrank.refinement import refine_
+from hf_lowrank.solvers import SOLVERS
+from hf_lowrank.targets import find_matrices
+
+HEADS = ["BertModel", "BertForMaskedLM", "BertForMultipleChoice", "GPT2LMHeadModel", "LlamaForCausalLM"]
+each_head = pytest.mark.parametrize("head", HEADS)
+
+
+def text(count=6, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    draw = [torch.randint(3, VOCABULARY, (4, 12), generator=generator) for _ in range(count)]
+    return [{"input_ids": ids, "attention_mask": torch.ones_like(ids)} for ids in draw]
+
+
+@each_head
+@pytest.mark.parametrize("method", [name for name in SOLVERS if SOLVERS[name].needs])
+def test_every_method_compresses_every_kind_of_head_to_its_budget(head, method):
+    small = compress(build(head), keep_targets=0.5, method=method, calibration=text(), fast=True)
+
+    report = make_report(small)
+    assert 0.45 < report.kept_targets_fraction <= 0.5
+    assert all(torch.isfinite(value).all() for value in small.state_dict().values())
+
+
+@each_head
+def test_the_default_is_the_same_function_each_time(head):
+    first, second = (compress(build(head), keep_params=0.7, calibration=text()) for _ in range(2))
+
+    assert_same_function(first, second, inputs_for(head))
+
+
+@each_head
+def test_running_only_the_blocks_after_one_gives_the_same_outputs(head):
+    model, batch = build(head), text(1)[0]
+    blocks = find_blocks(model, find_matrices(model))
+    with torch.no_grad(), recorded_outputs(model, blocks) as outputs:
+        whole = run(model, batch)
+
+    for first in range(len(blocks) + 1):
+        with torch.no_grad(), replayed_outputs(model, blocks[:first], outputs):
+            assert torch.equal(run(model, batch).rows, whole.rows)
+
+
+@each_head
+def test_a_probe_sees_no_damage_where_nothing_changes_and_some_where_it_does(head):
+    model = build(head)
+    matrices = find_matrices(model)
+    probe = Probe(model, matrices, text(2))
+    matrix = next(
+        matrix for matrix in matrices if "value" in matrix.name or "v_proj" in matrix.name or "attn" in matrix.name
+    )
+    weight = SOLVERS["svd"].decompose(torch.randn(matrix.shape)).factors(min(matrix.shape)).product
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+
+    assert probe.damage({}) == pytest.approx(0, abs=1e-6)
+    assert probe.damage({matrix: 5 * weight}) > 1e-6
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+
+
+def test_refining_never_makes_it_worse_on_text_set_aside():
+    small = compress(build("BertForMaskedLM"), keep_targets=0.4, calibration=text(), refine_passes=3)
+
+    found = small.config.plan["provenance"]["refinement"]
+    assert found["after"] <= found["before"]
+    assert found["passes"] <= 3
+
+
+def test_refining_at_a_hopeless_rate_keeps_the_model_as_it_was():
+    dense = build("BertModel")
+    small = compress(dense, keep_targets=0.4, method="svd")
+    before = {name: value.clone() for name, value in small.state_dict().items()}
+    trainable = [parameter.requires_grad for parameter in small.parameters()]
+    calibration = decomposing.Decomposer(
+        dense, CompressionSettings(keep_targets=0.4), text(), None, lambda work, description: work
+    ).calibration
+
+    found = refine_(small, dense, calibration, passes=2, learning_rate=1e6)
+
+    assert found.passes == 0
+    assert found.after == found.before
+    assert all(torch.equal(before[name], value) for name, value in small.state_dict().items())
+    assert trainable == [parameter.requires_grad for parameter in small.parameters()]
+
+
+def test_refining_in_place_is_refused():
+    with pytest.raises(InputError, match="refine_passes needs the dense model"):
+        compress(build("BertModel"), keep_targets=0.5, refine_passes=1, inplace=True)
+
+
+def test_a_second_budget_looks_at_the_text_no_more(tmp_path, monkeypatch):
+    options = {"calibration": text(), "cache_dir": str(tmp_path), "refine_passes": 0}
+    first = compress(build("BertModel"), keep_targets=0.5, **options)
+    monkeypatch.setattr(decomposing, "collect_statistics", lambda *args, **kwargs: pytest.fail("collected again"))
+
+    again = compress(build("BertModel"), keep_targets=0.5, **options)
+    compress(build("BertModel"), keep_targets=0.3, **options)
+
+    assert_same_function(first, again, inputs_for("BertModel"))
+
+
+def test_a_killed_run_goes_on_where_it_was(tmp_path, monkeypatch):
+    options = {"keep_targets": 0.5, "calibration": text(), "cache_dir": str(tmp_path), "refine_passes": 0}
+    whole = compress(build("BertModel"), **{**options, "cache_dir": None})
+    damage, calls = Probe.damage, []
+
+    def dying(self, changes):
+        calls.append([matrix.name for matrix in changes])
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return damage(self, changes)
+
+    monkeypatch.setattr(Probe, "damage", dying)
+    with pytest.raises(KeyboardInterrupt):
+        compress(build("BertModel"), **options)
+    resumed = compress(build("BertModel"), **options)
+
+    singles = [call[0] for call in calls if len(call) == 1]
+    finished = singles[:3]
+    assert len(set(finished)) == 3
+    assert not set(finished) & set(singles[4:])
+    assert_same_function(whole, resumed, inputs_for("BertModel"))
+
+
+def test_other_text_is_not_taken_from_the_cache(tmp_path):
+    compress(build("BertModel"), keep_targets=0.5, calibration=text(seed=0), cache_dir=str(tmp_path), fast=True)
+    compress(build("BertModel"), keep_targets=0.5, calibration=text(seed=1), cache_dir=str(tmp_path), fast=True)
+
+    assert len(list(tmp_path.glob("statistics-*.safetensors"))) == 2
+
+
+def test_the_record_says_what_was_looked_at():
+    small = compress(build("BertModel"), keep_targets=0.5, calibration=text(), refine_passes=0)
+
+    found = small.config.plan["provenance"]["text"]
+    assert (found["source"], found["num_tokens"]) == ("batches", 6 * 48)
+    assert json.dumps(small.config.plan["provenance"])
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_16_bit_model_is_watched_in_32_bits_and_stays_16_bits(dtype):
+    dense = build("BertForMaskedLM").to(dtype)
+
+    small = compress(dense, target_size="120KB", calibration=text(), fast=True)
+
+    assert {parameter.dtype for parameter in small.parameters()} == {dtype}
+    assert {parameter.dtype for parameter in dense.parameters()} == {dtype}
