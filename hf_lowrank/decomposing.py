@@ -14,7 +14,7 @@ from hf_lowrank.calibration import Calibration, make_calibration
 from hf_lowrank.data import fingerprint
 from hf_lowrank.outputs import real_tokens
 from hf_lowrank.planning.allocation import ALLOCATIONS
-from hf_lowrank.planning.curves import FloatArray, measured_errors, probe_rank, spectral_errors
+from hf_lowrank.planning.curves import FloatArray, measured_errors, predicted_errors, probe_rank, spectral_errors
 from hf_lowrank.planning.plans import candidate_matrices
 from hf_lowrank.planning.probes import Probe
 from hf_lowrank.progress import Progress
@@ -24,6 +24,9 @@ from hf_lowrank.solvers.svd import Decomposition
 from hf_lowrank.statistics.collection import collect_statistics
 from hf_lowrank.statistics.moments import Statistics
 from hf_lowrank.targets import DenseMatrix, dense_weight
+
+# Where errors come from -> what makes them from singular values alone.
+_ERRORS = {"spectra": spectral_errors, "curvature": predicted_errors}
 
 
 class Decomposer:
@@ -71,7 +74,8 @@ class Decomposer:
         for matrix in self.progress(matrices, "decomposing"):
             spectra[matrix.name] = self(matrix).singular_values.cpu().numpy()
         if not self._measures:
-            return {name: spectral_errors(values) for name, values in spectra.items()}
+            errors_of = _ERRORS[ALLOCATIONS[self.settings.chosen_allocation].errors]
+            return {name: errors_of(values) for name, values in spectra.items()}
         for matrix in self.progress(matrices, "measuring ranks"):
             self._measure(matrix)
         return {m.name: measured_errors(spectra[m.name], probe_rank(m), self._measured[m.name]) for m in matrices}

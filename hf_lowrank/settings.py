@@ -47,7 +47,7 @@ class CompressionSettings:
         seed: Of every draw: samples, masked tokens, synthetic tokens and labels.
         refine_passes: Passes over the text of a short training towards the dense model; see `refine_`. Default:
             2 where there is text and ranks are measured on it, unless compressing in place; else 0.
-        fast: A quarter of the text and no refinement.
+        fast: A quarter of the text, ranks by prediction (`first_order`) instead of measurement, and no refinement.
         refine_learning_rate: Of that training.
         cache_dir: Folder where statistics and measurements are kept, so that the same model and text are looked at
             once whatever the budget, and a killed run goes on where it was.
@@ -105,8 +105,9 @@ class CompressionSettings:
 
     @property
     def chosen_allocation(self) -> str:
-        """The allocation asked for; by default `measured` for a method that looks at text, else `energy`."""
-        return self.allocation or ("measured" if SOLVERS[self.method].needs else "energy")
+        """The allocation asked for; by default what suits the method, and the time there is."""
+        suits = ("first_order" if self.fast else "measured") if SOLVERS[self.method].needs else "energy"
+        return self.allocation or suits
 
     @property
     def num_samples(self) -> int:

@@ -62,9 +62,9 @@ class Allocation:
 
     Args:
         choose: From curves and a budget in the unit of their costs to one choice per curve; never above the budget.
-        errors: Where the curves' errors come from: `none`, `spectra` (see `spectral_errors`) or `probes`, one short
-            run of the model a matrix (see `measured_errors`), whose outcome is also compared with `uniform` on the
-            whole model.
+        errors: Where the curves' errors come from: `none`, `spectra` (see `spectral_errors`), `curvature` (see
+            `predicted_errors`) or `probes`, one short run of the model a matrix (see `measured_errors`), whose outcome
+            is also compared with `uniform` on the whole model.
     """
 
     choose: Callable[[Sequence[Curve], float], Choices]
@@ -74,6 +74,7 @@ class Allocation:
 ALLOCATIONS: dict[str, Allocation] = {
     "uniform": Allocation(uniform, errors="none"),
     "energy": Allocation(least_error, errors="spectra"),
+    "first_order": Allocation(least_error, errors="curvature"),
     "measured": Allocation(least_error, errors="probes"),
 }
 

@@ -89,6 +89,15 @@ def spectral_errors(singular_values: FloatArray) -> FloatArray:
     return tail / norm if norm > 0 else tail
 
 
+def predicted_errors(singular_values: FloatArray) -> FloatArray:
+    """Loss of each rank as the solver's own metric predicts it: `sum_{i>k} s_i^2`.
+
+    In the metric of inputs and gradients that is the change of the loss to second order, from the one backward pass
+    that the statistics take anyway, and comparable between matrices without running the model again.
+    """
+    return _tail_energies(singular_values)
+
+
 def measured_errors(singular_values: FloatArray, rank: int, damage: float) -> FloatArray:
     """Loss of each rank by one measurement: `damage * tail(k) / tail(rank)` with `tail(k) = sum_{i>k} s_i^2`.
 
