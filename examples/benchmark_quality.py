@@ -45,6 +45,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "measured, pivoted": {"storage": "pivoted", "refine_passes": 0},
     "default": {},
     "default, pivoted": {"storage": "pivoted"},
+    "four passes, pivoted": {"storage": "pivoted", "refine_passes": 4},
 }
 
 

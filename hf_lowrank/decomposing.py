@@ -25,8 +25,8 @@ from hf_lowrank.statistics.collection import collect_statistics
 from hf_lowrank.statistics.moments import Statistics
 from hf_lowrank.targets import DenseMatrix, dense_weight
 
-# Where errors come from -> what makes them from singular values alone.
-_ERRORS = {"spectra": spectral_errors, "curvature": predicted_errors}
+# Where errors come from -> what makes them from singular values alone; `analyze` asks for them of any allocation.
+_ERRORS = {"none": spectral_errors, "spectra": spectral_errors, "curvature": predicted_errors}
 
 
 class Decomposer:

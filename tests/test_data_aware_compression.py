@@ -156,3 +156,24 @@ def test_a_16_bit_model_is_watched_in_32_bits_and_stays_16_bits(dtype):
 
     assert {parameter.dtype for parameter in small.parameters()} == {dtype}
     assert {parameter.dtype for parameter in dense.parameters()} == {dtype}
+
+
+def test_the_fast_tier_runs_no_probe_and_trains_nothing(monkeypatch):
+    monkeypatch.setattr(decomposing, "Probe", lambda *args: pytest.fail("probed"))
+
+    small = compress(build("BertForMaskedLM"), keep_targets=0.5, calibration=text(), fast=True)
+
+    assert "refinement" not in small.config.plan["provenance"]
+    assert small.config.plan["provenance"]["settings"]["fast"]
+
+
+def test_predicted_ranks_go_to_the_matrix_whose_errors_cost_most():
+    dense = build("BertModel")
+    with torch.no_grad():
+        dense.encoder.layer[1].intermediate.dense.weight.mul_(1e-3)
+
+    small = compress(dense, keep_targets=0.5, calibration=text(), allocation="first_order", refine_passes=0)
+
+    modules = small.config.plan["modules"]
+    ranks = [modules.get(f"encoder.layer.{i}.intermediate.dense", {"rank": 99})["rank"] for i in range(2)]
+    assert ranks[1] < ranks[0]
