@@ -42,6 +42,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "two-sided, pivoted": {"method": "two_sided_svd", "allocation": "uniform", "storage": "pivoted"},
     "two-sided, measured": {"method": "two_sided_svd", "allocation": "measured", "refine_passes": 0},
     "synthetic text": {"synthetic": True},
+    "two-sided, predicted": {"method": "two_sided_svd", "allocation": "first_order", "refine_passes": 0},
     "measured, pivoted": {"storage": "pivoted", "refine_passes": 0},
     "default": {},
     "default, pivoted": {"storage": "pivoted"},

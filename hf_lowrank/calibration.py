@@ -2,9 +2,8 @@
 
 import math
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,7 +13,7 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_PRETRAINING_MAPPING_NAMES,
 )
 
-from hf_lowrank.data import load_texts, make_batches, require_tokens, special_frame
+from hf_lowrank.data import holds_token_ids, load_texts, make_batches, require_tokens, special_frame
 from hf_lowrank.errors import InputError
 from hf_lowrank.outputs import IGNORED_LABEL, Batch
 from hf_lowrank.remote_code.configuration_lowrank import PREFIX
@@ -63,7 +62,7 @@ def make_calibration(
 def _read(model: PreTrainedModel, source: Any, tokenizer: Any, settings: CompressionSettings) -> list[Batch]:
     source = list(source) if isinstance(source, Iterator) else source
     text_column = settings.text_column
-    if _is_text(source) and not is_causal(model):
+    if not holds_token_ids(source) and not is_causal(model):
         source, text_column = varied_lengths(source, settings), None
     batches = make_batches(
         source,
@@ -121,14 +120,6 @@ def _cut(text: str, generator: random.Random) -> str:
     starts = [0, *(index + 1 for index, word in enumerate(words) if word[-1] in ".!?")]
     start = generator.choice([index for index in starts if index + count <= len(words)] or [0])
     return " ".join(words[start : start + count])
-
-
-def _is_text(source: Any) -> bool:
-    """Whether the source holds texts rather than batches of token ids."""
-    if isinstance(source, (str, Path)):
-        return True
-    first = next(iter(source), None)
-    return not (isinstance(first, Mapping) and "input_ids" in first)
 
 
 def is_masked_lm(model: PreTrainedModel) -> bool:

@@ -3,7 +3,7 @@
 import hashlib
 import random
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from itertools import chain, islice
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -134,8 +134,8 @@ def make_batches(
     if num_calibration_samples < 1 or max_seq_length < 1 or batch_size < 1:
         raise InputError("num_calibration_samples, max_seq_length and batch_size must be at least 1.")
     source = list(source) if isinstance(source, Iterator) else source
-    if (ready := _tokenized(source)) is not None:
-        return _take(_collate(ready, batch_size), num_calibration_samples)
+    if holds_token_ids(source):
+        return _take(_collate(iter(source), batch_size), num_calibration_samples)
     if tokenizer is None:
         raise InputError("Text needs a tokenizer, and there is none. Give tokenizer=, or batches of input_ids.")
     texts = load_texts(source, text_column)
@@ -217,15 +217,12 @@ def _passages(texts: Sequence[str], tokenizer: Any, length: int) -> Iterator[tor
         yield torch.tensor([*start, *ids, *end])
 
 
-def _tokenized(source: Any) -> Iterator[Row] | None:
-    """The items of a source of token ids, None if it is something else."""
+def holds_token_ids(source: Any) -> bool:
+    """Whether a source that can be read again holds batches or rows of token ids rather than text."""
     if isinstance(source, (str, Path)) or not isinstance(source, Iterable):
-        return None
-    items = iter(source)
-    first = next(items, None)
-    if not isinstance(first, Mapping) or "input_ids" not in first:
-        return None
-    return chain([first], items)
+        return False
+    first = next(iter(source), None)
+    return isinstance(first, Mapping) and "input_ids" in first
 
 
 def _collate(items: Iterator[Row], batch_size: int, padding: int = 0) -> Iterator[Batch]:

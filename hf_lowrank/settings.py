@@ -31,7 +31,7 @@ class CompressionSettings:
         rank_pattern: Rank by module name or last part of it; these matrices are outside the budget's sharing.
         method: Solver that finds the numbers; see `SOLVERS`.
         allocation: How the budget is shared among the matrices; see `ALLOCATIONS`. Default: `measured` for a method
-            that looks at text, `energy` for one that does not.
+            that looks at text (`first_order` with `fast`), `energy` for one that does not.
         storage: Structure that holds a low-rank linear layer: `low_rank` (two factors) or `pivoted` (more rank in the
             same size, which is better, but its outputs must be put in order, which on a CPU takes time).
         target_modules: Names, last parts of names, a regular expression or `"all-linear"`, as in PEFT. Default: the
@@ -47,8 +47,8 @@ class CompressionSettings:
         seed: Of every draw: samples, masked tokens, synthetic tokens and labels.
         refine_passes: Passes over the text of a short training towards the dense model; see `refine_`. Default:
             2 where there is text and ranks are measured on it, unless compressing in place; else 0.
-        fast: A quarter of the text, ranks by prediction (`first_order`) instead of measurement, and no refinement.
         refine_learning_rate: Of that training.
+        fast: A quarter of the text, ranks by prediction (`first_order`) instead of measurement, and no refinement.
         cache_dir: Folder where statistics and measurements are kept, so that the same model and text are looked at
             once whatever the budget, and a killed run goes on where it was.
 

@@ -244,3 +244,11 @@ def test_uniform_keeps_the_same_fraction_of_every_matrix(medium):
     rows = make_report(small).modules
     one_rank = max((sum(row.shape) / row.dense_parameters) for row in rows)
     assert all(abs(row.parameters / row.dense_parameters - 0.5) <= one_rank for row in rows)
+
+
+def test_a_rank_that_is_asked_for_need_not_be_one_of_the_steps():
+    dense = build("BertModel", hidden_size=280, num_attention_heads=4, intermediate_size=280)
+    rank = int(0.85 * 280 / 2)
+
+    assert rank % 8
+    assert set(ranks(compress(dense, rank=rank, method="svd")).values()) == {rank}

@@ -106,7 +106,9 @@ def _add_text(parser: argparse.ArgumentParser) -> None:
         ("refine-passes", "passes of training towards the dense model; 0 for none"),
     ):
         text.add_argument(f"--{name}", type=int, metavar="N", help=meaning)
-    text.add_argument("--fast", action="store_true", default=None, help="a quarter of the text and no refinement")
+    text.add_argument(
+        "--fast", action="store_true", default=None, help="a quarter of the text, predicted ranks, no training"
+    )
     text.add_argument("--cache-dir", metavar="DIR", help="keep what was found, for other budgets or after a kill")
 
 

@@ -58,16 +58,20 @@ def make_curve(matrix: DenseMatrix, structure: str, cost_per_weight: float, erro
         errors: Loss at rank 1, 2, ..., min(O, I); None when the allocation does not look at errors.
     """
     counted = STRUCTURES[structure].num_weights
-    useful = matrix.num_weights * (LARGEST_USEFUL_FRACTION if matrix.kind == "linear" else 1.0)
     step = rank_step(matrix)
     every = np.arange(1, min(matrix.shape) + 1)
     ranks = every[(every < step) | (every % step == 0)]
     weights = np.array([counted(*matrix.shape, rank=int(rank)) for rank in ranks], dtype=np.float64)
-    num_useful = int(np.count_nonzero(weights <= useful))
+    num_useful = int(np.count_nonzero(weights <= most_useful_weights(matrix)))
     costs = np.append(weights[:num_useful], matrix.num_weights) * cost_per_weight
     useful_ranks = ranks[:num_useful]
     losses = np.zeros(num_useful) if errors is None else errors[useful_ranks - 1]
     return Curve(matrix, structure, useful_ranks, costs, np.append(losses, 0.0))
+
+
+def most_useful_weights(matrix: DenseMatrix) -> float:
+    """How many numbers a replacement may store and still be worth it: smaller, and for a linear layer faster."""
+    return matrix.num_weights * (LARGEST_USEFUL_FRACTION if matrix.kind == "linear" else 1.0)
 
 
 def rank_step(matrix: DenseMatrix) -> int:

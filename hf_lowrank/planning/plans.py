@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from hf_lowrank.errors import InputError
 from hf_lowrank.planning.allocation import ALLOCATIONS, uniform
-from hf_lowrank.planning.curves import Curve, FloatArray, make_curve
+from hf_lowrank.planning.curves import Curve, FloatArray, make_curve, most_useful_weights
 from hf_lowrank.planning.sizes import overhead_bytes, parameter_bytes
 from hf_lowrank.remote_code.lowrank_plan import FORMAT_VERSION, Plan, Spec
 from hf_lowrank.remote_code.lowrank_structures import STRUCTURES
@@ -176,11 +176,8 @@ def _specs_for_rank(matrices: Sequence[DenseMatrix], rank: int, settings: Compre
     for matrix in matrices:
         _check_rank(matrix, rank)
     structures = _structures(settings)
-    return {
-        m.name: {"structure": structures[m.kind], "rank": rank}
-        for m in matrices
-        if rank <= make_curve(m, structures[m.kind], 1).ranks.max(initial=0)
-    }
+    specs = {m.name: {"structure": structures[m.kind], "rank": rank} for m in matrices}
+    return {m.name: specs[m.name] for m in matrices if _num_weights(m, specs[m.name]) <= most_useful_weights(m)}
 
 
 def _specs_for_pattern(matrices: Sequence[DenseMatrix], settings: CompressionSettings) -> dict[str, Spec]:
