@@ -25,7 +25,7 @@ def collect(model, batches, kinds=EVERY):
 
 
 @pytest.mark.parametrize("name", ["BertModel", "GPT2LMHeadModel"])
-def test_an_input_moment_is_the_mean_outer_product_of_the_real_inputs(name):
+def test_input_moment_and_mean_are_those_of_the_real_inputs(name):
     model, batch = build(name).eval(), batch_of([9, 4])
     matrix = find_matrices(model)[0]
     seen = []
@@ -34,9 +34,11 @@ def test_an_input_moment_is_the_mean_outer_product_of_the_real_inputs(name):
     hook.remove()
 
     rows = seen[0][batch["attention_mask"].bool()].double()
-    found = collect(model, [batch])[matrix.name].input_moment
+    found = collect(model, [batch])[matrix.name]
 
-    assert torch.allclose(found, rows.T @ rows / 13, rtol=1e-4, atol=1e-6)
+    assert torch.allclose(found.input_moment, rows.T @ rows / 13, rtol=1e-4, atol=1e-6)
+    assert found.input_mean.dtype == torch.float64
+    assert torch.allclose(found.input_mean, rows.mean(dim=0), rtol=1e-5, atol=1e-7)
 
 
 def test_padding_changes_nothing():
@@ -61,13 +63,15 @@ def test_input_moments_do_not_depend_on_the_batching():
         assert torch.allclose(whole.tensors[key], parts.tensors[key], rtol=1e-4, atol=1e-7)
 
 
-def test_query_key_and_value_share_one_input_moment():
+def test_query_key_and_value_share_one_input_moment_and_mean():
     found = collect(build("BertModel"), [batch_of([9])], frozenset({"input_moment"}))
     first = "encoder.layer.0.attention.self"
 
     assert found.inputs[f"{first}.key"] == found.inputs[f"{first}.value"] == f"{first}.query"
     assert f"input_moment/{first}.key" not in found.tensors
+    assert f"input_mean/{first}.key" not in found.tensors
     assert found[f"{first}.key"].input_moment is found[f"{first}.query"].input_moment
+    assert found[f"{first}.key"].input_mean is found[f"{first}.query"].input_mean
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ from hf_lowrank.progress import Progress, no_progress
 from hf_lowrank.statistics.moments import Statistics
 from hf_lowrank.targets import DenseMatrix
 
+# `input_moment` brings the mean of the inputs along.
 KINDS = ("input_moment", "output_moment", "fisher", "row_weights")
 
 # A token whose gradient is many times the average one would decide the moment alone.
@@ -94,13 +95,15 @@ class _Collector:
             self._add(f"row_weights/{matrix.name}", counts)
 
     def _add_input(self, name: str, hidden_states: torch.Tensor) -> None:
-        # Query, key and value are called with the very same tensor: their moment is summed once.
+        # Query, key and value are called with the very same tensor: their moment and mean are summed once.
         if self.last_input is not None and self.last_input[1] is hidden_states:
             self.inputs[name] = self.last_input[0]
             return
         self.last_input = (name, hidden_states)
         self.inputs[name] = name
-        self._add_moment(f"input_moment/{name}", self._rows(hidden_states.detach()))
+        rows = self._rows(hidden_states.detach())
+        self._add_moment(f"input_moment/{name}", rows)
+        self._add(f"input_mean/{name}", rows.sum(dim=0, dtype=torch.float64))
 
     def _add_gradient(self, matrix: DenseMatrix, hidden_states: torch.Tensor, gradient: torch.Tensor) -> None:
         if "fisher" in self.kinds and matrix.role != "embedding":

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 
 from hf_lowrank.errors import InputError
 
-FORMAT = "hf_lowrank statistics 1"
+FORMAT = "hf_lowrank statistics 2"
 
 
 @dataclass(frozen=True)
@@ -22,6 +22,8 @@ class MatrixStatistics:
     Args:
         num_tokens: How many tokens the averages are over.
         input_moment: `E[x x^T]` of its inputs, (I, I).
+        input_mean: `E[x]` of its inputs, (I); there wherever `input_moment` is one of inputs. An embedding table's is
+            of gradients, and has none.
         output_moment: `E[g g^T]` of the gradients at its outputs, (O, O).
         fisher: `E[(dL/dW)^2]` per sample, (O, I).
         row_weights: How often each row of an embedding table is used, as a fraction, (V).
@@ -29,6 +31,7 @@ class MatrixStatistics:
 
     num_tokens: int
     input_moment: torch.Tensor | None = None
+    input_mean: torch.Tensor | None = None
     output_moment: torch.Tensor | None = None
     fisher: torch.Tensor | None = None
     row_weights: torch.Tensor | None = None
@@ -42,10 +45,10 @@ class MatrixStatistics:
 
 @dataclass
 class Statistics(Mapping[str, MatrixStatistics]):
-    """Statistics by matrix name (as in a plan); modules that share an input share its moment.
+    """Statistics by matrix name (as in a plan); modules that share an input share its moment and mean.
 
     Args:
-        inputs: Matrix name -> name of the matrix under which their common input moment is kept.
+        inputs: Matrix name -> name of the matrix under which the moment and mean of their common input are kept.
         tensors: `"<kind>/<matrix name>"` -> tensor.
         fingerprint: What model, text and settings they were made with.
     """
@@ -59,9 +62,11 @@ class Statistics(Mapping[str, MatrixStatistics]):
     def __getitem__(self, name: str) -> MatrixStatistics:
         if name not in self.names:
             raise KeyError(name)
+        source = self.inputs.get(name, name)
         return MatrixStatistics(
             num_tokens=self.num_tokens,
-            input_moment=self.tensors.get(f"input_moment/{self.inputs.get(name, name)}"),
+            input_moment=self.tensors.get(f"input_moment/{source}"),
+            input_mean=self.tensors.get(f"input_mean/{source}"),
             output_moment=self.tensors.get(f"output_moment/{name}"),
             fisher=self.tensors.get(f"fisher/{name}"),
             row_weights=self.tensors.get(f"row_weights/{name}"),
