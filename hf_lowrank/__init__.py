@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from hf_lowrank.compression import compress as compress
     from hf_lowrank.compression import decompress as decompress
     from hf_lowrank.conversion import convert_storage_ as convert_storage_
+    from hf_lowrank.hub import Push as Push
+    from hf_lowrank.hub import push_to_hub as push_to_hub
     from hf_lowrank.remote_code.lowrank_plan import PlanError as PlanError
     from hf_lowrank.report import CompressionReport as CompressionReport
     from hf_lowrank.report import make_report as make_report
@@ -41,6 +43,7 @@ _HOMES = {
     "CompressionReport": "hf_lowrank.report",
     "CompressionSettings": "hf_lowrank.settings",
     "PlanError": "hf_lowrank.remote_code.lowrank_plan",
+    "Push": "hf_lowrank.hub",
     "Evaluation": "hf_lowrank.tasks.evaluation",
     "analyze": "hf_lowrank.analysis",
     "compare": "hf_lowrank.comparison",
@@ -49,6 +52,7 @@ _HOMES = {
     "decompress": "hf_lowrank.compression",
     "evaluate": "hf_lowrank.tasks.evaluation",
     "make_report": "hf_lowrank.report",
+    "push_to_hub": "hf_lowrank.hub",
 }
 
 __all__ = ["InputError", "__version__", *_HOMES]

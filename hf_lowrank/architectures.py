@@ -74,11 +74,30 @@ def register_models() -> None:
             mapping._extra_content = _ByName(mapping._extra_content | ours)
 
 
+def register_push() -> None:
+    """Give compressed models made or loaded with this library its `push_to_hub`, which verifies first."""
+    mixin = importlib.import_module("hf_lowrank.remote_code.lowrank_model").LowRankMixin
+    mixin.push_to_hub = _push_to_hub
+
+
+def _push_to_hub(self: Any, repo_id: str, **options: Any) -> Any:
+    """Publish this model; see `hf_lowrank.push_to_hub`.
+
+    Args:
+        options: Those of `hf_lowrank.push_to_hub`; and, as in the host, `tags` and `commit_description`.
+
+    Returns:
+        The commit.
+    """
+    return importlib.import_module("hf_lowrank.hub").push_model(self, repo_id, **options)
+
+
 # `import hf_lowrank` must not import torch, and registering needs it: so each step waits for the module it registers
 # with, which a user's first `AutoModel` or `AutoConfig` imports.
 _WHEN_IMPORTED: dict[str, Callable[[], None]] = {
     "transformers.models.auto.configuration_auto": register_configurations,
     "transformers.models.auto.modeling_auto": register_models,
+    "hf_lowrank.remote_code.lowrank_model": register_push,
 }
 
 

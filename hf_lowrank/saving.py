@@ -20,9 +20,8 @@ from hf_lowrank.remote_code import modeling_lowrank
 from hf_lowrank.remote_code.lowrank_plan import PlanError
 
 # `save_pretrained` writes these itself; a card is rendered, not copied.
-_NOT_COPIED = {"config.json", "generation_config.json", "README.md"} | {
-    path.name for path in Path(remote_code.__path__[0]).glob("*.py")
-}
+_SAVED = {"config.json", "generation_config.json", "README.md"}
+_NOT_COPIED = _SAVED | {path.name for path in Path(remote_code.__path__[0]).glob("*.py")} | {"trainer_state.json"}
 # Weights in any format, and what a training run leaves.
 _WEIGHTS = (
     ".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".ot", ".onnx", ".ckpt", ".gguf", ".tflite",
@@ -138,6 +137,19 @@ def side_files(source: str | Path) -> dict[str, Path]:
     for name in (*_TOKENIZER_FOLDERS, *_module_folders(folder)):
         found |= {str(path.relative_to(folder)): path for path in (folder / name).rglob("*") if path.is_file()}
     return dict(sorted(found.items()))
+
+
+def folder_files(folder: Path) -> dict[str, Path]:
+    """Path inside the folder -> file, for all of a saved compressed model that is worth sharing.
+
+    What a training run leaves (optimizer, checkpoints), hidden files and other formats of the weights are not.
+    """
+    ours = [
+        path
+        for path in folder.iterdir()
+        if path.name in _SAVED or path.name.endswith((".safetensors", ".safetensors.index.json", ".py"))
+    ]
+    return dict(sorted(({path.name: path for path in ours} | side_files(folder)).items()))
 
 
 def side_file_bytes(source: str | Path) -> int:

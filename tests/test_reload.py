@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from elsewhere import run_elsewhere
 from tiny_models import CONFIGURATIONS, build, family_of, heads_of, inputs_for, largest_difference, outputs
 
 import hf_lowrank
@@ -28,22 +29,8 @@ each_first = pytest.mark.parametrize(("saved", "head"), FIRST)
 
 # Read by a Python that cannot import this library; loads each folder as each head, and saves and loads it once more.
 CHILD = """
-import json, sys
-from importlib.abc import MetaPathFinder
-
-class Blocked(MetaPathFinder):
-    def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] == "hf_lowrank":
-            raise ModuleNotFoundError(f"No module named {name!r} (blocked)")
-
-sys.meta_path.insert(0, Blocked())
-jobs = json.loads(sys.stdin.read())
-sys.path.insert(0, jobs["tests"])
-import torch
-import transformers
 from tiny_models import inputs_for, outputs
 
-torch.set_num_threads(1)
 results = {}
 for folder, head, auto, is_first in jobs["cases"]:
     torch.manual_seed(0)
@@ -91,19 +78,9 @@ def folders(tmp_path_factory):
 def elsewhere(folders):
     """What a process without this library saw, by folder and head."""
     cases = [(str(folders / saved), head, auto_name(head), (saved, head) in FIRST) for saved, head in CASES]
-    jobs = {"tests": str(Path(__file__).parent), "cases": cases, "results": str(folders / "results.pt")}
 
-    done = subprocess.run(
-        [sys.executable, "-c", CHILD],
-        input=json.dumps(jobs),
-        env=child_environment(folders),
-        cwd=folders,
-        text=True,
-        capture_output=True,
-        check=False,
-    )
+    run_elsewhere(CHILD, folders, cases=cases, results=str(folders / "results.pt"))
 
-    assert done.returncode == 0, done.stderr[-3000:]
     return torch.load(folders / "results.pt")
 
 

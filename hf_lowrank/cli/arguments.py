@@ -4,6 +4,7 @@ import argparse
 from typing import NoReturn
 
 from hf_lowrank.cli.evaluate_arguments import add_evaluate
+from hf_lowrank.cli.sharing_arguments import add_sharing_commands
 from hf_lowrank.cli.study_arguments import add_study_commands
 from hf_lowrank.errors import InputError
 from hf_lowrank.version import __version__
@@ -51,6 +52,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_verify(commands)
     add_evaluate(commands)
     add_study_commands(commands)
+    add_sharing_commands(commands)
     return parser
 
 
