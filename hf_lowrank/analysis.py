@@ -35,7 +35,7 @@ from hf_lowrank.remote_code.modeling_lowrank import compressed_model_class
 from hf_lowrank.report import CompressionReport, ModuleReport, count_multiply_adds, make_report
 from hf_lowrank.settings import CompressionSettings, make_settings
 from hf_lowrank.solvers import SOLVERS
-from hf_lowrank.solvers.svd import Decomposition
+from hf_lowrank.solvers.svd import Truncations
 from hf_lowrank.targets import DenseMatrix, dense_weight, find_matrices
 
 DEFAULT_BUDGETS = (0.8, 0.6, 0.4, 0.25)
@@ -188,7 +188,8 @@ class _Study:
         weight = dense_weight(matrix.module)
         if not bool(torch.isfinite(weight).all()):
             raise InputError(f"The weight of {matrix.path!r} holds NaN or Inf. Repair it.")
-        plain = found = SOLVERS["svd"].decompose(weight.to(self._settings[0].device or weight.device))
+        plain: Truncations = SOLVERS["svd"].decompose(weight.to(self._settings[0].device or weight.device))
+        found = plain
         is_target = matrix in self.targets
         if looks_closer := is_target and bool(SOLVERS[self._settings[0].method].needs):
             found = self._decomposer(matrix)
@@ -203,22 +204,24 @@ class _Study:
             break_even_rank=rows * columns // (rows + columns),
             spectrum=spectrum_of(plain.singular_values),
             metric_spectrum=spectrum_of(found.singular_values) if looks_closer else None,
-            planned=tuple(self._planned(module, found, seconds) for module in modules),
+            planned=tuple(self._planned(module, found, weight, seconds) for module in modules),
         )
 
     def _planned(
         self,
         module: ModuleReport,
-        found: Decomposition,
+        found: Truncations,
+        weight: torch.Tensor,
         times: tuple[float, Callable[[int], float]] | None,
     ) -> PlannedMatrix:
         dense_seconds, factored_seconds = times or (None, None)
         common = (module.structure, module.rank, module.parameters, module.multiply_adds)
         if module.rank is None:
             return PlannedMatrix(*common, 0.0, 0.0, 0.0, dense_seconds)
-        weight = found.weight.to(torch.promote_types(found.weight.dtype, torch.float32))
-        norm = float(torch.linalg.norm(weight))
-        difference = float(torch.linalg.norm(found.factors(module.rank).product - weight))
+        product = found.factors(module.rank).product
+        wide = weight.to(product)
+        norm = float(torch.linalg.norm(wide))
+        difference = float(torch.linalg.norm(product - wide))
         energies = found.singular_values.square()
         metric_norm, lost = float(energies.sum()), float(energies[module.rank :].sum())
         return PlannedMatrix(

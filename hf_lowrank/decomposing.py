@@ -2,12 +2,16 @@
 
 import hashlib
 import json
+import shutil
+import tempfile
+import weakref
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock
 from transformers import PreTrainedModel
 
 from hf_lowrank.calibration import Calibration, make_calibration
@@ -20,10 +24,12 @@ from hf_lowrank.planning.probes import Probe
 from hf_lowrank.progress import Progress
 from hf_lowrank.settings import CompressionSettings
 from hf_lowrank.solvers import SOLVERS
-from hf_lowrank.solvers.svd import Decomposition
+from hf_lowrank.solvers.stored import StoredDecomposition, store_decomposition
+from hf_lowrank.solvers.svd import Decomposition, Truncations
 from hf_lowrank.statistics.collection import collect_statistics
 from hf_lowrank.statistics.moments import Statistics
 from hf_lowrank.targets import DenseMatrix, dense_weight
+from hf_lowrank.version import __version__
 
 # Where errors come from -> what makes them from singular values alone; `analyze` asks for them of any allocation.
 _ERRORS = {"none": spectral_errors, "spectra": spectral_errors, "curvature": predicted_errors}
@@ -33,7 +39,8 @@ class Decomposer:
     """Applies one solver to the matrices of one dense model.
 
     Nothing is read, run or computed before it is asked for, and nothing twice: with `settings.cache_dir`, not even in
-    a later run on the same model and text.
+    a later run on the same model and text. What is found is kept on disk, in that folder or in one that goes when this
+    does, and read a matrix at a time.
 
     Args:
         source: Calibration text, or None for synthetic tokens; see `make_calibration`.
@@ -54,25 +61,20 @@ class Decomposer:
         self.progress = progress
         self._solver = SOLVERS[settings.method]
         self._measures = ALLOCATIONS[settings.chosen_allocation].errors == "probes"
-        self._held: dict[str, Decomposition] = {}
 
-    def __call__(self, matrix: DenseMatrix) -> Decomposition:
+    def __call__(self, matrix: DenseMatrix) -> Truncations:
         """The decomposition of one matrix."""
-        if matrix.name in self._held:
-            return self._held[matrix.name]
-        weight = dense_weight(matrix.module)
-        weight = weight.to(self.settings.device or weight.device)
-        known = self._statistics.get(matrix.name) if self._statistics is not None else None
-        found = self._solver.decompose(weight, None if known is None else known.to(weight.device))
-        if self._measures:  # asked for again: to measure, to compare allocations, to replace
-            self._held[matrix.name] = found
-        return found
+        stored = self._stored(matrix)
+        return stored if stored.path.is_file() else self._decompose(matrix)
 
     def errors(self, matrices: Sequence[DenseMatrix]) -> dict[str, FloatArray]:
         """Loss of each matrix at rank 1, 2, ..., as the allocation wants it."""
         spectra: dict[str, FloatArray] = {}
         for matrix in self.progress(matrices, "decomposing"):
-            spectra[matrix.name] = self(matrix).singular_values.cpu().numpy()
+            stored = self._stored(matrix)
+            if not stored.path.is_file():  # it will be asked for again: to measure, to compare plans, to replace
+                store_decomposition(self._decompose(matrix), stored.path)
+            spectra[matrix.name] = stored.singular_values.numpy()
         if not self._measures:
             errors_of = _ERRORS[ALLOCATIONS[self.settings.chosen_allocation].errors]
             return {name: errors_of(values) for name, values in spectra.items()}
@@ -97,6 +99,18 @@ class Decomposer:
         num_tokens = sum(int(real_tokens(batch).sum()) for batch in batches)
         return {"source": source, "num_tokens": num_tokens, "sha256": fingerprint(batches)}
 
+    def _decompose(self, matrix: DenseMatrix) -> Decomposition:
+        weight = dense_weight(matrix.module)
+        weight = weight.to(self.settings.device or weight.device)
+        known = self._statistics.get(matrix.name) if self._statistics is not None else None
+        return self._solver.decompose(weight, None if known is None else known.to(weight.device))
+
+    def _stored(self, matrix: DenseMatrix) -> StoredDecomposition:
+        identity = self._identity if self._solver.needs else self._model_identity
+        path = self._folder / f"decompositions-{self.settings.method}-{identity}" / f"{matrix.name}.safetensors"
+        weight: Any = matrix.module.weight
+        return StoredDecomposition(path, torch.device(self.settings.device or weight.device))
+
     def _approximation(self, matrix: DenseMatrix, rank: int) -> torch.Tensor:
         return self(matrix).factors(rank).product
 
@@ -104,17 +118,19 @@ class Decomposer:
         if matrix.name in self._measured:
             return
         self._measured[matrix.name] = self._probe.damage({matrix: self._approximation(matrix, probe_rank(matrix))})
-        if (file := self._cache_file(f"ranks-{self.settings.method}", ".json")) is not None:
-            file.parent.mkdir(parents=True, exist_ok=True)
-            partial = file.with_suffix(".partial")
-            partial.write_text(json.dumps(self._measured), encoding="utf-8")
-            partial.replace(file)
+        partial = self._measured_file.with_suffix(".partial")
+        partial.write_text(json.dumps(self._measured), encoding="utf-8")
+        partial.replace(self._measured_file)
 
     @cached_property
     def _measured(self) -> dict[str, float]:
         """Damage of each matrix at its probe rank, by name, as far as it is known."""
-        file = self._cache_file(f"ranks-{self.settings.method}", ".json")
-        return json.loads(file.read_text(encoding="utf-8")) if file is not None and file.is_file() else {}
+        file = self._measured_file
+        return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+
+    @property
+    def _measured_file(self) -> Path:
+        return self._folder / f"ranks-{self.settings.method}-{self._identity}.json"
 
     @cached_property
     def _matrices(self) -> list[DenseMatrix]:
@@ -134,32 +150,43 @@ class Decomposer:
         kinds = self._solver.needs
         if not kinds:
             return None
-        file = self._cache_file("statistics-" + "-".join(sorted(kinds)), ".safetensors")
-        if file is not None and file.is_file():
-            return Statistics.load(file)
-        found = collect_statistics(
-            self._model,
-            self._matrices,
-            self.calibration.batches,
-            kinds,
-            seed=self.settings.seed,
-            progress=self.progress,
-        )
-        if file is not None:
-            found.fingerprint = self._identity
-            found.save(file)
-        return found
+        file = self._folder / f"statistics-{'-'.join(sorted(kinds))}-{self._identity}.safetensors"
+        with FileLock(file.with_suffix(".lock")):  # two runs would add to the same sums
+            if file.is_file():
+                return Statistics.load(file)
+            return collect_statistics(
+                self._model,
+                self._matrices,
+                self.calibration.batches,
+                kinds,
+                path=file,
+                fingerprint=self._identity,
+                seed=self.settings.seed,
+                progress=self.progress,
+            )
 
-    def _cache_file(self, name: str, suffix: str) -> Path | None:
-        folder = self.settings.cache_dir
-        return None if folder is None else Path(folder) / f"{name}-{self._identity}{suffix}"
+    @cached_property
+    def _folder(self) -> Path:
+        """Where what is found is kept: the cache, or a folder that goes when this does."""
+        if self.settings.cache_dir is None:
+            folder = Path(tempfile.mkdtemp(prefix="hf_lowrank-"))
+            weakref.finalize(self, shutil.rmtree, folder)
+            return folder
+        folder = Path(self.settings.cache_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder
 
     @cached_property
     def _identity(self) -> str:
-        """A short hash of the weights, the matrices, the text and the seed: all that statistics depend on."""
+        """A short hash of the model, the text and the seed: all that statistics depend on."""
         text = fingerprint([*self.calibration.batches, *self.calibration.probes])
+        return hashlib.sha256(f"{self._model_identity} {text} {self.settings.seed}".encode()).hexdigest()[:16]
+
+    @cached_property
+    def _model_identity(self) -> str:
+        """A short hash of the weights and of which matrices are looked at."""
         names = [matrix.name for matrix in self._matrices]
-        digest = hashlib.sha256(f"{text} {self.settings.seed} {type(self._model).__name__} {names}".encode())
+        digest = hashlib.sha256(f"{__version__} {type(self._model).__name__} {names}".encode())
         for parameter in self._model.parameters():
             digest.update(parameter.detach().float().sum(dim=-1).cpu().numpy().tobytes())
         return digest.hexdigest()[:16]

@@ -1,6 +1,8 @@
 """Compressing with text: measured ranks, a guarded refinement, and nothing done twice."""
 
+import gc
 import json
+import tempfile
 
 import pytest
 import torch
@@ -12,6 +14,8 @@ from hf_lowrank.outputs import run
 from hf_lowrank.planning.probes import Probe
 from hf_lowrank.refinement import refine_
 from hf_lowrank.solvers import SOLVERS
+from hf_lowrank.solvers.svd import Decomposition
+from hf_lowrank.statistics.moments import MatrixStatistics
 from hf_lowrank.targets import find_matrices
 
 HEADS = ["BertModel", "BertForMaskedLM", "BertForMultipleChoice", "GPT2LMHeadModel", "LlamaForCausalLM"]
@@ -131,6 +135,54 @@ def test_a_killed_run_goes_on_where_it_was(tmp_path, monkeypatch):
     assert len(set(finished)) == 3
     assert not set(finished) & set(singles[4:])
     assert_same_function(whole, resumed, inputs_for("BertModel"))
+
+
+@pytest.mark.parametrize("options", [{"method": "svd"}, {"fast": True}, {"refine_passes": 0}])
+def test_no_matrix_is_decomposed_twice_not_even_after_a_kill(options, tmp_path, monkeypatch):
+    options = {"keep_targets": 0.5, "calibration": text(), **options}
+    whole = compress(build("BertModel"), **options)
+    decompose, decomposed, killed = decomposing.Decomposer._decompose, [], []
+
+    def dying(self, matrix):
+        if len(decomposed) == 3 and not killed:
+            killed.append(matrix.name)
+            raise KeyboardInterrupt
+        decomposed.append(matrix.name)
+        return decompose(self, matrix)
+
+    monkeypatch.setattr(decomposing.Decomposer, "_decompose", dying)
+    with pytest.raises(KeyboardInterrupt):
+        compress(build("BertModel"), cache_dir=str(tmp_path), **options)
+    resumed = compress(build("BertModel"), cache_dir=str(tmp_path), **options)
+
+    assert killed
+    assert len(decomposed) == len(set(decomposed)) == len(find_matrices(build("BertModel"))) - 1  # the embedding stays
+    assert_same_function(whole, resumed, inputs_for("BertModel"))
+
+
+def test_of_all_matrices_only_one_is_in_hand_at_a_time(monkeypatch):
+    damage, alive = Probe.damage, []
+
+    def watched(self, changes):
+        kinds = (Decomposition, MatrixStatistics)
+        alive.append(sum(type(thing) in kinds for thing in gc.get_objects()))
+        return damage(self, changes)
+
+    monkeypatch.setattr(Probe, "damage", watched)
+    gc.collect()
+    compress(build("BertModel"), keep_targets=0.5, calibration=text(), refine_passes=0)
+
+    assert alive
+    assert max(alive) == 0
+
+
+def test_without_a_cache_nothing_is_left_on_disk(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+
+    small = compress(build("BertModel"), keep_targets=0.5, calibration=text(), refine_passes=0)
+
+    assert make_report(small).kept_targets_fraction <= 0.5
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_other_text_is_not_taken_from_the_cache(tmp_path):

@@ -2,12 +2,15 @@
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 from tiny_models import build
 
 from hf_lowrank import InputError
 from hf_lowrank.outputs import run
 from hf_lowrank.statistics.collection import KINDS, collect_statistics
 from hf_lowrank.statistics.moments import Statistics
+from hf_lowrank.statistics.panels import from_panels, gram_panels
 from hf_lowrank.targets import find_matrices
 
 EVERY = frozenset(KINDS)
@@ -20,12 +23,28 @@ def batch_of(lengths, seed=0):
     return {"input_ids": torch.where(mask, ids, 0), "attention_mask": mask.long()}
 
 
-def collect(model, batches, kinds=EVERY):
-    return collect_statistics(model, find_matrices(model), batches, kinds)
+@pytest.fixture
+def collect(tmp_path):
+    def collected(model, batches, kinds=EVERY, name="statistics", **options):
+        path = tmp_path / "deep" / f"{name}.safetensors"
+        return collect_statistics(model, find_matrices(model), batches, kinds, path=path, fingerprint="abc", **options)
+
+    return collected
+
+
+def assert_equal(first, second, **tolerance):
+    """The same statistics of every matrix; bit for bit, if no tolerance is given."""
+    assert (first.num_tokens, first.names, first.inputs) == (second.num_tokens, second.names, second.inputs)
+    for name in first:
+        for field in ("input_moment", "input_mean", "output_moment", "fisher", "row_weights"):
+            one, other = getattr(first[name], field), getattr(second[name], field)
+            assert (one is None) == (other is None)
+            is_same = torch.allclose if tolerance else torch.equal
+            assert one is None or is_same(one, other, **tolerance), (name, field)
 
 
 @pytest.mark.parametrize("name", ["BertModel", "GPT2LMHeadModel"])
-def test_input_moment_and_mean_are_those_of_the_real_inputs(name):
+def test_input_moment_and_mean_are_those_of_the_real_inputs(collect, name):
     model, batch = build(name).eval(), batch_of([9, 4])
     matrix = find_matrices(model)[0]
     seen = []
@@ -41,44 +60,43 @@ def test_input_moment_and_mean_are_those_of_the_real_inputs(name):
     assert torch.allclose(found.input_mean, rows.mean(dim=0), rtol=1e-5, atol=1e-7)
 
 
-def test_padding_changes_nothing():
+def test_padding_changes_nothing(collect):
     model = build("BertModel").eval()
     short = batch_of([6])
     padded = {name: torch.cat([values, torch.zeros(1, 5).long()], dim=1) for name, values in short.items()}
 
-    first, second = collect(model, [short]), collect(model, [padded])
+    first, second = collect(model, [short]), collect(model, [padded], name="padded")
 
-    assert first.num_tokens == second.num_tokens == 6
-    for key in first.tensors:
-        assert torch.allclose(first.tensors[key], second.tensors[key], rtol=1e-3, atol=1e-6), key
+    assert first.num_tokens == 6
+    assert_equal(first, second, rtol=1e-3, atol=1e-6)
 
 
-def test_input_moments_do_not_depend_on_the_batching():
+def test_input_moments_do_not_depend_on_the_batching(collect):
     model, batch = build("BertModel").eval(), batch_of([9, 9])
     halves = [{name: values[i : i + 1] for name, values in batch.items()} for i in range(2)]
 
-    whole, parts = (collect(model, batches, frozenset({"input_moment"})) for batches in ([batch], halves))
+    whole = collect(model, [batch], frozenset({"input_moment"}))
+    parts = collect(model, halves, frozenset({"input_moment"}), name="parts")
 
-    for key in whole.tensors:
-        assert torch.allclose(whole.tensors[key], parts.tensors[key], rtol=1e-4, atol=1e-7)
+    assert_equal(whole, parts, rtol=1e-4, atol=1e-7)
 
 
-def test_query_key_and_value_share_one_input_moment_and_mean():
+def test_query_key_and_value_share_one_input_moment_and_mean(collect):
     found = collect(build("BertModel"), [batch_of([9])], frozenset({"input_moment"}))
     first = "encoder.layer.0.attention.self"
 
     assert found.inputs[f"{first}.key"] == found.inputs[f"{first}.value"] == f"{first}.query"
-    assert f"input_moment/{first}.key" not in found.tensors
-    assert f"input_mean/{first}.key" not in found.tensors
-    assert found[f"{first}.key"].input_moment is found[f"{first}.query"].input_moment
-    assert found[f"{first}.key"].input_mean is found[f"{first}.query"].input_mean
+    for kind in ("input_moment", "input_mean"):
+        assert torch.equal(getattr(found[f"{first}.key"], kind), getattr(found[f"{first}.query"], kind))
+    with safe_open(found.path, framework="pt") as file:
+        assert not [key for key in file.keys() if f"{first}.key" in key]  # noqa: SIM118 - not a mapping
 
 
 @pytest.mark.parametrize(
     "name",
     ["BertModel", "BertForMaskedLM", "BertForSequenceClassification", "BertForQuestionAnswering", "GPT2LMHeadModel"],
 )
-def test_gradient_moments_exist_for_every_head_and_are_positive(name):
+def test_gradient_moments_exist_for_every_head_and_are_positive(collect, name):
     model = build(name)
     found = collect(model, [batch_of([9, 5])])
 
@@ -91,7 +109,7 @@ def test_gradient_moments_exist_for_every_head_and_are_positive(name):
         assert values.max() > 0
 
 
-def test_row_weights_count_the_tokens():
+def test_row_weights_count_the_tokens(collect):
     batch = batch_of([9, 4])
     model = build("BertModel")
     name = next(matrix.name for matrix in find_matrices(model) if matrix.role == "embedding")
@@ -102,7 +120,7 @@ def test_row_weights_count_the_tokens():
     assert weights[batch["input_ids"][0, 0]] >= 1 / 13
 
 
-def test_collecting_leaves_the_model_as_it_was():
+def test_collecting_leaves_the_model_as_it_was(collect):
     model = build("BertForMaskedLM").train()
     before = {name: value.clone() for name, value in model.state_dict().items()}
 
@@ -114,25 +132,24 @@ def test_collecting_leaves_the_model_as_it_was():
     assert not any(module._forward_hooks for module in model.modules())
 
 
-def test_statistics_survive_a_file(tmp_path):
+def test_statistics_are_read_from_their_file_alone(collect):
     found = collect(build("BertModel"), [batch_of([9])])
-    found.fingerprint = "abc"
 
-    found.save(tmp_path / "deep" / "statistics.safetensors")
-    loaded = Statistics.load(tmp_path / "deep" / "statistics.safetensors")
+    loaded = Statistics.load(found.path)
 
-    assert (loaded.num_tokens, loaded.names, loaded.inputs, loaded.fingerprint) == (
-        9,
-        found.names,
-        found.inputs,
-        "abc",
-    )
-    assert all(torch.equal(loaded.tensors[key], found.tensors[key]) for key in found.tensors)
+    assert loaded.fingerprint == "abc"
+    assert_equal(found, loaded)
+    assert list(found.path.parent.iterdir()) == [found.path]
+
+
+@pytest.mark.parametrize("width", [1, 255, 256, 257, 600])
+def test_panels_make_the_whole_symmetric_matrix(width):
+    rows = torch.randn(40, width, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+
+    assert torch.allclose(from_panels(dict(gram_panels(rows))), rows.T @ rows, rtol=1e-12)
 
 
 def test_another_file_is_refused(tmp_path):
-    from safetensors.torch import save_file
-
     save_file({"a": torch.ones(1)}, tmp_path / "other.safetensors")
 
     with pytest.raises(InputError, match="holds no statistics"):

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 
@@ -10,6 +11,19 @@ from hf_lowrank.solvers.metric import Metric, identity
 from hf_lowrank.statistics.moments import MatrixStatistics
 
 _CHUNK = 4096
+
+
+class Truncations(Protocol):
+    """Every truncation of one matrix (O, I), in memory or on disk."""
+
+    @property
+    def singular_values(self) -> torch.Tensor:
+        """In the solver's metric, largest first, float64, (min(O, I))."""
+        ...
+
+    def factors(self, rank: int) -> Factors:
+        """The balanced factors of the best approximation of that rank, in float32 or the weight's wider type."""
+        ...
 
 
 @dataclass(frozen=True)

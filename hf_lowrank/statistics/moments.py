@@ -1,18 +1,18 @@
-"""The statistics of one model on one text: what is kept, in which shapes, and how it is saved."""
+"""The statistics of one model on one text: what is kept, in which shapes, and how it is read from its file."""
 
 import json
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, fields
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 
 from hf_lowrank.errors import InputError
+from hf_lowrank.statistics.panels import from_panels
 
-FORMAT = "hf_lowrank statistics 2"
+FORMAT = "hf_lowrank statistics 3"
 
 
 @dataclass(frozen=True)
@@ -43,34 +43,39 @@ class MatrixStatistics:
         return MatrixStatistics(**here | moved)
 
 
-@dataclass
+@dataclass(frozen=True)
 class Statistics(Mapping[str, MatrixStatistics]):
     """Statistics by matrix name (as in a plan); modules that share an input share its moment and mean.
 
+    They stay in their file: those of a matrix are read each time it is asked for, and held by who asked.
+
     Args:
+        path: A safetensors file of float64 sums over tokens: `"<kind>/<matrix name>"`, and
+            `"<kind>/<matrix name>/<first row>"` for each panel of a moment; see `hf_lowrank.statistics.panels`.
         inputs: Matrix name -> name of the matrix under which the moment and mean of their common input are kept.
-        tensors: `"<kind>/<matrix name>"` -> tensor.
         fingerprint: What model, text and settings they were made with.
     """
 
+    path: Path
     num_tokens: int
     names: tuple[str, ...]
-    inputs: dict[str, str] = field(default_factory=dict)
-    tensors: dict[str, torch.Tensor] = field(default_factory=dict)
-    fingerprint: str = ""
+    inputs: Mapping[str, str]
+    fingerprint: str
 
     def __getitem__(self, name: str) -> MatrixStatistics:
         if name not in self.names:
             raise KeyError(name)
         source = self.inputs.get(name, name)
-        return MatrixStatistics(
-            num_tokens=self.num_tokens,
-            input_moment=self.tensors.get(f"input_moment/{source}"),
-            input_mean=self.tensors.get(f"input_mean/{source}"),
-            output_moment=self.tensors.get(f"output_moment/{name}"),
-            fisher=self.tensors.get(f"fisher/{name}"),
-            row_weights=self.tensors.get(f"row_weights/{name}"),
-        )
+        with safe_open(self.path, framework="pt") as file:
+            read = _Reader(file, max(self.num_tokens, 1))
+            return MatrixStatistics(
+                num_tokens=self.num_tokens,
+                input_moment=read.moment(f"input_moment/{source}"),
+                input_mean=read.mean(f"input_mean/{source}"),
+                output_moment=read.moment(f"output_moment/{name}"),
+                fisher=read.mean(f"fisher/{name}"),
+                row_weights=read.mean(f"row_weights/{name}"),
+            )
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.names)
@@ -78,36 +83,52 @@ class Statistics(Mapping[str, MatrixStatistics]):
     def __len__(self) -> int:
         return len(self.names)
 
-    def save(self, path: Path) -> None:
-        """Write one safetensors file."""
-        metadata = {
-            "format": FORMAT,
-            "num_tokens": str(self.num_tokens),
-            "names": json.dumps(self.names),
-            "inputs": json.dumps(self.inputs),
-            "fingerprint": self.fingerprint,
-        }
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_suffix(".partial")
-        save_file({name: tensor.contiguous() for name, tensor in self.tensors.items()}, partial, metadata)
-        partial.replace(path)
-
     @classmethod
     def load(cls, path: Path) -> "Statistics":
-        """Read what `save` wrote.
+        """Those in a file that `collect_statistics` wrote.
 
         Raises:
             InputError: If the file is something else.
         """
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
-            if metadata.get("format") != FORMAT:
-                raise InputError(f"{path} holds no statistics of this library. Collect them again.")
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
+        if metadata.get("format") != FORMAT:
+            raise InputError(f"{path} holds no statistics of this library. Collect them again.")
         return cls(
+            path=path,
             num_tokens=int(metadata["num_tokens"]),
             names=tuple(json.loads(metadata["names"])),
             inputs=json.loads(metadata["inputs"]),
-            tensors=tensors,
             fingerprint=metadata["fingerprint"],
         )
+
+
+def make_metadata(
+    num_tokens: int, names: Sequence[str], inputs: Mapping[str, str], fingerprint: str
+) -> dict[str, str]:
+    """What a file of sums says about itself; see `Statistics`."""
+    return {
+        "format": FORMAT,
+        "num_tokens": str(num_tokens),
+        "names": json.dumps(names),
+        "inputs": json.dumps(inputs),
+        "fingerprint": fingerprint,
+    }
+
+
+class _Reader:
+    """Reads averages from an open file of sums."""
+
+    def __init__(self, file: Any, count: int) -> None:
+        self._file = file
+        self._count = count
+        self._keys = set(file.keys())
+
+    def mean(self, key: str) -> torch.Tensor | None:
+        mean: torch.Tensor | None = self._file.get_tensor(key) / self._count if key in self._keys else None
+        return mean
+
+    def moment(self, key: str) -> torch.Tensor | None:
+        starts = [int(name.rpartition("/")[2]) for name in self._keys if name.rpartition("/")[0] == key]
+        panels = {start: self._file.get_tensor(f"{key}/{start}") for start in starts}
+        return from_panels(panels).div_(self._count) if panels else None
