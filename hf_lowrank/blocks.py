@@ -9,6 +9,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from hf_lowrank.outputs import Batch, run
 from hf_lowrank.targets import DenseMatrix
 
 
@@ -56,6 +57,90 @@ def replayed_outputs(model: PreTrainedModel, names: Sequence[str], outputs: dict
 
 def _returning(output: Any) -> Callable[..., Any]:
     return lambda *args, **kwargs: output
+
+
+class Walk:
+    """One model run block by block on the same batches, each block starting from what the one before it returned.
+
+    What stands before the first block is run every time; what follows the present block is not run at all. Of each
+    batch one block's output is held.
+
+    Args:
+        names: Of the blocks, in the order they run, each once a run; see `calls_in_order`.
+    """
+
+    def __init__(self, model: PreTrainedModel, names: Sequence[str], batches: Sequence[Batch]) -> None:
+        self.model = model
+        self.batches = [{name: value.to(model.device) for name, value in batch.items()} for batch in batches]
+        self._names = names
+        self._position = 0
+        self._returned: list[Any] = [None] * len(batches)
+
+    @property
+    def block(self) -> str:
+        """Name of the present block."""
+        return self._names[self._position]
+
+    def run(self, index: int, before: str | None = None) -> Any:
+        """What the present block returns for batch `index`; nothing if it is left as it reaches module `before`."""
+        passed = self._names[: self._position]
+        outputs = dict.fromkeys(passed, self._returned[index])
+        with replayed_outputs(self.model, passed, outputs), _left_at(self.model, self.block, before):
+            try:
+                run(self.model, self.batches[index])
+            except _Reached as reached:
+                return reached.output
+        raise RuntimeError(f"{self.block} was not run.")
+
+    @torch.no_grad()
+    def advance(self) -> list[Any]:
+        """Run the present block on every batch and go to the next; what it returned, batch by batch."""
+        self._returned = [self.run(index) for index in range(len(self.batches))]
+        self._position += 1
+        return self._returned
+
+
+class _Reached(Exception):
+    def __init__(self, output: Any) -> None:
+        self.output = output
+
+
+@contextmanager
+def _left_at(model: PreTrainedModel, after: str, before: str | None) -> Iterator[None]:
+    def leave(output: Any) -> None:
+        raise _Reached(output)
+
+    hooks = [model.get_submodule(after).register_forward_hook(lambda module, inputs, output: leave(output))]
+    if before is not None:
+        hooks.append(model.get_submodule(before).register_forward_pre_hook(lambda module, inputs: leave(None)))
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def calls_in_order(model: PreTrainedModel, names: Sequence[str], batch: Batch) -> list[str]:
+    """The named modules in the order in which one run calls them; those called more than once are left out."""
+    calls: list[str] = []
+
+    def note(name: str) -> Callable[[nn.Module, Any], None]:
+        return lambda module, inputs: calls.append(name)
+
+    hooks = [model.get_submodule(name).register_forward_pre_hook(note(name)) for name in names]
+    try:
+        with frozen(model), torch.no_grad():
+            run(model, {name: value.to(model.device) for name, value in batch.items()})
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return [name for name in calls if calls.count(name) == 1]
+
+
+def hidden_states(output: Any) -> torch.Tensor:
+    """The hidden states in what a block returns, (B, T, D)."""
+    hidden: torch.Tensor = output[0] if isinstance(output, tuple) else output
+    return hidden
 
 
 @contextmanager

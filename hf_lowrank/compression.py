@@ -11,6 +11,7 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from hf_lowrank.anchoring import anchor_
 from hf_lowrank.conversion import convert_storage_
 from hf_lowrank.decomposing import Decomposer
 from hf_lowrank.errors import InputError
@@ -65,8 +66,9 @@ def compress(
         InputError: If the model or an option cannot be used; `model` is then unchanged.
     """
     settings = settings or make_settings(options)
-    if inplace and settings.refine_passes:  # None is no request
-        raise InputError("refine_passes needs the dense model to learn from. Leave inplace out, or refine_passes.")
+    for option in ("anchored", "refine_passes"):
+        if inplace and getattr(settings, option):  # None is no request
+            raise InputError(f"{option} needs the dense model to learn from. Leave inplace out, or {option}.")
     dense = load_dense(model)
     tokenizer = tokenizer if tokenizer is not None else find_tokenizer(dense)
     dtype, dense_bytes = settings.torch_dtype or dense.dtype, parameter_bytes(dense)
@@ -82,9 +84,9 @@ def compress(
         "text": decomposer.described_text(),
     }
     passes = settings.passes(has_text=calibration is not None, inplace=inplace)
-    if passes:
+    if settings.anchored or passes:
         copied = _copy_sharing(dense, [matrix.module for matrix in replaced])
-        return _compress_and_refine_(copied, dense, plan, replaced, decomposer, passes).to(dtype)
+        return _compress_and_learn_(copied, dense, plan, replaced, decomposer, passes).to(dtype)
     is_ours = inplace or dense is not model
     small: Any = dense if is_ours else _copy_sharing(dense, [matrix.module for matrix in replaced])
     is_retyped = small.dtype != dtype  # asked now: the first parameter may be a factor soon, already of that type
@@ -93,7 +95,7 @@ def compress(
     return small.to(dtype) if is_retyped else small
 
 
-def _compress_and_refine_(
+def _compress_and_learn_(
     small: PreTrainedModel,
     dense: PreTrainedModel,
     plan: Plan,
@@ -101,24 +103,23 @@ def _compress_and_refine_(
     decomposer: Decomposer,
     passes: int,
 ) -> Any:
-    """Replace the matrices by pairs of factors, train those, and only then store them as the plan says."""
+    """Replace the matrices by pairs of factors, better those, and only then store them as the plan says."""
     pairs = copy.deepcopy(plan)
     for spec in pairs["modules"].values():
         if spec["structure"] in DECODERS:
             spec["structure"] = "low_rank"
-    settings = decomposer.settings
+    settings, calibration, progress = decomposer.settings, decomposer.calibration, decomposer.progress
     _replace_matrices_(small, matrices, pairs, decomposer, small.dtype, frees=False)
     _become_compressed_(small, pairs)
-    refined = refine_(
-        small,
-        dense,
-        decomposer.calibration,
-        passes=passes,
-        learning_rate=settings.refine_learning_rate,
-        seed=settings.seed,
-        progress=decomposer.progress,
-    )
-    plan["provenance"]["refinement"] = asdict(refined)
+    if settings.anchored:
+        anchored = anchor_(small, dense, matrices, decomposer.output_metric, calibration, progress=progress)
+        plan["provenance"]["anchoring"] = asdict(anchored)
+    if passes:
+        rate = settings.refine_learning_rate
+        refined = refine_(
+            small, dense, calibration, passes=passes, learning_rate=rate, seed=settings.seed, progress=progress
+        )
+        plan["provenance"]["refinement"] = asdict(refined)
     plan["provenance"]["relative_errors"] = {
         matrix.name: _relative_error(dense_weight(matrix.module), small.get_submodule(matrix.path))
         for matrix in matrices

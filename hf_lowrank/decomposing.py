@@ -24,10 +24,11 @@ from hf_lowrank.planning.probes import Probe
 from hf_lowrank.progress import Progress
 from hf_lowrank.settings import CompressionSettings
 from hf_lowrank.solvers import SOLVERS
+from hf_lowrank.solvers.metric import Metric
 from hf_lowrank.solvers.stored import StoredDecomposition, store_decomposition
 from hf_lowrank.solvers.svd import Decomposition, Truncations
 from hf_lowrank.statistics.collection import collect_statistics
-from hf_lowrank.statistics.moments import Statistics
+from hf_lowrank.statistics.moments import MatrixStatistics, Statistics
 from hf_lowrank.targets import DenseMatrix, dense_weight
 from hf_lowrank.version import __version__
 
@@ -67,6 +68,10 @@ class Decomposer:
         stored = self._stored(matrix)
         return stored if stored.path.is_file() else self._decompose(matrix)
 
+    def output_metric(self, matrix: DenseMatrix) -> Metric:
+        """What the solver holds errors at the outputs of one matrix to cost; it is where the matrix is."""
+        return self._solver.output_metric(self._known(matrix, dense_weight(matrix.module).device))
+
     def errors(self, matrices: Sequence[DenseMatrix]) -> dict[str, FloatArray]:
         """Loss of each matrix at rank 1, 2, ..., as the allocation wants it."""
         spectra: dict[str, FloatArray] = {}
@@ -102,8 +107,11 @@ class Decomposer:
     def _decompose(self, matrix: DenseMatrix) -> Decomposition:
         weight = dense_weight(matrix.module)
         weight = weight.to(self.settings.device or weight.device)
+        return self._solver.decompose(weight, self._known(matrix, weight.device))
+
+    def _known(self, matrix: DenseMatrix, device: torch.device) -> MatrixStatistics | None:
         known = self._statistics.get(matrix.name) if self._statistics is not None else None
-        return self._solver.decompose(weight, None if known is None else known.to(weight.device))
+        return None if known is None else known.to(device)
 
     def _stored(self, matrix: DenseMatrix) -> StoredDecomposition:
         identity = self._identity if self._solver.needs else self._model_identity

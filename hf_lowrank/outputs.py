@@ -1,6 +1,6 @@
 """What a model says, in a form that two models can be compared in, whatever their head."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -68,6 +68,16 @@ def run(model: PreTrainedModel, batch: Batch) -> Said:
     if logits.dim() == 2:
         return Said("distribution", logits)
     return Said("distribution", logits[speaking_places(batch)])
+
+
+@torch.no_grad()
+def mean_distance(model: PreTrainedModel, reference: PreTrainedModel, batches: Sequence[Batch]) -> float:
+    """Mean distance of a model's outputs from another's on some text; see `Said.distance`."""
+    distances = []
+    for batch in batches:
+        placed = {name: value.to(model.device) for name, value in batch.items()}
+        distances.append(run(model, placed).distance(run(reference, placed)))
+    return float(torch.cat(distances).mean())
 
 
 def pooled(hidden_states: torch.Tensor, batch: Batch) -> torch.Tensor:

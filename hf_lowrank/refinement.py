@@ -4,16 +4,15 @@ import math
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from hf_lowrank.blocks import block_name, frozen, recorded_outputs
+from hf_lowrank.blocks import block_name, frozen, hidden_states, recorded_outputs
 from hf_lowrank.calibration import Calibration
-from hf_lowrank.outputs import Batch, real_tokens, run
+from hf_lowrank.outputs import Batch, mean_distance, real_tokens, run
 from hf_lowrank.progress import Progress, no_progress
 from hf_lowrank.remote_code.lowrank_structures import named_structures
 
@@ -119,12 +118,7 @@ class _Run:
         return Refinement(before, best, kept_passes, learning_rate)
 
     def _distance(self) -> float:
-        with torch.no_grad():
-            distances = []
-            for batch in self.calibration.probes:
-                placed = {name: value.to(self.small.device) for name, value in batch.items()}
-                distances.append(run(self.small, placed).distance(run(self.dense, placed)))
-        return float(torch.cat(distances).mean())
+        return mean_distance(self.small, self.dense, self.calibration.probes)
 
 
 @dataclass(frozen=True)
@@ -146,14 +140,9 @@ def _loss(small: PreTrainedModel, dense: PreTrainedModel, batch: Batch, names: S
         loss = run(small, placed).distance(reference).mean()
     real = real_tokens(placed)
     for name in names:
-        target = _hidden(wanted[name])[real]
-        loss = loss + F.mse_loss(_hidden(found[name])[real], target) / target.var() / len(names)
+        target = hidden_states(wanted[name])[real]
+        loss = loss + F.mse_loss(hidden_states(found[name])[real], target) / target.var() / len(names)
     return loss
-
-
-def _hidden(output: Any) -> torch.Tensor:
-    hidden: torch.Tensor = output[0] if isinstance(output, tuple) else output
-    return hidden
 
 
 def _copies(parameters: Sequence[nn.Parameter]) -> list[torch.Tensor]:

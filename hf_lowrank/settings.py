@@ -45,6 +45,8 @@ class CompressionSettings:
         batch_size: Sequences run at once.
         text_column: Column of a data set that holds the text.
         seed: Of every draw: samples, masked tokens, synthetic tokens and labels.
+        anchored: Whether to solve once more, in the order of the model, on what the compressed model before each
+            matrix gives; see `anchor_`.
         refine_passes: Passes over the text of a short training towards the dense model; see `refine_`. Default:
             2 where there is text and ranks are measured on it, unless compressing in place; else 0.
         refine_learning_rate: Of that training.
@@ -74,6 +76,7 @@ class CompressionSettings:
     batch_size: int = 8
     text_column: str | None = None
     seed: int = 0
+    anchored: bool = False
     refine_passes: int | None = None
     refine_learning_rate: float = 1e-4
     fast: bool = False
@@ -123,9 +126,9 @@ class CompressionSettings:
 
     @property
     def looks_at_text(self) -> bool:
-        """Whether the model has to be run: for statistics, or to measure ranks."""
+        """Whether the model has to be run: for statistics, to measure ranks, or to learn from it."""
         shares = self.rank is None and ALLOCATIONS[self.chosen_allocation].errors == "probes"
-        return bool(SOLVERS[self.method].needs) or shares
+        return bool(SOLVERS[self.method].needs or self.anchored or self.refine_passes) or shares
 
     @property
     def roles(self) -> set[str]:

@@ -5,6 +5,7 @@ from typing import Protocol
 import torch
 
 from hf_lowrank.solvers.data_aware_svd import TwoSidedSVD, WeightedSVD, WhitenedSVD
+from hf_lowrank.solvers.metric import Metric
 from hf_lowrank.solvers.svd import SVD, Decomposition
 from hf_lowrank.statistics.moments import MatrixStatistics
 
@@ -20,6 +21,10 @@ class Solver(Protocol):
 
     def decompose(self, weight: torch.Tensor, statistics: MatrixStatistics | None = None) -> Decomposition:
         """Every truncation of a weight (O, I), best first in the solver's own measure of error."""
+        ...
+
+    def output_metric(self, statistics: MatrixStatistics | None = None) -> Metric:
+        """What errors at the outputs cost in that measure, (O, O)."""
         ...
 
 

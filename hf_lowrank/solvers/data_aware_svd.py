@@ -24,7 +24,11 @@ class WhitenedSVD:
 
     def decompose(self, weight: torch.Tensor, statistics: MatrixStatistics | None = None) -> Decomposition:
         """Every truncation of `weight` (O, I)."""
-        return decompose(weight, _row_side(statistics), _input_side(statistics))
+        return decompose(weight, self.output_metric(statistics), _input_side(statistics))
+
+    def output_metric(self, statistics: MatrixStatistics | None = None) -> Metric:
+        """All outputs are alike; rows of a table count as often as they are used."""
+        return _row_side(statistics)
 
 
 class TwoSidedSVD:
@@ -38,10 +42,13 @@ class TwoSidedSVD:
 
     def decompose(self, weight: torch.Tensor, statistics: MatrixStatistics | None = None) -> Decomposition:
         """Every truncation of `weight` (O, I)."""
-        output_side = _row_side(statistics)
-        if statistics is not None and statistics.output_moment is not None:
-            output_side = moment_metric(statistics.output_moment, statistics.num_tokens, _OUTPUT_SHRINKAGE)
-        return decompose(weight, output_side, _input_side(statistics))
+        return decompose(weight, self.output_metric(statistics), _input_side(statistics))
+
+    def output_metric(self, statistics: MatrixStatistics | None = None) -> Metric:
+        """`G`, pulled a little towards a multiple of the identity."""
+        if statistics is None or statistics.output_moment is None:
+            return _row_side(statistics)
+        return moment_metric(statistics.output_moment, statistics.num_tokens, _OUTPUT_SHRINKAGE)
 
 
 class WeightedSVD:
@@ -54,10 +61,13 @@ class WeightedSVD:
 
     def decompose(self, weight: torch.Tensor, statistics: MatrixStatistics | None = None) -> Decomposition:
         """Every truncation of `weight` (O, I)."""
-        side = _row_side(statistics)
-        if statistics is not None and statistics.fisher is not None:
-            side = row_metric(statistics.fisher.sum(dim=1), _INPUT_SHRINKAGE)
-        return decompose(weight, side, identity())
+        return decompose(weight, self.output_metric(statistics), identity())
+
+    def output_metric(self, statistics: MatrixStatistics | None = None) -> Metric:
+        """`diag(f)`, pulled a little towards the mean."""
+        if statistics is None or statistics.fisher is None:
+            return _row_side(statistics)
+        return row_metric(statistics.fisher.sum(dim=1), _INPUT_SHRINKAGE)
 
 
 def _row_side(statistics: MatrixStatistics | None) -> Metric:

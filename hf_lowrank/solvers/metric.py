@@ -21,6 +21,10 @@ class Metric(ABC):
         """`L^-T V` for (n, k) `V`."""
 
     @abstractmethod
+    def solve(self, vectors: torch.Tensor) -> torch.Tensor:
+        """`M^-1 V` for (n, k) `V`, float64."""
+
+    @abstractmethod
     def congruent(self, gram: torch.Tensor) -> torch.Tensor:
         """`L^T A L` for (n, n) symmetric `A`, float64."""
 
@@ -45,6 +49,9 @@ class DiagonalMetric(Metric):
     def unroot(self, vectors: torch.Tensor) -> torch.Tensor:
         return vectors if self._roots is None else vectors / self._roots.to(vectors)
 
+    def solve(self, vectors: torch.Tensor) -> torch.Tensor:
+        return vectors if self._roots is None else vectors / self._roots.square()
+
     def congruent(self, gram: torch.Tensor) -> torch.Tensor:
         return gram if self._roots is None else self._roots * gram * self._roots.T
 
@@ -68,6 +75,9 @@ class FullMetric(Metric):
         solved: torch.Tensor = torch.linalg.solve_triangular(self._lower.T, vectors.double(), upper=True)
         return solved.to(vectors.dtype)
 
+    def solve(self, vectors: torch.Tensor) -> torch.Tensor:
+        return torch.cholesky_solve(vectors, self._lower)
+
     def congruent(self, gram: torch.Tensor) -> torch.Tensor:
         return self._lower.T @ gram @ self._lower
 
@@ -85,14 +95,19 @@ def row_metric(weights: torch.Tensor, shrinkage: float) -> Metric:
     return DiagonalMetric((1 - shrinkage) * weights + shrinkage * weights.mean())
 
 
+def shrinkage_strength(size: int, num_tokens: int, shrinkage: float) -> float:
+    """`a = shrinkage`, or `n / (10 T)` where few tokens `T` stand behind a moment of size `n`, at most 0.3."""
+    return max(shrinkage, min(_MOST_SHRINKAGE, size / (10 * max(num_tokens, 1))))
+
+
 def moment_metric(moment: torch.Tensor, num_tokens: int, shrinkage: float) -> Metric:
     """The metric of a second moment (n, n), made positive definite.
 
-    `(1 - a) M + a mean(diag M) I` with `a = shrinkage`, or `n / (10 T)` where few tokens `T` make that larger (at most
-    0.3). Should its Cholesky decomposition still fail, the eigenvalues below the precision of float64 are lifted.
+    `(1 - a) M + a mean(diag M) I` with `a` of `shrinkage_strength`. Should its Cholesky decomposition still fail, the
+    eigenvalues below the precision of float64 are lifted.
     """
     size = len(moment)
-    strength = max(shrinkage, min(_MOST_SHRINKAGE, size / (10 * max(num_tokens, 1))))
+    strength = shrinkage_strength(size, num_tokens, shrinkage)
     mean = float(moment.diagonal().mean())
     if not mean > 0:  # nothing was ever seen there: any error is as good as another
         return identity()

@@ -86,7 +86,11 @@ class SVD:
 
     def decompose(self, weight: torch.Tensor, statistics: MatrixStatistics | None = None) -> Decomposition:
         """Every truncation of `weight` (O, I)."""
-        return decompose(weight, identity(), identity())
+        return decompose(weight, self.output_metric(), identity())
+
+    def output_metric(self, statistics: MatrixStatistics | None = None) -> Metric:
+        """All errors are alike."""
+        return identity()
 
 
 def _scaled(weight: torch.Tensor) -> tuple[torch.Tensor, int]:
