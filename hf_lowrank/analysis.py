@@ -24,7 +24,7 @@ from hf_lowrank.decomposing import Decomposer
 from hf_lowrank.errors import InputError
 from hf_lowrank.loading import find_tokenizer, load_dense
 from hf_lowrank.planning.allocation import ALLOCATIONS
-from hf_lowrank.planning.curves import FloatArray, probe_rank
+from hf_lowrank.planning.curves import probe_rank
 from hf_lowrank.planning.plans import candidate_matrices, make_plan
 from hf_lowrank.planning.sizes import parameter_bytes
 from hf_lowrank.progress import Progress, no_progress
@@ -36,9 +36,10 @@ from hf_lowrank.report import CompressionReport, ModuleReport, count_multiply_ad
 from hf_lowrank.settings import CompressionSettings, make_settings
 from hf_lowrank.solvers import SOLVERS
 from hf_lowrank.solvers.svd import Truncations
-from hf_lowrank.targets import DenseMatrix, dense_weight, find_matrices
+from hf_lowrank.targets import DenseMatrix, JointMatrix, Matrix, dense_weight, find_matrices
 
 DEFAULT_BUDGETS = (0.8, 0.6, 0.4, 0.25)
+JOINT = "joint_low_rank"
 _KINDS = ("keep_targets", "keep_params")
 _WARM_UP_ROUNDS, _ROUNDS = 2, 7
 
@@ -90,23 +91,16 @@ def planned_report(dense: PreTrainedModel, plan: Plan, dtype: torch.dtype) -> Co
 
 
 class _KnownErrors:
-    """Asks the decomposer once for what all budgets need, and remembers what whole plans did."""
+    """Asks the decomposer for what all budgets need, and remembers what whole plans did."""
 
-    def __init__(self, decomposer: Decomposer, targets: Sequence[DenseMatrix]) -> None:
-        self._decomposer = decomposer
-        self._targets = targets
+    def __init__(self, decomposer: Decomposer) -> None:
         self._damages: dict[tuple[tuple[str, int], ...], float] = {}
+        self._decomposer = decomposer
+        self.joint = decomposer.joint
+        self.predicted = decomposer.predicted
+        self.errors = decomposer.errors
 
-    @cached_property
-    def by_name(self) -> dict[str, FloatArray]:
-        """Loss of each target at rank 1, 2, ..."""
-        return self._decomposer.errors(self._targets)
-
-    def errors(self, matrices: Sequence[DenseMatrix]) -> dict[str, FloatArray]:
-        """See `ErrorSource`."""
-        return self.by_name
-
-    def damage(self, matrices: Sequence[DenseMatrix], ranks: dict[str, int]) -> float:
+    def damage(self, matrices: Sequence[Matrix], ranks: dict[str, int]) -> float:
         """See `ErrorSource`."""
         key = tuple(sorted(ranks.items()))
         if key not in self._damages:
@@ -142,7 +136,7 @@ class _Study:
         self._progress = progress
         self.targets = candidate_matrices(model, settings[0])
         self._decomposer = Decomposer(model, settings[0], calibration, tokenizer, progress)
-        self._known = _KnownErrors(self._decomposer, self.targets)
+        self._known = _KnownErrors(self._decomposer)
 
     def analysis(self, times: LayerTimes) -> Analysis:
         plans = [make_plan(self._model, settings, self._known)[0] for settings in self._settings]
@@ -172,7 +166,8 @@ class _Study:
         return ALLOCATIONS[self._settings[0].chosen_allocation].errors == "probes"
 
     def _whole(self, index: int, report: CompressionReport, matrices: Sequence[MatrixAnalysis]) -> PlannedModel:
-        ranks = {module.name: module.rank for module in report.modules if module.rank is not None}
+        # Members of a group have the rank of the part they share, which is in the report too.
+        ranks = {m.name: m.rank for m in report.modules if m.rank is not None and m.structure != JOINT}
         planned = [matrix.planned[index] for matrix in matrices if matrix.planned]
         return PlannedModel(
             budget=self._settings[index].budget.value,
@@ -180,7 +175,7 @@ class _Study:
             size_bytes=report.size_bytes,
             multiply_adds=report.multiply_adds,
             predicted_loss=sum(one.predicted_loss for one in planned),
-            measured_damage=self._known.damage(self.targets, ranks) if self._runs_model else None,
+            measured_damage=self._known.damage([*self.targets, *self._groups], ranks) if self._runs_model else None,
             seconds=sum(one.seconds or 0.0 for one in planned) or None,
         )
 
@@ -204,31 +199,39 @@ class _Study:
             break_even_rank=rows * columns // (rows + columns),
             spectrum=spectrum_of(plain.singular_values),
             metric_spectrum=spectrum_of(found.singular_values) if looks_closer else None,
-            planned=tuple(self._planned(module, found, weight, seconds) for module in modules),
+            planned=tuple(self._planned(module, matrix, seconds) for module in modules),
         )
+
+    @cached_property
+    def _groups(self) -> list[JointMatrix]:
+        return self._decomposer.joint(self.targets) if self._settings[0].rank is None else []
 
     def _planned(
         self,
         module: ModuleReport,
-        found: Truncations,
-        weight: torch.Tensor,
+        matrix: DenseMatrix,
         times: tuple[float, Callable[[int], float]] | None,
     ) -> PlannedMatrix:
         dense_seconds, factored_seconds = times or (None, None)
         common = (module.structure, module.rank, module.parameters, module.multiply_adds)
         if module.rank is None:
             return PlannedMatrix(*common, 0.0, 0.0, 0.0, dense_seconds)
-        product = found.factors(module.rank).product
-        wide = weight.to(product)
-        norm = float(torch.linalg.norm(wide))
-        difference = float(torch.linalg.norm(product - wide))
+        unit: Matrix = matrix
+        if module.structure == JOINT:
+            unit = next(group for group in self._groups if matrix in group.members)
+        found = self._decomposer(unit)
+        products = found.factors(module.rank).product.split([member.shape[0] for member in unit.members])
+        product = products[unit.members.index(matrix)]
+        weight = matrix.weight.to(product)
+        norm = float(torch.linalg.norm(weight))
+        difference = float(torch.linalg.norm(product - weight))
         energies = found.singular_values.square()
         metric_norm, lost = float(energies.sum()), float(energies[module.rank :].sum())
         return PlannedMatrix(
             *common,
             relative_error=difference / norm if norm > 0 else 0.0,
             metric_error=(lost / metric_norm) ** 0.5 if metric_norm > 0 else 0.0,
-            predicted_loss=float(self._known.by_name[module.name][module.rank - 1]),
+            predicted_loss=float(self._known.errors([unit])[unit.name][module.rank - 1]) / len(unit.members),
             seconds=None if factored_seconds is None else factored_seconds(module.multiply_adds),
         )
 

@@ -22,17 +22,20 @@ from hf_lowrank.progress import Progress, no_progress
 from hf_lowrank.refinement import refine_
 from hf_lowrank.remote_code.configuration_lowrank import compressed_config_class, dense_config_class
 from hf_lowrank.remote_code.lowrank_model import LowRankMixin
-from hf_lowrank.remote_code.lowrank_plan import Plan
+from hf_lowrank.remote_code.lowrank_plan import Plan, Spec
 from hf_lowrank.remote_code.lowrank_structures import (
+    build_shared_part,
     build_structure,
     install_plan_,
+    named_shared_parts,
     named_structures,
     replace_,
 )
 from hf_lowrank.remote_code.modeling_lowrank import compressed_model_class, dense_model_class
 from hf_lowrank.settings import CompressionSettings, make_settings
-from hf_lowrank.solvers.storage import DECODERS, ENCODERS
-from hf_lowrank.targets import OUTPUT_EMBEDDINGS, DenseMatrix, dense_weight
+from hf_lowrank.solvers.factors import Factors
+from hf_lowrank.solvers.storage import DECODERS, ENCODERS, StateDict
+from hf_lowrank.targets import OUTPUT_EMBEDDINGS, DenseMatrix, JointMatrix, Matrix
 from hf_lowrank.version import __version__
 
 _NARROW = (torch.float16, torch.bfloat16)
@@ -83,12 +86,13 @@ def compress(
         "dense_size_bytes": dense_bytes,
         "text": decomposer.described_text(),
     }
+    modules = [member.module for matrix in replaced for member in matrix.members]
     passes = settings.passes(has_text=calibration is not None, inplace=inplace)
     if settings.anchored or passes:
-        copied = _copy_sharing(dense, [matrix.module for matrix in replaced])
+        copied = _copy_sharing(dense, modules)
         return _compress_and_learn_(copied, dense, plan, replaced, decomposer, passes).to(dtype)
     is_ours = inplace or dense is not model
-    small: Any = dense if is_ours else _copy_sharing(dense, [matrix.module for matrix in replaced])
+    small: Any = dense if is_ours else _copy_sharing(dense, modules)
     is_retyped = small.dtype != dtype  # asked now: the first parameter may be a factor soon, already of that type
     _replace_matrices_(small, replaced, plan, decomposer, dtype, frees=is_ours)
     _become_compressed_(small, plan)
@@ -99,7 +103,7 @@ def _compress_and_learn_(
     small: PreTrainedModel,
     dense: PreTrainedModel,
     plan: Plan,
-    matrices: Sequence[DenseMatrix],
+    matrices: Sequence[Matrix],
     decomposer: Decomposer,
     passes: int,
 ) -> Any:
@@ -112,7 +116,8 @@ def _compress_and_learn_(
     _replace_matrices_(small, matrices, pairs, decomposer, small.dtype, frees=False)
     _become_compressed_(small, pairs)
     if settings.anchored:
-        anchored = anchor_(small, dense, matrices, decomposer.output_metric, calibration, progress=progress)
+        pairs_only = [matrix for matrix in matrices if isinstance(matrix, DenseMatrix)]
+        anchored = anchor_(small, dense, pairs_only, decomposer.output_metric, calibration, progress=progress)
         plan["provenance"]["anchoring"] = asdict(anchored)
     if passes:
         rate = settings.refine_learning_rate
@@ -121,8 +126,9 @@ def _compress_and_learn_(
         )
         plan["provenance"]["refinement"] = asdict(refined)
     plan["provenance"]["relative_errors"] = {
-        matrix.name: _relative_error(dense_weight(matrix.module), small.get_submodule(matrix.path))
+        member.name: _relative_error(member.weight, small.get_submodule(member.path))
         for matrix in matrices
+        for member in matrix.members
     }
     small.config.compression = plan
     convert_storage_(small, settings.storage, settings.torch_dtype)
@@ -148,6 +154,9 @@ def decompress(model: PreTrainedModel) -> Any:
         skeleton = host_class(config)
     for path, structure in structures:
         replace_(dense, path, _dense_module(skeleton.get_submodule(path), structure))
+    for path, _ in named_shared_parts(dense):
+        parent, _, leaf = path.rpartition(".")
+        delattr(dense.get_submodule(parent), leaf)
     dense.__dict__.pop("_tied_weights_keys", None)
     _retype_(dense, host_class, config)
     return dense
@@ -160,7 +169,7 @@ def _copy_sharing(model: PreTrainedModel, modules: Iterable[nn.Module]) -> PreTr
 
 def _replace_matrices_(
     model: PreTrainedModel,
-    matrices: Sequence[DenseMatrix],
+    matrices: Sequence[Matrix],
     plan: Plan,
     decomposer: Decomposer,
     dtype: torch.dtype,
@@ -174,22 +183,43 @@ def _replace_matrices_(
     """
     errors = plan["provenance"]["relative_errors"] = {}
     for matrix in decomposer.progress(matrices, "decomposing"):
-        spec = plan["output_embeddings"] if matrix.name == OUTPUT_EMBEDDINGS else plan["modules"][matrix.name]
-        weight = dense_weight(matrix.module)
-        factors = decomposer(matrix).factors(spec["rank"])
-        structure: Any = build_structure(matrix.module, spec, device="meta")
-        bias: Any = getattr(matrix.module, "bias", None)
-        state = ENCODERS[spec["structure"]](factors, None if bias is None else bias.detach().clone(), dtype)
-        placed = {name: value.to(weight.device).contiguous() for name, value in state.items()}
-        structure.load_state_dict(placed, strict=True, assign=True)
-        for name, parameter in structure.named_parameters():
-            host = matrix.module.weight if not name.endswith("bias") else bias
-            parameter.requires_grad_(host.requires_grad)
-        errors[matrix.name] = _relative_error(weight, structure)
-        replace_(model, matrix.path, structure)
-        if frees:
-            del weight, factors
-            matrix.module.register_parameter("weight", None)
+        if isinstance(matrix, JointMatrix):
+            spec = plan["shared"][matrix.name]
+            factors = decomposer(matrix).factors(spec["rank"])
+            part = build_shared_part([member.module for member in matrix.members], spec, device="meta")
+            _load_(part, {"down.weight": factors.down.to(dtype)}, matrix.members[0].module)
+            parent, _, leaf = matrix.path.rpartition(".")
+            model.get_submodule(parent).add_module(leaf, part.train(model.training))
+            parts = factors.up.split([member.shape[0] for member in matrix.members])
+            solved = [Factors(up, factors.down) for up in parts]
+        else:
+            spec = _specs(plan)[matrix.name]
+            part, solved = None, [decomposer(matrix).factors(spec["rank"])]
+        for member, factors in zip(matrix.members, solved, strict=True):
+            spec = _specs(plan)[member.name]
+            structure = build_structure(member.module, spec, device="meta", shared=part)
+            bias: Any = getattr(member.module, "bias", None)
+            state = ENCODERS[spec["structure"]](factors, None if bias is None else bias.detach().clone(), dtype)
+            _load_(structure, state, member.module)
+            errors[member.name] = _relative_error(member.weight, structure)
+            replace_(model, member.path, structure)
+            if frees:
+                member.module.register_parameter("weight", None)
+        del factors, solved
+
+
+def _specs(plan: Plan) -> dict[str, Spec]:
+    """The spec of every replaced matrix by its name."""
+    return {**plan["modules"], OUTPUT_EMBEDDINGS: plan.get("output_embeddings")}
+
+
+def _load_(structure: nn.Module, state: StateDict, dense: Any) -> None:
+    """Give a structure its numbers, where the dense module's are, and train of it what was trained there."""
+    placed = {name: value.to(dense.weight.device).contiguous() for name, value in state.items()}
+    structure.load_state_dict(placed, strict=True, assign=True)
+    for name, parameter in structure.named_parameters():
+        host = dense.bias if name.endswith("bias") else dense.weight
+        parameter.requires_grad_(host.requires_grad)
 
 
 def _relative_error(weight: torch.Tensor, structure: Any) -> float:

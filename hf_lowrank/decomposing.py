@@ -29,7 +29,7 @@ from hf_lowrank.solvers.stored import StoredDecomposition, store_decomposition
 from hf_lowrank.solvers.svd import Decomposition, Truncations
 from hf_lowrank.statistics.collection import collect_statistics
 from hf_lowrank.statistics.moments import MatrixStatistics, Statistics
-from hf_lowrank.targets import DenseMatrix, dense_weight
+from hf_lowrank.targets import DenseMatrix, JointMatrix, Matrix, joint_matrices
 from hf_lowrank.version import __version__
 
 # Where errors come from -> what makes them from singular values alone; `analyze` asks for them of any allocation.
@@ -63,23 +63,22 @@ class Decomposer:
         self._solver = SOLVERS[settings.method]
         self._measures = ALLOCATIONS[settings.chosen_allocation].errors == "probes"
 
-    def __call__(self, matrix: DenseMatrix) -> Truncations:
+    def __call__(self, matrix: Matrix) -> Truncations:
         """The decomposition of one matrix."""
         stored = self._stored(matrix)
         return stored if stored.path.is_file() else self._decompose(matrix)
 
     def output_metric(self, matrix: DenseMatrix) -> Metric:
         """What the solver holds errors at the outputs of one matrix to cost; it is where the matrix is."""
-        return self._solver.output_metric(self._known(matrix, dense_weight(matrix.module).device))
+        return self._solver.metrics(self._known(matrix, matrix.weight.device))[0]
 
-    def errors(self, matrices: Sequence[DenseMatrix]) -> dict[str, FloatArray]:
+    def joint(self, matrices: Sequence[DenseMatrix]) -> list[JointMatrix]:
+        """Those that were seen to read the same input, together; none where the method looks at no inputs."""
+        return [] if self._statistics is None else joint_matrices(matrices, self._statistics.inputs)
+
+    def errors(self, matrices: Sequence[Matrix]) -> dict[str, FloatArray]:
         """Loss of each matrix at rank 1, 2, ..., as the allocation wants it."""
-        spectra: dict[str, FloatArray] = {}
-        for matrix in self.progress(matrices, "decomposing"):
-            stored = self._stored(matrix)
-            if not stored.path.is_file():  # it will be asked for again: to measure, to compare plans, to replace
-                store_decomposition(self._decompose(matrix), stored.path)
-            spectra[matrix.name] = stored.singular_values.numpy()
+        spectra = self._spectra(matrices)
         if not self._measures:
             errors_of = _ERRORS[ALLOCATIONS[self.settings.chosen_allocation].errors]
             return {name: errors_of(values) for name, values in spectra.items()}
@@ -87,9 +86,24 @@ class Decomposer:
             self._measure(matrix)
         return {m.name: measured_errors(spectra[m.name], probe_rank(m), self._measured[m.name]) for m in matrices}
 
-    def damage(self, matrices: Sequence[DenseMatrix], ranks: dict[str, int]) -> float:
+    def predicted(self, matrices: Sequence[Matrix]) -> dict[str, FloatArray]:
+        """Loss of each matrix at rank 1, 2, ..., in the solver's own metric."""
+        return {name: predicted_errors(values) for name, values in self._spectra(matrices).items()}
+
+    def _spectra(self, matrices: Sequence[Matrix]) -> dict[str, FloatArray]:
+        unknown = [matrix for matrix in matrices if not self._stored(matrix).path.is_file()]
+        for matrix in self.progress(unknown, "decomposing") if unknown else []:
+            # It will be asked for again: to measure, to compare plans, to replace.
+            store_decomposition(self._decompose(matrix), self._stored(matrix).path)
+        return {matrix.name: self._stored(matrix).singular_values.numpy() for matrix in matrices}
+
+    def damage(self, matrices: Sequence[Matrix], ranks: dict[str, int]) -> float:
         """What the whole model loses at these ranks; matrices without one stay dense."""
-        return self._probe.damage({m: self._approximation(m, ranks[m.name]) for m in matrices if m.name in ranks})
+        changes: dict[DenseMatrix, torch.Tensor] = {}
+        for matrix in matrices:
+            if matrix.name in ranks:
+                changes |= self._approximations(matrix, ranks[matrix.name])
+        return self._probe.damage(changes)
 
     def described_text(self) -> dict[str, Any] | None:
         """What the model was watched on, for the record; None if it was not."""
@@ -104,28 +118,31 @@ class Decomposer:
         num_tokens = sum(int(real_tokens(batch).sum()) for batch in batches)
         return {"source": source, "num_tokens": num_tokens, "sha256": fingerprint(batches)}
 
-    def _decompose(self, matrix: DenseMatrix) -> Decomposition:
-        weight = dense_weight(matrix.module)
-        weight = weight.to(self.settings.device or weight.device)
-        return self._solver.decompose(weight, self._known(matrix, weight.device))
+    def _decompose(self, matrix: Matrix) -> Decomposition:
+        weights = [member.weight.to(self.settings.device or member.weight.device) for member in matrix.members]
+        known = [self._known(member, weights[0].device) for member in matrix.members]
+        if isinstance(matrix, JointMatrix):
+            return self._solver.decompose_jointly(weights, known)
+        return self._solver.decompose(weights[0], known[0])
 
     def _known(self, matrix: DenseMatrix, device: torch.device) -> MatrixStatistics | None:
         known = self._statistics.get(matrix.name) if self._statistics is not None else None
         return None if known is None else known.to(device)
 
-    def _stored(self, matrix: DenseMatrix) -> StoredDecomposition:
+    def _stored(self, matrix: Matrix) -> StoredDecomposition:
         identity = self._identity if self._solver.needs else self._model_identity
         path = self._folder / f"decompositions-{self.settings.method}-{identity}" / f"{matrix.name}.safetensors"
-        weight: Any = matrix.module.weight
+        weight: Any = matrix.members[0].module.weight
         return StoredDecomposition(path, torch.device(self.settings.device or weight.device))
 
-    def _approximation(self, matrix: DenseMatrix, rank: int) -> torch.Tensor:
-        return self(matrix).factors(rank).product
+    def _approximations(self, matrix: Matrix, rank: int) -> dict[DenseMatrix, torch.Tensor]:
+        product = self(matrix).factors(rank).product
+        return dict(zip(matrix.members, product.split([m.shape[0] for m in matrix.members]), strict=True))
 
-    def _measure(self, matrix: DenseMatrix) -> None:
+    def _measure(self, matrix: Matrix) -> None:
         if matrix.name in self._measured:
             return
-        self._measured[matrix.name] = self._probe.damage({matrix: self._approximation(matrix, probe_rank(matrix))})
+        self._measured[matrix.name] = self._probe.damage(self._approximations(matrix, probe_rank(matrix)))
         partial = self._measured_file.with_suffix(".partial")
         partial.write_text(json.dumps(self._measured), encoding="utf-8")
         partial.replace(self._measured_file)

@@ -1,5 +1,6 @@
 """One report of a compressed model feeds every table, log and card."""
 
+import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -7,7 +8,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from hf_lowrank.remote_code.lowrank_dense import dense_kind, dense_shape
-from hf_lowrank.remote_code.lowrank_structures import STRUCTURES, named_structures, structure_name
+from hf_lowrank.remote_code.lowrank_structures import named_shared_parts, named_structures, structure_name
 
 
 @dataclass(frozen=True)
@@ -15,7 +16,8 @@ class ModuleReport:
     """One matrix before and after.
 
     Args:
-        structure: What holds it now; `dense` if it was left as it was.
+        structure: What holds it now; `dense` if it was left as it was. A part that several matrices share has a row of
+            its own, with nothing dense before it.
         rank: Inner size, None where there is none.
         dense_parameters: Stored numbers while dense, bias not counted.
         multiply_adds: For one token; `dense_multiply_adds` is what it was.
@@ -83,7 +85,7 @@ def make_report(model: PreTrainedModel) -> CompressionReport:
     saved = sum(m.dense_parameters - m.parameters for m in modules)
     multiply_adds = count_multiply_adds(model)
     saved_multiply_adds = sum(
-        dense - now for _, structure in named_structures(model) for dense, now in [_multiply_adds(structure)]
+        _dense_multiply_adds(structure) - structure.multiply_adds() for structure in _multiplying(model)
     )
     return CompressionReport(
         architecture=type(model).__name__,
@@ -100,39 +102,41 @@ def make_report(model: PreTrainedModel) -> CompressionReport:
 
 def count_multiply_adds(model: nn.Module) -> int:
     """Multiply-adds for one token of all matrix products with weights, in a dense or a compressed model."""
-    structures = named_structures(model)
-    inside = {id(part) for _, structure in structures for part in structure.modules()}
+    ours = _multiplying(model)
+    inside = {id(part) for structure in ours for part in structure.modules()}
     dense = (module for module in model.modules() if id(module) not in inside and dense_kind(module) == "linear")
     total = sum(rows * columns for rows, columns in map(dense_shape, dense))
-    return total + sum(_multiply_adds(structure)[1] for _, structure in structures)
+    return total + sum(int(structure.multiply_adds()) for structure in ours)
+
+
+def _multiplying(model: nn.Module) -> list[Any]:
+    """Everything of ours that multiplies: the structures and the parts they share."""
+    return [module for _, module in [*named_shared_parts(model), *named_structures(model)]]
 
 
 def _replaced(model: PreTrainedModel, provenance: dict[str, Any]) -> list[ModuleReport]:
     errors = provenance.get("relative_errors", {})
     plan = model.config.plan
     base = model.base_model
-    found: list[tuple[str, Any]] = [(name, base.get_submodule(name)) for name in plan["modules"]]
+    names = [*(plan.get("shared") or {}), *plan["modules"]]
+    found: list[tuple[str, Any]] = [(name, base.get_submodule(name)) for name in names]
     if plan.get("output_embeddings") and structure_name(model.get_output_embeddings()):
         found.append(("output_embeddings", model.get_output_embeddings()))
-    rows = []
-    for name, structure in found:
-        shape = _shape(structure)
-        sizes = _sizes(structure)
-        dense_multiply_adds, multiply_adds = _multiply_adds(structure)
-        rows.append(
-            ModuleReport(
-                name=name,
-                structure=str(structure_name(structure)),
-                rank=sizes.get("rank"),
-                shape=shape,
-                dense_parameters=shape[0] * shape[1],
-                parameters=type(structure).num_weights(*shape, **sizes),
-                dense_multiply_adds=dense_multiply_adds,
-                multiply_adds=multiply_adds,
-                relative_error=errors.get(name),
-            )
+    kinds = {**(plan.get("shared") or {}), **plan["modules"], "output_embeddings": plan.get("output_embeddings")}
+    return [
+        ModuleReport(
+            name=name,
+            structure=kinds[name]["structure"],
+            rank=getattr(structure, "rank", None),
+            shape=_shape(structure),
+            dense_parameters=math.prod(_shape(structure)) if structure_name(structure) else 0,
+            parameters=sum(p.numel() for key, p in structure.named_parameters() if not key.endswith("bias")),
+            dense_multiply_adds=_dense_multiply_adds(structure),
+            multiply_adds=structure.multiply_adds(),
+            relative_error=errors.get(name),
         )
-    return rows
+        for name, structure in found
+    ]
 
 
 def _kept_dense(provenance: dict[str, Any]) -> list[ModuleReport]:
@@ -146,17 +150,14 @@ def _kept_dense(provenance: dict[str, Any]) -> list[ModuleReport]:
     return rows
 
 
-def _sizes(structure: Any) -> dict[str, int]:
-    return {size: int(getattr(structure, size)) for size in STRUCTURES[str(structure_name(structure))].SIZES}
-
-
 def _shape(structure: Any) -> tuple[int, int]:
+    if not structure_name(structure):
+        rows, columns = structure.shape
+        return rows, columns
     if structure.HOSTS == "embedding":
         return structure.num_embeddings, structure.embedding_dim
     return structure.out_features, structure.in_features
 
 
-def _multiply_adds(structure: Any) -> tuple[int, int]:
-    rows, columns = _shape(structure)
-    dense = 0 if structure.HOSTS == "embedding" else rows * columns
-    return dense, int(type(structure).num_multiply_adds(rows, columns, **_sizes(structure)))
+def _dense_multiply_adds(structure: Any) -> int:
+    return math.prod(_shape(structure)) if structure_name(structure) and structure.HOSTS == "linear" else 0

@@ -1,8 +1,9 @@
 """The dense matrices of a model that can be compressed, and choosing among them by name."""
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import Any
 
 import torch
@@ -48,6 +49,51 @@ class DenseMatrix:
         """Stored numbers while dense, bias not counted."""
         return self.shape[0] * self.shape[1]
 
+    @property
+    def members(self) -> tuple["DenseMatrix", ...]:
+        """The matrix itself; see `JointMatrix`."""
+        return (self,)
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """The weight, (O, I)."""
+        return dense_weight(self.module)
+
+
+@dataclass(frozen=True)
+class JointMatrix:
+    """Matrices that read the same input, one above the other: what a common first factor is found for.
+
+    Args:
+        name: Of the part they would share, as in a plan.
+        path: Full module name of that part.
+    """
+
+    name: str
+    path: str
+    members: tuple[DenseMatrix, ...]
+    role: str = "block"
+    kind: str = "linear"
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """`(sum of O, I)`."""
+        return sum(member.shape[0] for member in self.members), self.members[0].shape[1]
+
+    @property
+    def num_weights(self) -> int:
+        """Stored numbers while dense, biases not counted."""
+        return self.shape[0] * self.shape[1]
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """The weights one above the other, (sum of O, I)."""
+        return torch.cat([member.weight for member in self.members])
+
+
+# What a rank is chosen for.
+Matrix = DenseMatrix | JointMatrix
+
 
 def dense_weight(module: nn.Module) -> torch.Tensor:
     """The weight as `(O, I)`: the one place where GPT-2's `Conv1D`, stored `(I, O)`, is turned."""
@@ -83,6 +129,28 @@ def find_matrices(model: PreTrainedModel) -> list[DenseMatrix]:
     if head is not None and dense_kind(head) == "linear" and not is_tied(model):
         path = module_name(model, head) or OUTPUT_EMBEDDINGS
         found.append(DenseMatrix(OUTPUT_EMBEDDINGS, path, "head", head, dense_shape(head)))
+    return found
+
+
+def joint_matrices(matrices: Sequence[DenseMatrix], inputs: Mapping[str, str]) -> list[JointMatrix]:
+    """Those of the matrices that read the same input, together.
+
+    Args:
+        inputs: Matrix name -> a name that all matrices of one input have in common; see `Statistics.inputs`.
+    """
+    groups: dict[str, list[DenseMatrix]] = {}
+    for matrix in matrices:
+        if matrix.role == "block":
+            groups.setdefault(inputs.get(matrix.name, matrix.name), []).append(matrix)
+    found: list[JointMatrix] = []
+    for members in groups.values():
+        if len(members) > 1:
+            columns = zip(*(member.name.split(".")[:-1] for member in members), strict=False)
+            parent = ".".join(names[0] for names in takewhile(lambda names: len(set(names)) == 1, columns))
+            leaf = "joint_" + "_".join(member.name[len(parent) :].replace(".", "_").strip("_") for member in members)
+            name = f"{parent}.{leaf}" if parent else leaf
+            prefix = members[0].path.removesuffix(members[0].name)
+            found.append(JointMatrix(name, prefix + name, tuple(members)))
     return found
 
 

@@ -156,7 +156,8 @@ def test_no_matrix_is_decomposed_twice_not_even_after_a_kill(options, tmp_path, 
     resumed = compress(build("BertModel"), cache_dir=str(tmp_path), **options)
 
     assert killed
-    assert len(decomposed) == len(set(decomposed)) == len(find_matrices(build("BertModel"))) - 1  # the embedding stays
+    assert len(decomposed) == len(set(decomposed))
+    assert {m.name for m in find_matrices(build("BertModel")) if m.role == "block"} <= set(decomposed)
     assert_same_function(whole, resumed, inputs_for("BertModel"))
 
 

@@ -10,6 +10,7 @@ import accelerate
 import peft
 import pytest
 import torch
+from every_structure import build_every_structure
 from tiny_models import VOCABULARY, assert_same_function, build, inputs_for, outputs
 from torch import nn
 from transformers import BertTokenizer, Trainer, TrainingArguments, pipeline
@@ -42,16 +43,6 @@ def full_tables(head, tied):
     return compress(build(head, tie_word_embeddings=tied), rank=9, embeddings="low_rank", method="svd")
 
 
-def with_structure(structure):
-    """A compressed BERT all of whose block matrices are of one structure, with random numbers."""
-    names = compress(build("BertForMaskedLM"), rank=5, method="svd").config.compression["modules"]
-    spec = {"structure": structure, **dict.fromkeys(STRUCTURES[structure].SIZES, 5)}
-    config_class, model_class = hf_lowrank.LowRankBertConfig, hf_lowrank.LowRankBertForMaskedLM
-    options = build("BertForMaskedLM").config.to_diff_dict()
-    plan = {"format_version": 1, "modules": dict.fromkeys(names, spec)}
-    return model_class(config_class(**{**options, "compression": plan})).eval()
-
-
 # accelerate
 
 
@@ -70,7 +61,7 @@ def test_offloading_to_cpu_gives_the_same_function(head, tied):
 
 @each_structure
 def test_every_structure_is_offloaded(structure):
-    model = with_structure(structure)
+    model = build_every_structure("BertForMaskedLM", [structure])
     expected = outputs(model, inputs_for("BertForMaskedLM"))["logits"]
 
     offloaded = accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
@@ -171,7 +162,7 @@ def train_step(model, optimizer, inputs):
 
 @each_structure
 def test_every_structure_trains(structure):
-    model, inputs = with_structure(structure).train(), inputs_for("BertForMaskedLM")
+    model, inputs = build_every_structure("BertForMaskedLM", [structure]).train(), inputs_for("BertForMaskedLM")
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
 
     losses = [train_step(model, optimizer, inputs) for _ in range(8)]

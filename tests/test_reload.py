@@ -1,5 +1,6 @@
 """A saved folder is loaded anywhere: as any head, in a process that cannot import this library."""
 
+import copy
 import json
 import os
 import subprocess
@@ -10,11 +11,15 @@ import pytest
 import torch
 import transformers
 from elsewhere import run_elsewhere
+from every_structure import build_every_structure
+from safetensors.torch import load_file
 from tiny_models import CONFIGURATIONS, build, family_of, heads_of, inputs_for, largest_difference, outputs
 
 import hf_lowrank
-from hf_lowrank import compress
+from hf_lowrank import compress, decompress
 from hf_lowrank.architectures import FAMILIES
+from hf_lowrank.remote_code.lowrank_structures import named_shared_parts, named_structures
+from hf_lowrank.verification import verify
 
 # One head of every family is loaded as each of its heads; of these two, each head is.
 EVERY_PAIR = ("bert", "gpt2")
@@ -209,3 +214,47 @@ def test_without_the_flag_and_without_the_library_loading_raises(folders):
 
 def test_a_family_in_no_table_is_among_those_proved_here():
     assert {"electra", "opt"} <= set(SAVED) - set(FAMILIES)
+
+
+@pytest.mark.parametrize("head", ["BertForMaskedLM", "GPT2LMHeadModel"])
+def test_every_structure_is_saved_once_and_reloads_elsewhere(head, tmp_path):
+    model = build_every_structure(head)
+
+    model.save_pretrained(tmp_path)
+
+    found = verify(tmp_path, model)
+    assert (found.ok, found.max_difference) == (True, 0.0), found.message
+    assert not found.missing_keys
+    saved = load_file(tmp_path / "model.safetensors").values()
+    assert sum(t.numel() for t in saved if t.is_floating_point()) == sum(p.numel() for p in model.parameters())
+
+
+@pytest.mark.parametrize("head", ["BertForMaskedLM", "GPT2LMHeadModel"])
+def test_every_structure_can_be_copied_moved_and_decompressed(head):
+    model = build_every_structure(head)
+    inputs = inputs_for(head)
+    expected = outputs(model, inputs)
+
+    copied = copy.deepcopy(model)
+    dense = decompress(model).eval()
+
+    assert largest_difference(outputs(copied, inputs), expected) == 0.0
+    assert not {p.data_ptr() for p in copied.parameters()} & {p.data_ptr() for p in model.parameters()}
+    assert {p.dtype for p in copied.to(torch.float64).parameters()} == {torch.float64}
+    assert largest_difference(outputs(copied.float(), inputs), expected) == 0.0
+    assert largest_difference(outputs(dense, inputs), expected) < 1e-4
+    assert not named_shared_parts(dense)
+
+
+@pytest.mark.parametrize("head", ["BertForMaskedLM", "GPT2LMHeadModel"])
+def test_every_structure_gets_gradients_from_every_user(head):
+    model = build_every_structure(head)
+
+    model(**inputs_for(head)).logits.square().mean().backward()
+
+    used = [name for name, p in model.named_parameters() if p.grad is not None and bool(p.grad.any())]
+    ours = [f"{name}.{key}" for name, part in named_shared_parts(model) for key, _ in part.named_parameters()]
+    ours += [f"{name}.{key}" for name, part in named_structures(model) for key, _ in part.named_parameters()]
+    assert ours
+    tied = set(model.all_tied_weights_keys)
+    assert {name for name in ours if name not in tied and not name.endswith("bias")} <= set(used)

@@ -6,11 +6,18 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
 from transformers.pytorch_utils import Conv1D
 
 from hf_lowrank.remote_code.lowrank_dense import dense_shape
 from hf_lowrank.remote_code.lowrank_plan import PlanError
-from hf_lowrank.remote_code.lowrank_structures import STRUCTURES, build_structure, structure_name
+from hf_lowrank.remote_code.lowrank_structures import (
+    SHARED_PARTS,
+    STRUCTURES,
+    build_shared_part,
+    build_structure,
+    structure_name,
+)
 
 SIZE = 5
 TOLERANCES = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 0.05}
@@ -37,12 +44,23 @@ def dense_embedding(padding_idx=None, **kind):
     return nn.Embedding(17, 11, padding_idx, **kind)
 
 
-def spec_of(name, size=SIZE):
-    return {"structure": name, **dict.fromkeys(STRUCTURES[name].SIZES, size)}
+def sizes_of(structure, size=SIZE):
+    return dict.fromkeys(structure.SIZES, size)
 
 
-def sizes_of(name):
-    return dict.fromkeys(STRUCTURES[name].SIZES, SIZE)
+def build(name, dense, size=SIZE, device=None):
+    """A structure in the place of `dense`, with the part it shares if it shares one."""
+    needed = getattr(STRUCTURES[name], "SHARES", None)
+    shared = None
+    if needed is not None:
+        part = next(key for key, kind in SHARED_PARTS.items() if kind is needed)
+        shared = build_shared_part([dense], {"structure": part, **sizes_of(needed, size)}, device)
+    return build_structure(dense, {"structure": name, **sizes_of(STRUCTURES[name], size)}, device, shared)
+
+
+def whole(structure):
+    """The structure and what it shares, as one module with all parameters."""
+    return nn.ModuleList([structure, *([structure.shared] if hasattr(structure, "SHARES") else [])])
 
 
 def dense_for(name, **kind):
@@ -51,8 +69,9 @@ def dense_for(name, **kind):
 
 def drawn(name, dense=None, **kind):
     """A structure in evaluation mode with random numbers everywhere."""
-    structure = build_structure(dense_for(name, **kind) if dense is None else dense, spec_of(name)).eval()
-    structure.reset_parameters(std=1.0)
+    structure = build(name, dense_for(name, **kind) if dense is None else dense).eval()
+    for part in whole(structure):
+        part.reset_parameters(std=1.0)
     for name, parameter in structure.named_parameters():
         if name.endswith("bias"):
             nn.init.normal_(parameter)
@@ -96,14 +115,14 @@ def test_forward_equals_the_dense_layer_of_its_weight(name, dtype):
 def test_shape_dtype_and_device_are_those_of_the_dense_module(name, dtype):
     dense = dense_for(name, dtype=dtype)
 
-    structure = build_structure(dense, spec_of(name))
+    structure = build(name, dense)
 
     assert structure.to_dense().shape == dense_shape(dense)
-    assert {p.dtype for p in structure.parameters()} == {structure.to_dense().dtype} == {dtype}
-    assert {p.device for p in structure.parameters()} == {dense.weight.device}
+    assert {p.dtype for p in whole(structure).parameters()} == {structure.to_dense().dtype} == {dtype}
+    assert {p.device for p in whole(structure).parameters()} == {dense.weight.device}
 
 
-@each_structure
+@pytest.mark.parametrize("name", [name for name, structure in STRUCTURES.items() if hasattr(structure, "num_weights")])
 def test_parameter_count_equals_the_formula(name):
     structure = drawn(name)
     shape = tuple(structure.to_dense().shape)
@@ -111,8 +130,18 @@ def test_parameter_count_equals_the_formula(name):
     stored = sum(p.numel() for p in structure.parameters())
     bias = bias_of(structure).numel() if bias_of(structure) is not None else 0
 
-    assert stored - bias == STRUCTURES[name].num_weights(*shape, **sizes_of(name))
-    assert STRUCTURES[name].num_multiply_adds(*shape, **sizes_of(name)) > 0
+    assert stored - bias == STRUCTURES[name].num_weights(*shape, **sizes_of(structure))
+
+
+@each_structure
+def test_multiply_adds_are_those_of_its_matrix_products(name):
+    structure = drawn(name)
+    one_token = inputs_of(structure).flatten(0, -2)[:1] if structure.HOSTS == "linear" else torch.tensor([1])
+
+    with FlopCounterMode(display=False) as counter:
+        structure(one_token)
+
+    assert counter.get_total_flops() == 2 * sum(part.multiply_adds() for part in whole(structure))
 
 
 @each_structure
@@ -120,7 +149,7 @@ def test_state_dict_round_trip_keeps_every_bit(name):
     first, second = drawn(name), drawn(name)
     inputs = inputs_of(first)
 
-    second.load_state_dict(first.state_dict(), strict=True)
+    whole(second).load_state_dict(whole(first).state_dict(), strict=True)
 
     assert torch.equal(first(inputs), second(inputs))
 
@@ -129,17 +158,19 @@ def test_state_dict_round_trip_keeps_every_bit(name):
 def test_a_deep_copy_is_the_same_function_of_its_own_numbers(name):
     structure = drawn(name)
     inputs = inputs_of(structure)
+    expected = structure(inputs)
 
     clone = copy.deepcopy(structure)
 
-    assert torch.equal(structure(inputs), clone(inputs))
-    assert not {p.data_ptr() for p in structure.parameters()} & {p.data_ptr() for p in clone.parameters()}
+    assert torch.equal(expected, clone(inputs))
+    ours, theirs = ({p.data_ptr() for p in whole(one).parameters()} for one in (structure, clone))
+    assert not ours & theirs
 
 
 @each_structure
 def test_it_is_built_on_meta_with_the_same_shapes(name):
-    real, meta = drawn(name), build_structure(dense_for(name, device="meta"), spec_of(name))
-    asked = build_structure(dense_for(name), spec_of(name), device="meta")
+    real, meta = whole(drawn(name)), whole(build(name, dense_for(name, device="meta")))
+    asked = whole(build(name, dense_for(name), device="meta"))
 
     assert {t.device.type for t in [*meta.parameters(), *meta.buffers(), *asked.parameters()]} == {"meta"}
     shapes = {key: value.shape for key, value in real.state_dict().items()}
@@ -152,7 +183,7 @@ def test_gradient_reaches_every_parameter(name):
 
     structure(inputs_of(structure)).square().sum().backward()
 
-    assert all(p.grad is not None and bool(p.grad.any()) for p in structure.parameters())
+    assert all(p.grad is not None and bool(p.grad.any()) for p in whole(structure).parameters())
 
 
 @each_structure
@@ -162,14 +193,14 @@ def test_repr_tells_the_shape_and_every_size(name):
     text = structure.extra_repr()
 
     assert all(str(size) in text for size in structure.to_dense().shape)
-    assert all(f"{key}={value}" in text for key, value in sizes_of(name).items())
+    assert all(f"{key}={value}" in text for key, value in sizes_of(structure).items())
 
 
 @pytest.mark.parametrize("bad", [0, -1, 1000])
 @each_structure
 def test_a_size_out_of_bounds_is_named_with_its_bounds(name, bad):
-    with pytest.raises(PlanError, match=rf"{STRUCTURES[name].SIZES[0]} must be between 1 and \d+ .*got {bad}\."):
-        build_structure(dense_for(name), spec_of(name, bad))
+    with pytest.raises(PlanError, match=rf"\w+ must be between 1 and \d+ .*got {bad}\."):
+        build(name, dense_for(name), bad)
 
 
 @each_structure
@@ -177,15 +208,16 @@ def test_a_module_of_the_wrong_kind_is_named(name):
     wrong = dense_linear() if STRUCTURES[name].HOSTS == "embedding" else dense_embedding()
 
     with pytest.raises(PlanError, match=rf"{name} replaces {STRUCTURES[name].HOSTS} modules, got \w+\."):
-        build_structure(wrong, spec_of(name))
+        build_structure(wrong, {"structure": name, **sizes_of(STRUCTURES[name])})
 
 
 @each_structure
 def test_a_random_start_has_the_standard_deviation_asked_for(name):
     host = nn.Embedding(300, 200) if STRUCTURES[name].HOSTS == "embedding" else nn.Linear(200, 300)
-    structure = build_structure(host, spec_of(name, 40))
+    structure = build(name, host, 40)
 
-    structure.reset_parameters(std=0.02)
+    for part in whole(structure):
+        part.reset_parameters(std=0.02)
 
     assert structure.to_dense().std().item() == pytest.approx(0.02, rel=0.15)
     assert bias_of(structure) is None or not bias_of(structure).any()
@@ -203,7 +235,7 @@ def test_conv1d_and_the_turned_linear_make_the_same_layer(name, bias):
     linear, turned = drawn(name, dense_linear(bias)), drawn(name, dense_conv1d(bias))
     inputs = inputs_of(linear)
 
-    turned.load_state_dict(linear.state_dict(), strict=True)
+    whole(turned).load_state_dict(whole(linear).state_dict(), strict=True)
 
     assert (bias_of(linear) is not None) == bias
     assert torch.equal(turned(inputs), linear(inputs))

@@ -100,7 +100,7 @@ def print_modules(report: CompressionReport) -> None:
             "{} x {}".format(*module.shape),
             str(module.rank or ""),
             f"{module.parameters:,}",
-            f"{module.parameters / module.dense_parameters:.0%}",
+            _share(module.parameters, module.dense_parameters),
             "" if module.relative_error is None else f"{module.relative_error:.3f}",
         )
     Console(file=sys.stdout, highlight=False).print(table)

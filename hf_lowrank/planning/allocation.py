@@ -56,6 +56,21 @@ def least_error(curves: Sequence[Curve], budget: float) -> Choices:
     return choices
 
 
+def settled(options: Sequence[Sequence[Sequence[Curve]]], budget: float) -> list[Curve]:
+    """Out of several ways to hold the same matrices, the one with the least error at the price the budget sets.
+
+    Args:
+        options: One entry for what is decided on its own: the ways to choose from, and of each way its curves.
+    """
+    low, high = 0.0, 1.0
+    while _total_of(_settled_at(options, high), high) > budget:
+        high *= 4
+    for _ in range(100):
+        middle = (low + high) / 2
+        low, high = (middle, high) if _total_of(_settled_at(options, middle), middle) > budget else (low, middle)
+    return _settled_at(options, high)
+
+
 @dataclass(frozen=True)
 class Allocation:
     """A way to share a budget.
@@ -77,6 +92,17 @@ ALLOCATIONS: dict[str, Allocation] = {
     "first_order": Allocation(least_error, errors="curvature"),
     "measured": Allocation(least_error, errors="probes"),
 }
+
+
+def _settled_at(options: Sequence[Sequence[Sequence[Curve]]], price: float) -> list[Curve]:
+    def value(curves: Sequence[Curve]) -> float:
+        return sum(float(np.min(curve.errors + price * curve.costs)) for curve in curves)
+
+    return [curve for ways in options for curve in min(ways, key=value)]
+
+
+def _total_of(curves: Sequence[Curve], price: float) -> float:
+    return _total(curves, _cheapest(curves, price))
 
 
 def _total(curves: Sequence[Curve], choices: Choices) -> float:

@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hf_lowrank.remote_code.lowrank_structures import STRUCTURES
-from hf_lowrank.targets import DenseMatrix
+from hf_lowrank.targets import Matrix
 
 # A pair of thin matrices is two calls where the dense layer is one. Measured on two CPU cores at 8 x 128 tokens
 # (examples/benchmark_speed.py), it stops being faster between 85 and 95 % of the dense multiply-adds.
@@ -28,7 +28,7 @@ class Curve:
         errors: Loss of each choice in a unit all matrices share; 0 for dense. Zeros if no spectrum was asked for.
     """
 
-    matrix: DenseMatrix
+    matrix: Matrix
     structure: str
     ranks: NDArray[np.int64]
     costs: FloatArray
@@ -50,7 +50,7 @@ class Curve:
         return max(min(affordable, self.dense) - 1, 0)
 
 
-def make_curve(matrix: DenseMatrix, structure: str, cost_per_weight: float, errors: FloatArray | None = None) -> Curve:
+def make_curve(matrix: Matrix, structure: str, cost_per_weight: float, errors: FloatArray | None = None) -> Curve:
     """The curve of one matrix under one structure.
 
     Args:
@@ -69,12 +69,12 @@ def make_curve(matrix: DenseMatrix, structure: str, cost_per_weight: float, erro
     return Curve(matrix, structure, useful_ranks, costs, np.append(losses, 0.0))
 
 
-def most_useful_weights(matrix: DenseMatrix) -> float:
+def most_useful_weights(matrix: Matrix) -> float:
     """How many numbers a replacement may store and still be worth it: smaller, and for a linear layer faster."""
     return matrix.num_weights * (LARGEST_USEFUL_FRACTION if matrix.kind == "linear" else 1.0)
 
 
-def rank_step(matrix: DenseMatrix) -> int:
+def rank_step(matrix: Matrix) -> int:
     """Ranks of large matrices come in steps of the processor's vectors: others run up to a fifth slower."""
     size = min(matrix.shape)
     if matrix.kind != "linear" or size < _SMALLEST_STEPPED:
@@ -113,7 +113,7 @@ def measured_errors(singular_values: FloatArray, rank: int, damage: float) -> Fl
     return max(damage, 0.0) * tail / known if known > 0 else np.zeros_like(tail)
 
 
-def probe_rank(matrix: DenseMatrix) -> int:
+def probe_rank(matrix: Matrix) -> int:
     """The rank to measure at: half the one where a pair of factors is as large as the matrix."""
     rows, columns = matrix.shape
     return max(1, rows * columns // (2 * (rows + columns)))

@@ -1,7 +1,7 @@
 """From settings to a resolved plan."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol
@@ -10,23 +10,42 @@ import torch
 from transformers import PreTrainedModel
 
 from hf_lowrank.errors import InputError
-from hf_lowrank.planning.allocation import ALLOCATIONS, uniform
+from hf_lowrank.planning.allocation import ALLOCATIONS, settled, uniform
 from hf_lowrank.planning.curves import Curve, FloatArray, make_curve, most_useful_weights
 from hf_lowrank.planning.sizes import overhead_bytes, parameter_bytes
-from hf_lowrank.remote_code.lowrank_plan import FORMAT_VERSION, Plan, Spec
+from hf_lowrank.remote_code.lowrank_plan import FORMAT_VERSION, Plan, Spec, sizes_of
 from hf_lowrank.remote_code.lowrank_structures import STRUCTURES
 from hf_lowrank.settings import CompressionSettings
-from hf_lowrank.targets import OUTPUT_EMBEDDINGS, DenseMatrix, find_matrices, matching, select_matrices
+from hf_lowrank.targets import (
+    OUTPUT_EMBEDDINGS,
+    DenseMatrix,
+    JointMatrix,
+    Matrix,
+    find_matrices,
+    matching,
+    select_matrices,
+)
+
+# Matrices that are replaced, each with its rank.
+Ranks = dict[Matrix, int]
 
 
 class ErrorSource(Protocol):
     """Tells what ranks cost in quality."""
 
-    def errors(self, matrices: Sequence[DenseMatrix]) -> dict[str, FloatArray]:
+    def joint(self, matrices: Sequence[DenseMatrix]) -> Sequence[JointMatrix]:
+        """Those that read the same input, together."""
+        ...
+
+    def predicted(self, matrices: Sequence[Matrix]) -> dict[str, FloatArray]:
+        """Loss of each matrix at rank 1, 2, ..., in the solver's own metric."""
+        ...
+
+    def errors(self, matrices: Sequence[Matrix]) -> dict[str, FloatArray]:
         """Loss of each matrix at rank 1, 2, ..., as the allocation wants it."""
         ...
 
-    def damage(self, matrices: Sequence[DenseMatrix], ranks: dict[str, int]) -> float:
+    def damage(self, matrices: Sequence[Matrix], ranks: dict[str, int]) -> float:
         """What the whole model loses at these ranks; matrices without one stay dense."""
         ...
 
@@ -47,7 +66,7 @@ def make_plan(
     model: PreTrainedModel,
     settings: CompressionSettings,
     source: ErrorSource,
-) -> tuple[Plan, list[DenseMatrix]]:
+) -> tuple[Plan, list[Matrix]]:
     """The plan for a dense model, and the matrices it replaces.
 
     Args:
@@ -62,23 +81,34 @@ def make_plan(
     free = [matrix for matrix in candidates if matrix.name not in fixed_specs]
     _check_finite(candidates)
     if settings.rank is not None:
-        specs = _specs_for_rank(free, settings.rank, settings)
+        chosen = _ranks_for_rank(free, settings.rank, settings)
     else:
         account = _account(model, settings, candidates)
         spent = sum(account.cost_per_weight * _num_weights(m, fixed_specs[m.name]) for m in fixed)
-        specs = _specs_for_budget(free, account, spent, settings, source)
-    specs |= fixed_specs
-    replaced = [matrix for matrix in candidates if matrix.name in specs]
-    kept = {m.name: [list(m.shape), m.role, _why_dense(m, settings)] for m in free if m.name not in specs}
-    return _as_plan(specs, kept), replaced
+        chosen = _ranks_for_budget(free, account, spent, settings, source)
+    replaced: list[Matrix] = sorted([*chosen, *fixed], key=lambda matrix: candidates.index(matrix.members[0]))
+    structures = _structures(settings)
+    modules, shared = dict(fixed_specs), {}
+    for matrix, rank in chosen.items():
+        if isinstance(matrix, JointMatrix):
+            shared[matrix.name] = {"structure": "shared_down", "rank": rank}
+            for member in matrix.members:
+                modules[member.name] = {"structure": "joint_low_rank", "shared": matrix.name}
+        else:
+            modules[matrix.name] = {"structure": structures[matrix.kind], "rank": rank}
+    modules = {matrix.name: modules[matrix.name] for matrix in candidates if matrix.name in modules}
+    kept = {m.name: [list(m.shape), m.role, _why_dense(m, settings)] for m in free if m.name not in modules}
+    return _as_plan(modules, shared, kept), replaced
 
 
-def _as_plan(specs: dict[str, Spec], kept_dense: dict[str, Any]) -> Plan:
+def _as_plan(specs: dict[str, Spec], shared: dict[str, Spec], kept_dense: dict[str, Any]) -> Plan:
     plan: Plan = {
         "format_version": FORMAT_VERSION,
         "modules": {name: spec for name, spec in specs.items() if name != OUTPUT_EMBEDDINGS},
         "provenance": {"kept_dense": kept_dense},
     }
+    if shared:
+        plan["shared"] = shared
     if OUTPUT_EMBEDDINGS in specs:
         plan["output_embeddings"] = specs[OUTPUT_EMBEDDINGS]
     return plan
@@ -114,43 +144,79 @@ def _account(model: PreTrainedModel, settings: CompressionSettings, matrices: Se
     return _Account(itemsize, whole, fixed, budget.value)
 
 
-def _specs_for_budget(
+def _ranks_for_budget(
     matrices: Sequence[DenseMatrix],
     account: _Account,
     spent: float,
     settings: CompressionSettings,
     source: ErrorSource,
-) -> dict[str, Spec]:
+) -> Ranks:
     allocation = ALLOCATIONS[settings.chosen_allocation]
-    structures = _structures(settings)
     available = account.limit - account.fixed - spent
-    dense_cost = account.cost_per_weight * sum(matrix.num_weights for matrix in matrices)
-    if available >= dense_cost:
+    if available >= account.cost_per_weight * sum(matrix.num_weights for matrix in matrices):
         return {}
-    curves = [make_curve(m, structures[m.kind], account.cost_per_weight) for m in matrices]
+    curves_of = partial(_curves, settings, account.cost_per_weight)
+    curves = curves_of(matrices)
     least = sum(float(curve.costs.min()) for curve in curves)
     if available < least:
         raise InputError(_out_of_reach(settings, account, spent + least))
     if allocation.errors == "none":
-        return _as_specs(curves, allocation.choose(curves, available))
-    errors = source.errors(matrices)
-    curves = [make_curve(m, structures[m.kind], account.cost_per_weight, errors[m.name]) for m in matrices]
-    specs = _as_specs(curves, allocation.choose(curves, available))
+        return _chosen_ranks(curves, allocation.choose(curves, available))
+    units = _joint_or_separate(matrices, available, curves_of, source)
+    curves = curves_of(units, source.errors(units))
+    ranks = _chosen_ranks(curves, allocation.choose(curves, available))
     if allocation.errors == "probes":
-        return min((specs, _as_specs(curves, uniform(curves, available))), key=partial(_damage, source, matrices))
-    return specs
+        # Probes see one matrix at a time; only the whole model tells whether the sum of what they saw holds.
+        return min((ranks, _chosen_ranks(curves, uniform(curves, available))), key=partial(_damage, source))
+    return ranks
 
 
-def _as_specs(curves: Sequence[Curve], choices: Sequence[int]) -> dict[str, Spec]:
+def _joint_or_separate(
+    matrices: Sequence[DenseMatrix],
+    available: float,
+    curves_of: Callable[..., list[Curve]],
+    source: ErrorSource,
+) -> list[Matrix]:
+    """Each matrix by itself, or with those of the same input where a common factor is predicted to lose less."""
+    groups = source.joint(matrices)
+    if not groups:
+        return list(matrices)
+    units: list[Matrix] = [*matrices, *groups]
+    by_name = {curve.matrix.name: curve for curve in curves_of(units, source.predicted(units))}
+    grouped = {member.name for group in groups for member in group.members}
+    options = [[[by_name[matrix.name]]] for matrix in matrices if matrix.name not in grouped]
+    options += [[[by_name[m.name] for m in group.members], [by_name[group.name]]] for group in groups]
+    return [curve.matrix for curve in settled(options, available)]
+
+
+def _curves(
+    settings: CompressionSettings,
+    cost_per_weight: float,
+    matrices: Sequence[Matrix],
+    errors: dict[str, FloatArray] | None = None,
+) -> list[Curve]:
+    structures = _structures(settings)
+    return [
+        make_curve(
+            matrix,
+            "low_rank" if isinstance(matrix, JointMatrix) else structures[matrix.kind],
+            cost_per_weight,
+            None if errors is None else errors[matrix.name],
+        )
+        for matrix in matrices
+    ]
+
+
+def _chosen_ranks(curves: Sequence[Curve], choices: Sequence[int]) -> Ranks:
     return {
-        curve.matrix.name: {"structure": curve.structure, "rank": int(curve.ranks[choice])}
+        curve.matrix: int(curve.ranks[choice])
         for curve, choice in zip(curves, choices, strict=True)
         if choice < curve.dense
     }
 
 
-def _damage(source: ErrorSource, matrices: Sequence[DenseMatrix], specs: dict[str, Spec]) -> float:
-    return source.damage(matrices, {name: spec["rank"] for name, spec in specs.items()})
+def _damage(source: ErrorSource, ranks: Ranks) -> float:
+    return source.damage(list(ranks), {matrix.name: rank for matrix, rank in ranks.items()})
 
 
 def _structures(settings: CompressionSettings) -> dict[str, str]:
@@ -171,13 +237,13 @@ def _out_of_reach(settings: CompressionSettings, account: _Account, least: float
     )
 
 
-def _specs_for_rank(matrices: Sequence[DenseMatrix], rank: int, settings: CompressionSettings) -> dict[str, Spec]:
+def _ranks_for_rank(matrices: Sequence[DenseMatrix], rank: int, settings: CompressionSettings) -> Ranks:
     """The same rank everywhere; a matrix that would not gain stays dense."""
     for matrix in matrices:
         _check_rank(matrix, rank)
     structures = _structures(settings)
-    specs = {m.name: {"structure": structures[m.kind], "rank": rank} for m in matrices}
-    return {m.name: specs[m.name] for m in matrices if _num_weights(m, specs[m.name]) <= most_useful_weights(m)}
+    sizes = {m: _num_weights(m, {"structure": structures[m.kind], "rank": rank}) for m in matrices}
+    return {matrix: rank for matrix in matrices if sizes[matrix] <= most_useful_weights(matrix)}
 
 
 def _specs_for_pattern(matrices: Sequence[DenseMatrix], settings: CompressionSettings) -> dict[str, Spec]:
@@ -216,5 +282,4 @@ def _why_dense(matrix: DenseMatrix, settings: CompressionSettings) -> str:
 
 
 def _num_weights(matrix: DenseMatrix, spec: Spec) -> int:
-    sizes = {key: value for key, value in spec.items() if key != "structure"}
-    return int(STRUCTURES[spec["structure"]].num_weights(*matrix.shape, **sizes))
+    return int(STRUCTURES[spec["structure"]].num_weights(*matrix.shape, **sizes_of(spec)))

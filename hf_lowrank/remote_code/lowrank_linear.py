@@ -93,10 +93,9 @@ class LowRankLinear(nn.Module):
         """Stored numbers, bias not counted: `R (I + O)`."""
         return rank * (in_features + out_features)
 
-    @staticmethod
-    def num_multiply_adds(out_features: int, in_features: int, *, rank: int) -> int:
+    def multiply_adds(self) -> int:
         """Multiply-adds for one token: `R (I + O)`."""
-        return rank * (in_features + out_features)
+        return self.rank * (self.in_features + self.out_features)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         return self.up(self.down(hidden_states))  # (..., I) -> (..., R) -> (..., O)
@@ -184,10 +183,9 @@ class LowRankEmbedding(nn.Module):
         """Stored numbers: `R (V + D)`."""
         return rank * (num_embeddings + embedding_dim)
 
-    @staticmethod
-    def num_multiply_adds(num_embeddings: int, embedding_dim: int, *, rank: int) -> int:
+    def multiply_adds(self) -> int:
         """Multiply-adds for one token: `R D`; the look-up itself costs none."""
-        return rank * embedding_dim
+        return self.rank * self.embedding_dim
 
     @property
     def tied_head_sizes(self) -> dict[str, int]:

@@ -9,7 +9,13 @@ from torch import nn
 from transformers.models.auto import modeling_auto
 
 from .configuration_lowrank import PREFIX, LowRankConfigMixin, as_stock, dense_config_class
-from .lowrank_structures import install_plan_, module_name, named_structures, structure_name
+from .lowrank_structures import (
+    install_plan_,
+    module_name,
+    named_shared_parts,
+    named_structures,
+    structure_name,
+)
 
 
 def auto_classes(model_type: str) -> dict[str, str]:
@@ -57,7 +63,7 @@ class LowRankMixin:
         # The host would draw each factor with the deviation of a whole weight.
         std = getattr(self.config, "initializer_range", None) or 0.02
         structure: Any
-        for _, structure in named_structures(self):
+        for _, structure in [*named_shared_parts(self), *named_structures(self)]:
             if not all(getattr(p, "_is_hf_initialized", False) for p in structure.parameters()):
                 structure.reset_parameters(std)
             for module in structure.modules():

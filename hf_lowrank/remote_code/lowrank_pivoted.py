@@ -72,10 +72,9 @@ class PivotedLinear(nn.Module):
         """Stored numbers, bias and row order not counted: `R (I + O) - R^2`."""
         return rank * (in_features + out_features - rank)
 
-    @staticmethod
-    def num_multiply_adds(out_features: int, in_features: int, *, rank: int) -> int:
+    def multiply_adds(self) -> int:
         """Multiply-adds for one token: `R (I + O) - R^2`."""
-        return rank * (in_features + out_features - rank)
+        return self.rank * (self.in_features + self.out_features - self.rank)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         kept = self.pivots(hidden_states)  # (..., R)

@@ -2,13 +2,22 @@
 
     {
         "format_version": 1,
-        "modules": {"encoder.layer.0.intermediate.dense": {"structure": "low_rank", "rank": 96}},
+        "modules": {
+            "encoder.layer.0.intermediate.dense": {"structure": "low_rank", "rank": 96},
+            "encoder.layer.0.attention.self.key": {
+                "structure": "joint_low_rank",
+                "shared": "encoder.layer.0.attention.self.joint",
+            },
+        },
+        "shared": {"encoder.layer.0.attention.self.joint": {"structure": "shared_down", "rank": 144}},
         "output_embeddings": {"structure": "low_rank", "rank": 64},
         "provenance": {...},
     }
 
-Names in `modules` are relative to `model.base_model`, so that every head shares one plan. `output_embeddings` is
-for an untied language-model head; a tied head follows the input embedding. `provenance` is never read to build.
+Names in `modules` are relative to `model.base_model`, so that every head shares one plan. `shared` holds what several
+of them use: a part is a module of its own, new to the host, at that name, and its parameters exist once.
+`output_embeddings` is for an untied language-model head; a tied head follows the input embedding. `provenance` is
+never read to build.
 """
 
 import difflib
@@ -25,11 +34,17 @@ class PlanError(ValueError):
     """A plan that cannot be read or does not fit the model."""
 
 
-def validate_plan(plan: Plan, structures: dict[str, Any]) -> None:
+def members_of(plan: Plan, part: str) -> list[str]:
+    """Names of the modules that use a shared part, in a fixed order."""
+    return sorted(name for name, spec in plan["modules"].items() if spec.get("shared") == part)
+
+
+def validate_plan(plan: Plan, structures: dict[str, Any], shared_parts: dict[str, Any]) -> None:
     """Check the form of a plan; whether its names and sizes fit a model is seen when it is installed.
 
     Args:
         structures: Name of each known structure with its class, whose `SIZES` are the fields a spec must have.
+        shared_parts: The same for what structures can share.
 
     Raises:
         PlanError: With the offending key, the rule, the value found and what to do.
@@ -42,30 +57,51 @@ def validate_plan(plan: Plan, structures: dict[str, Any]) -> None:
             f"compression.format_version must be between 1 and {FORMAT_VERSION}, got {version!r}. "
             "Load the model with the code it was saved with, or a newer hf_lowrank."
         )
-    modules = plan.get("modules")
-    if not isinstance(modules, dict):
-        raise PlanError("compression.modules must map module names to specs. Restore config.json.")
-    specs = dict(modules)
+    modules, parts = plan.get("modules"), plan.get("shared") or {}
+    for key, specs in (("modules", modules), ("shared", parts)):
+        if not isinstance(specs, dict):
+            raise PlanError(f"compression.{key} must map module names to specs. Restore config.json.")
+    specs = dict(modules or {})
     if plan.get("output_embeddings") is not None:
         specs["output_embeddings"] = plan["output_embeddings"]
     for name, spec in specs.items():
         _validate_spec(name, spec, structures)
+        _validate_reference(name, spec, structures, parts)
+    for name, spec in parts.items():
+        _validate_spec(name, spec, shared_parts)
+        if not members_of(plan, name):
+            raise PlanError(f"{name}: no module of the plan uses this shared part. Restore config.json.")
 
 
 def _validate_spec(name: str, spec: Spec, structures: dict[str, Any]) -> None:
     if not isinstance(spec, dict) or spec.get("structure") not in structures:
         found = spec.get("structure") if isinstance(spec, dict) else spec
         raise PlanError(f"{name}: structure must be one of {', '.join(sorted(structures))}, got {found!r}.")
-    sizes = {key: value for key, value in spec.items() if key != "structure"}
+    sizes = sizes_of(spec)
     expected = set(structures[spec["structure"]].SIZES)
     if set(sizes) != expected:
         raise PlanError(
-            f"{name}: {spec['structure']} needs exactly the sizes {', '.join(sorted(expected))}, "
+            f"{name}: {spec['structure']} needs exactly the sizes {', '.join(sorted(expected)) or 'none'}, "
             f"got {', '.join(sorted(sizes)) or 'none'}."
         )
     for size, value in sizes.items():
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise PlanError(f"{name}: {size} must be a whole number of at least 1, got {value!r}.")
+
+
+def _validate_reference(name: str, spec: Spec, structures: dict[str, Any], parts: dict[str, Any]) -> None:
+    shares = getattr(structures[spec["structure"]], "SHARES", None) is not None
+    if shares and spec.get("shared") not in parts:
+        raise PlanError(
+            f"{name}: shared must name one of {', '.join(sorted(parts)) or 'no parts'}, got {spec.get('shared')!r}."
+        )
+    if not shares and "shared" in spec:
+        raise PlanError(f"{name}: {spec['structure']} shares nothing, got shared={spec['shared']!r}.")
+
+
+def sizes_of(spec: Spec) -> dict[str, int]:
+    """The sizes in a spec, without what it is and what it shares."""
+    return {key: value for key, value in spec.items() if key not in ("structure", "shared")}
 
 
 def closest_name(name: str, known: Iterable[str]) -> str:

@@ -4,30 +4,42 @@ A structure is a module class with
     SIZES                          names of the whole numbers its spec holds
     HOSTS                          "linear" or "embedding": what it can replace
     like(dense, device, **sizes)   an instance of the shape and dtype of a dense module, its numbers still to come
-    num_weights(O, I, **sizes)     stored numbers without the bias
-    num_multiply_adds(O, I, **sizes)   multiply-adds for one token
+    multiply_adds()                for one token
     to_dense()                     the weight it stands for, (O, I)
     reset_parameters(std)          a random start whose weight has standard deviation `std`
-A linear one also gives the bias it stands for (`dense_bias`). An embedding names the linear structure of a head tied
-to it (`TIED_HEAD`, `tied_head_sizes`) and which of the head's parameters are which of its own (`TIED_PARAMETERS`);
-that structure names where its bias lives (`BIAS`). What stands at a token embedding or a head can be resized
-(`resize_`).
+One that holds any matrix of a given rank by itself also counts its numbers without the bias,
+`num_weights(O, I, rank=R)`. A linear one also gives the bias it stands for (`dense_bias`). An embedding names the
+linear structure of a head tied to it (`TIED_HEAD`, `tied_head_sizes`) and which of the head's parameters are which of
+its own (`TIED_PARAMETERS`); that structure names where its bias lives (`BIAS`). What stands at a token embedding or a
+head can be resized (`resize_`).
+
+A structure may need a part that it shares with others, of the class it names (`SHARES`): its `like` then takes
+`shared`. A shared part is a module class with `SIZES`, `like(dense_members, device, **sizes)`, `multiply_adds`,
+`reset_parameters` and, for reports, `shape`. It stands in the model at a name of its own; what uses it refers to it
+and does not register it, so that its parameters appear once in the state dict, where every wrapper finds them.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
 from .lowrank_dense import dense_kind
+from .lowrank_joint import JointLinear, SharedDown
 from .lowrank_linear import LowRankEmbedding, LowRankLinear
 from .lowrank_pivoted import PivotedLinear
-from .lowrank_plan import Plan, PlanError, Spec, closest_name, validate_plan
+from .lowrank_plan import Plan, PlanError, Spec, closest_name, members_of, sizes_of, validate_plan
 
 STRUCTURES: dict[str, Any] = {
     "low_rank": LowRankLinear,
     "low_rank_embedding": LowRankEmbedding,
     "pivoted": PivotedLinear,
+    "joint_low_rank": JointLinear,
+}
+
+SHARED_PARTS: dict[str, Any] = {
+    "shared_down": SharedDown,
 }
 
 
@@ -41,21 +53,45 @@ def named_structures(model: nn.Module) -> list[tuple[str, nn.Module]]:
     return [(name, module) for name, module in model.named_modules() if structure_name(module)]
 
 
-def build_structure(dense: nn.Module, spec: Spec, device: torch.device | str | None = None) -> nn.Module:
+def named_shared_parts(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """Every shared part in `model` with its module name, in the model's order."""
+    parts = tuple(SHARED_PARTS.values())
+    return [(name, module) for name, module in model.named_modules() if type(module) in parts]
+
+
+def build_structure(
+    dense: nn.Module, spec: Spec, device: torch.device | str | None = None, shared: nn.Module | None = None
+) -> nn.Module:
     """A structure that can stand where `dense` stands, its numbers still to come.
 
     Args:
         device: Where to build it; None is where `dense` is.
+        shared: The part it shares, if it shares one.
 
     Raises:
         PlanError: If the structure cannot replace such a module, or a size is out of bounds.
     """
-    sizes = {key: value for key, value in spec.items() if key != "structure"}
     structure = STRUCTURES[spec["structure"]]
     if dense_kind(dense) != structure.HOSTS:
         raise PlanError(f"{spec['structure']} replaces {structure.HOSTS} modules, got {type(dense).__name__}.")
+    needed = getattr(structure, "SHARES", None)
+    if needed is not None and not isinstance(shared, needed):
+        raise PlanError(f"{spec['structure']} shares a {needed.__name__}, got {type(shared).__name__}.")
+    parts = {} if needed is None else {"shared": shared}
     try:
-        return structure.like(dense, device, **sizes)
+        return structure.like(dense, device, **sizes_of(spec), **parts)
+    except ValueError as error:
+        raise PlanError(str(error)) from error
+
+
+def build_shared_part(members: Sequence[nn.Module], spec: Spec, device: torch.device | str | None = None) -> nn.Module:
+    """A part that structures in the places of the dense `members` can share, its numbers still to come.
+
+    Raises:
+        PlanError: If it does not fit them, or a size is out of bounds.
+    """
+    try:
+        return SHARED_PARTS[spec["structure"]].like(members, device, **sizes_of(spec))
     except ValueError as error:
         raise PlanError(str(error)) from error
 
@@ -68,25 +104,46 @@ def install_plan_(model: Any, plan: Plan) -> None:
     Raises:
         PlanError: Naming the module that does not exist or does not fit.
     """
-    validate_plan(plan, STRUCTURES)
+    validate_plan(plan, STRUCTURES, SHARED_PARTS)
     base = model.base_model
     names = {name for name, _ in base.named_modules()}
-    for name, spec in plan["modules"].items():
+    for name in plan["modules"]:
         if name not in names:
             raise PlanError(
                 f"Plan names no module {name!r} of {type(base).__name__}. Closest: {closest_name(name, names)!r}. "
                 "Names are relative to model.base_model."
             )
+    for name, spec in (plan.get("shared") or {}).items():
+        _install_shared_part_(base, name, spec, members_of(plan, name))
+    for name, spec in plan["modules"].items():
         _install_(base, name, spec)
     _install_head_(model, plan)
+
+
+def _install_shared_part_(base: nn.Module, name: str, spec: Spec, members: Sequence[str]) -> None:
+    try:
+        parent = base.get_submodule(name.rpartition(".")[0])
+    except AttributeError as error:
+        raise PlanError(f"{name}: the model has no such place for a shared part.") from error
+    leaf = name.rpartition(".")[2]
+    if type(getattr(parent, leaf, None)) in SHARED_PARTS.values():
+        return
+    if hasattr(parent, leaf):
+        raise PlanError(f"{name}: the model has something else of that name.")
+    try:
+        part = build_shared_part([base.get_submodule(member) for member in members], spec)
+    except PlanError as error:
+        raise PlanError(f"{name}: {error}") from error
+    parent.add_module(leaf, part.train(parent.training))
 
 
 def _install_(root: nn.Module, name: str, spec: Spec) -> None:
     dense = root.get_submodule(name)
     if structure_name(dense):
         return
+    shared = root.get_submodule(spec["shared"]) if "shared" in spec else None
     try:
-        structure = build_structure(dense, spec)
+        structure = build_structure(dense, spec, shared=shared)
     except PlanError as error:
         raise PlanError(f"{name}: {error}") from error
     replace_(root, name, structure)

@@ -1,5 +1,6 @@
 """How the numbers of a structure are found: one class a solver, one row of `SOLVERS` each."""
 
+from collections.abc import Sequence
 from typing import Protocol
 
 import torch
@@ -23,8 +24,14 @@ class Solver(Protocol):
         """Every truncation of a weight (O, I), best first in the solver's own measure of error."""
         ...
 
-    def output_metric(self, statistics: MatrixStatistics | None = None) -> Metric:
-        """What errors at the outputs cost in that measure, (O, O)."""
+    def metrics(self, statistics: MatrixStatistics | None) -> tuple[Metric, Metric]:
+        """What errors at the outputs and at the inputs of a weight cost in that measure."""
+        ...
+
+    def decompose_jointly(
+        self, weights: Sequence[torch.Tensor], statistics: Sequence[MatrixStatistics | None]
+    ) -> Decomposition:
+        """The same for weights that read one input, one above the other."""
         ...
 
 

@@ -1,9 +1,7 @@
 """Low-rank approximation in the metrics of what a matrix sees and of what its errors do."""
 
-import torch
-
 from hf_lowrank.solvers.metric import Metric, identity, moment_metric, row_metric
-from hf_lowrank.solvers.svd import Decomposition, decompose
+from hf_lowrank.solvers.svd import MetricSVD
 from hf_lowrank.statistics.moments import MatrixStatistics
 
 # Measured on WikiText and sentence embeddings (examples/benchmark_quality.py): little is best for the inputs, which
@@ -13,7 +11,7 @@ _OUTPUT_SHRINKAGE = 0.1
 _ROW_SHRINKAGE = 0.1
 
 
-class WhitenedSVD:
+class WhitenedSVD(MetricSVD):
     """The least error of the outputs on the inputs seen: `min E ||(W - W') x||^2 = ||(W - W') C^(1/2)||_F^2`.
 
     `C = E[x x^T]`. The optimum of DRONE (Chen et al., NeurIPS 2021) and SVD-LLM (Wang et al., ICLR 2025), in the
@@ -22,16 +20,12 @@ class WhitenedSVD:
 
     needs: frozenset[str] = frozenset({"input_moment", "row_weights"})
 
-    def decompose(self, weight: torch.Tensor, statistics: MatrixStatistics | None = None) -> Decomposition:
-        """Every truncation of `weight` (O, I)."""
-        return decompose(weight, self.output_metric(statistics), _input_side(statistics))
-
-    def output_metric(self, statistics: MatrixStatistics | None = None) -> Metric:
-        """All outputs are alike; rows of a table count as often as they are used."""
-        return _row_side(statistics)
+    def metrics(self, statistics: MatrixStatistics | None) -> tuple[Metric, Metric]:
+        """Of the rows and of the columns of a weight."""
+        return _row_side(statistics), _input_side(statistics)
 
 
-class TwoSidedSVD:
+class TwoSidedSVD(MetricSVD):
     """The least change of the loss to second order: `min tr(G (W - W') C (W - W')^T)`.
 
     `C = E[x x^T]` of the inputs and `G = E[g g^T]` of the gradients at the outputs: the Kronecker-factored curvature
@@ -40,18 +34,15 @@ class TwoSidedSVD:
 
     needs: frozenset[str] = frozenset({"input_moment", "output_moment", "row_weights"})
 
-    def decompose(self, weight: torch.Tensor, statistics: MatrixStatistics | None = None) -> Decomposition:
-        """Every truncation of `weight` (O, I)."""
-        return decompose(weight, self.output_metric(statistics), _input_side(statistics))
-
-    def output_metric(self, statistics: MatrixStatistics | None = None) -> Metric:
-        """`G`, pulled a little towards a multiple of the identity."""
-        if statistics is None or statistics.output_moment is None:
-            return _row_side(statistics)
-        return moment_metric(statistics.output_moment, statistics.num_tokens, _OUTPUT_SHRINKAGE)
+    def metrics(self, statistics: MatrixStatistics | None) -> tuple[Metric, Metric]:
+        """Of the rows and of the columns of a weight."""
+        output_side = _row_side(statistics)
+        if statistics is not None and statistics.output_moment is not None:
+            output_side = moment_metric(statistics.output_moment, statistics.num_tokens, _OUTPUT_SHRINKAGE)
+        return output_side, _input_side(statistics)
 
 
-class WeightedSVD:
+class WeightedSVD(MetricSVD):
     """Rows weighted by how much the loss feels them: `min sum_i f_i ||W_i - W'_i||^2`.
 
     `f_i` is the sum over row `i` of the diagonal Fisher information of the weights (FWSVD: Hsu et al., ICLR 2022).
@@ -59,15 +50,12 @@ class WeightedSVD:
 
     needs: frozenset[str] = frozenset({"fisher", "row_weights"})
 
-    def decompose(self, weight: torch.Tensor, statistics: MatrixStatistics | None = None) -> Decomposition:
-        """Every truncation of `weight` (O, I)."""
-        return decompose(weight, self.output_metric(statistics), identity())
-
-    def output_metric(self, statistics: MatrixStatistics | None = None) -> Metric:
-        """`diag(f)`, pulled a little towards the mean."""
-        if statistics is None or statistics.fisher is None:
-            return _row_side(statistics)
-        return row_metric(statistics.fisher.sum(dim=1), _INPUT_SHRINKAGE)
+    def metrics(self, statistics: MatrixStatistics | None) -> tuple[Metric, Metric]:
+        """Of the rows and of the columns of a weight."""
+        side = _row_side(statistics)
+        if statistics is not None and statistics.fisher is not None:
+            side = row_metric(statistics.fisher.sum(dim=1), _INPUT_SHRINKAGE)
+        return side, identity()
 
 
 def _row_side(statistics: MatrixStatistics | None) -> Metric:

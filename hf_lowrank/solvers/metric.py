@@ -1,7 +1,7 @@
 """Positive definite metrics on one side of a matrix, by a root that is never inverted."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 
@@ -83,6 +83,40 @@ class FullMetric(Metric):
 
     def rooted_chunks(self, tall: torch.Tensor, size: int) -> Iterator[torch.Tensor]:
         yield self._lower.T @ tall.double()
+
+
+class BlockMetric(Metric):
+    """The metrics of several vectors on all their entries, one after the other: `M = diag(M_1, M_2, ...)`.
+
+    Args:
+        blocks: Each with the length of its vectors.
+    """
+
+    def __init__(self, blocks: Sequence[tuple[Metric, int]]) -> None:
+        self._metrics = [metric for metric, _ in blocks]
+        self._lengths = [length for _, length in blocks]
+
+    def root(self, vectors: torch.Tensor) -> torch.Tensor:
+        return torch.cat([metric.root(part) for metric, part in self._parts(vectors)])
+
+    def unroot(self, vectors: torch.Tensor) -> torch.Tensor:
+        return torch.cat([metric.unroot(part) for metric, part in self._parts(vectors)])
+
+    def solve(self, vectors: torch.Tensor) -> torch.Tensor:
+        return torch.cat([metric.solve(part) for metric, part in self._parts(vectors)])
+
+    def congruent(self, gram: torch.Tensor) -> torch.Tensor:
+        half = [metric.rooted_chunks(part, len(part)) for metric, part in self._parts(gram)]  # L^T A, by rows
+        rows = torch.cat([chunk for chunks in half for chunk in chunks])
+        other = [metric.rooted_chunks(part, len(part)) for metric, part in self._parts(rows.T)]
+        return torch.cat([chunk for chunks in other for chunk in chunks]).T
+
+    def rooted_chunks(self, tall: torch.Tensor, size: int) -> Iterator[torch.Tensor]:
+        for metric, part in self._parts(tall):
+            yield from metric.rooted_chunks(part, size)
+
+    def _parts(self, rows: torch.Tensor) -> Iterator[tuple[Metric, torch.Tensor]]:
+        return zip(self._metrics, rows.split(self._lengths), strict=True)
 
 
 def identity() -> Metric:

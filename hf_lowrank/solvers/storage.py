@@ -22,6 +22,13 @@ def encode_pair(factors: Factors, bias: torch.Tensor | None, dtype: torch.dtype)
     return state if bias is None else {**state, "up.bias": bias.to(dtype)}
 
 
+def encode_member(factors: Factors, bias: torch.Tensor | None, dtype: torch.dtype) -> StateDict:
+    """State of a `JointLinear`, whose first factor is elsewhere."""
+    state = encode_pair(factors, bias, dtype)
+    del state["down.weight"]
+    return state
+
+
 def encode_embedding(factors: Factors, bias: torch.Tensor | None, dtype: torch.dtype) -> StateDict:
     """State of a `LowRankEmbedding`."""
     return {"codes.weight": factors.up.to(dtype), "basis": factors.down.to(dtype)}
@@ -53,6 +60,7 @@ ENCODERS: dict[str, Callable[[Factors, torch.Tensor | None, torch.dtype], StateD
     "low_rank": encode_pair,
     "low_rank_embedding": encode_embedding,
     "pivoted": encode_pivoted,
+    "joint_low_rank": encode_member,
 }
 
 

@@ -1,13 +1,15 @@
 """Truncated singular value decomposition through the smaller Gram matrix, in any metric."""
 
 import math
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 
 from hf_lowrank.solvers.factors import Factors, balanced
-from hf_lowrank.solvers.metric import Metric, identity
+from hf_lowrank.solvers.metric import BlockMetric, Metric, identity
 from hf_lowrank.statistics.moments import MatrixStatistics
 
 _CHUNK = 4096
@@ -74,7 +76,32 @@ def decompose(weight: torch.Tensor, output_metric: Metric, input_metric: Metric)
     )
 
 
-class SVD:
+class MetricSVD(ABC):
+    """A truncated SVD in metrics that statistics give; see `Decomposition` for what it minimizes."""
+
+    needs: frozenset[str] = frozenset()
+
+    @abstractmethod
+    def metrics(self, statistics: MatrixStatistics | None) -> tuple[Metric, Metric]:
+        """Of the rows and of the columns of a weight."""
+
+    def decompose(self, weight: torch.Tensor, statistics: MatrixStatistics | None = None) -> Decomposition:
+        """Every truncation of `weight` (O, I)."""
+        return decompose(weight, *self.metrics(statistics))
+
+    def decompose_jointly(
+        self, weights: Sequence[torch.Tensor], statistics: Sequence[MatrixStatistics | None]
+    ) -> Decomposition:
+        """Every truncation of weights (O, I) one above the other: a common factor on the side of their one input.
+
+        The metric of the columns is that of the first; each has its own for its rows.
+        """
+        metrics = [self.metrics(known) for known in statistics]
+        rows = [(own, len(weight)) for (own, _), weight in zip(metrics, weights, strict=True)]
+        return decompose(torch.cat(list(weights)), BlockMetric(rows), metrics[0][1])
+
+
+class SVD(MetricSVD):
     """The best rank-`R` approximation in the Frobenius norm: `min ||W - up @ down||_F`.
 
     The error is the norm of the discarded singular values (Eckart and Young, Psychometrika 1936). Of an O x I matrix
@@ -82,15 +109,9 @@ class SVD:
     matrix.
     """
 
-    needs: frozenset[str] = frozenset()
-
-    def decompose(self, weight: torch.Tensor, statistics: MatrixStatistics | None = None) -> Decomposition:
-        """Every truncation of `weight` (O, I)."""
-        return decompose(weight, self.output_metric(), identity())
-
-    def output_metric(self, statistics: MatrixStatistics | None = None) -> Metric:
-        """All errors are alike."""
-        return identity()
+    def metrics(self, statistics: MatrixStatistics | None) -> tuple[Metric, Metric]:
+        """Of the rows and of the columns of a weight: all entries count alike."""
+        return identity(), identity()
 
 
 def _scaled(weight: torch.Tensor) -> tuple[torch.Tensor, int]:

@@ -1,0 +1,190 @@
+"""Matrices that read the same input, such as query, key and value, with their first factor in common."""
+
+import weakref
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import initialization as init
+
+from .lowrank_dense import dense_shape
+from .lowrank_linear import check_rank, dense_product, factor_std
+
+
+class SharedDown(nn.Module):
+    """The first factor of several matrices that read the same input, `h = down x`, held and computed once.
+
+    Its members call it one after the other with the very same tensor. It hands them one result, which it forgets as
+    soon as each has had it, or another tensor, other weights or another mode come along.
+
+    Shapes:
+        input   (..., I)
+        down    (R, I)
+        output  (..., R)
+
+    Args:
+        num_members: How many matrices ask for each result.
+
+    Raises:
+        ValueError: If `rank` is not between 1 and `in_features`.
+    """
+
+    SIZES = ("rank",)
+
+    def __init__(
+        self,
+        in_features: int,
+        rank: int,
+        num_members: int,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        check_rank(rank, in_features, in_features)
+        self.in_features = in_features
+        self.rank = rank
+        self.num_members = num_members
+        self.down = nn.Linear(in_features, rank, bias=False, device=device, dtype=dtype)
+        self._held: _Held | None = None
+
+    @classmethod
+    def like(
+        cls, members: Sequence[nn.Module], device: torch.device | str | None = None, *, rank: int
+    ) -> "SharedDown":
+        """The first factor of dense `members` of one input size, of the dtype and on the device of the first."""
+        first: Any = members[0]
+        in_features = dense_shape(first)[1]
+        if any(dense_shape(member)[1] != in_features for member in members):
+            raise ValueError(f"its members must all have {in_features} inputs.")
+        return cls(in_features, rank, len(members), device or first.weight.device, first.weight.dtype)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        if torch.compiler.is_compiling():  # the compiler finds the common product by itself
+            return self.down(hidden_states)
+        held = self._held
+        if held is None or not held.is_of(hidden_states, self.down):
+            held = _Held(hidden_states, self.down)
+        held.num_uses += 1
+        self._held = held if held.num_uses < self.num_members else None
+        return held.output
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """`(R, I)`, for reports."""
+        return self.rank, self.in_features
+
+    def multiply_adds(self) -> int:
+        """Multiply-adds for one token and all members: `R I`."""
+        return self.rank * self.in_features
+
+    def reset_parameters(self, std: float) -> None:
+        """Draw the factor so that its product with a member's other factor has standard deviation `std`."""
+        init.normal_(self.down.weight, std=factor_std(std, self.rank))
+
+    def extra_repr(self) -> str:
+        return f"{self.in_features}, rank={self.rank}, num_members={self.num_members}"
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_held": None}  # a copy has its own calls
+
+
+class _Held:
+    """A result that more members will ask for, and all it depends on."""
+
+    def __init__(self, hidden_states: torch.Tensor, down: nn.Module) -> None:
+        self._input = weakref.ref(hidden_states)
+        self._state = _state(hidden_states, down)
+        self.output: torch.Tensor = down(hidden_states)
+        self.num_uses = 0
+
+    def is_of(self, hidden_states: torch.Tensor, down: nn.Module) -> bool:
+        return self._input() is hidden_states and self._state == _state(hidden_states, down)
+
+
+def _state(hidden_states: torch.Tensor, down: nn.Module) -> tuple[Any, ...]:
+    tensors = [hidden_states, *down.parameters()]
+    # Tensors made in inference mode keep no count of their changes.
+    versions = [0 if tensor.is_inference() else tensor._version for tensor in tensors]
+    kind = hidden_states.device.type
+    modes = torch.is_grad_enabled(), torch.is_inference_mode_enabled(), torch.is_autocast_enabled(kind)
+    return *versions, *(tensor.data_ptr() for tensor in tensors), *modes
+
+
+class JointLinear(nn.Module):
+    """Linear layer of rank `R` that shares its first factor with others of the same input: `W = up @ shared.down`.
+
+    `k` matrices of `O` rows cost `R (I + k O)` numbers and multiply-adds together, where pairs of their own cost
+    `k R (I + O)`.
+
+    Shapes:
+        input   (..., I)
+        up      (O, R)
+        bias    (O), at `up.bias`
+        output  (..., O)
+
+    Args:
+        shared: The common factor. It is registered, and saved, where the plan says; a member only refers to it.
+    """
+
+    SIZES: tuple[str, ...] = ()
+    SHARES = SharedDown
+    HOSTS = "linear"
+    BIAS = "up.bias"
+
+    def __init__(
+        self,
+        shared: SharedDown,
+        out_features: int,
+        bias: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self._shared = (shared,)  # in a tuple, it is no child of this module
+        self.in_features = shared.in_features
+        self.out_features = out_features
+        self.up = nn.Linear(shared.rank, out_features, bias=bias, device=device, dtype=dtype)
+
+    @classmethod
+    def like(cls, dense: nn.Module, device: torch.device | str | None = None, *, shared: SharedDown) -> "JointLinear":
+        """A layer of the shape and dtype of `dense` (`nn.Linear` or `Conv1D`), on its device unless one is given."""
+        out_features, in_features = dense_shape(dense)
+        if in_features != shared.in_features:
+            raise ValueError(f"the shared factor has {shared.in_features} inputs, the matrix {in_features}.")
+        weight: Any = dense.weight
+        return cls(shared, out_features, dense.bias is not None, device or weight.device, weight.dtype)
+
+    @property
+    def shared(self) -> SharedDown:
+        """The common factor."""
+        return self._shared[0]
+
+    @property
+    def rank(self) -> int:
+        """Inner size."""
+        return self.shared.rank
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.up(self.shared(hidden_states))  # (..., I) -> (..., R) -> (..., O)
+
+    def multiply_adds(self) -> int:
+        """Multiply-adds for one token beside those of the shared factor: `R O`."""
+        return self.rank * self.out_features
+
+    def to_dense(self) -> torch.Tensor:
+        """The weight this layer stands for, (O, I)."""
+        return dense_product(self.up.weight, self.shared.down.weight)
+
+    def dense_bias(self) -> torch.Tensor | None:
+        """The bias of the layer this one stands for, (O)."""
+        return self.up.bias
+
+    def reset_parameters(self, std: float) -> None:
+        """Draw the layer's own factor so that the product has standard deviation `std`; zero the bias."""
+        init.normal_(self.up.weight, std=factor_std(std, self.rank))
+        if self.up.bias is not None:
+            init.zeros_(self.up.bias)
+
+    def extra_repr(self) -> str:
+        return f"{self.in_features}, {self.out_features}, rank={self.rank}, bias={self.up.bias is not None}"
