@@ -3,22 +3,33 @@
     python examples/benchmark_compression_time.py            # 128 x 256 tokens; about twenty minutes on two cores
     python examples/benchmark_compression_time.py --smoke    # a tiny model, seconds
 
-Time depends on shapes, not on what the weights are. The default and the fast tier run in processes of their own; peak
-memory is the resident size of the process.
+Time depends on shapes, not on what the weights are. Every line comes from a process of its own. Memory is the resident
+size at its peak less that of the process with the dense model; it is held against a bound of three times the largest
+second moment and what running one batch forwards and backwards takes without looking at anything.
 """
 
 import argparse
+import json
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
 import torch
-from transformers import BertConfig, BertForMaskedLM
+from transformers import BertConfig, BertForMaskedLM, PreTrainedModel
 
-from hf_lowrank import compress
+from hf_lowrank import CompressionSettings, compress
+from hf_lowrank.calibration import make_calibration
+from hf_lowrank.statistics.collection import collect_statistics
+from hf_lowrank.targets import find_matrices
 
 TIERS = {"default": {}, "default without refinement": {"refine_passes": 0}, "fast": {"fast": True}}
+ONE_BATCH = "one batch"
+BATCH_SIZE = 8
+BUDGET = {"keep_targets": 0.5, "batch_size": BATCH_SIZE}
+
+Batches = list[dict[str, torch.Tensor]]
 
 
 def resident(name: str) -> float:
@@ -27,45 +38,82 @@ def resident(name: str) -> float:
     return next(int(line.split()[1]) / 1024 for line in lines if line.startswith(name))
 
 
-def run_tier(name: str, smoke: bool) -> None:
-    """Compress once and print seconds and MiB."""
+def dense_model(smoke: bool) -> tuple[PreTrainedModel, Batches]:
+    """A masked language model and random text."""
     torch.manual_seed(0)
     sizes = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 128}
     model = BertForMaskedLM(BertConfig(**sizes, vocab_size=500) if smoke else BertConfig()).eval()
     count, length = (32, 16) if smoke else (128, 256)
     draw = torch.randint(1000 if not smoke else 5, model.config.vocab_size, (count, length))
-    batches = [{"input_ids": ids, "attention_mask": torch.ones_like(ids)} for ids in draw.split(8)]
-    weights = sum(p.numel() * p.element_size() for p in model.parameters()) / 2**20
-    options = dict(TIERS[name])
-    if options.get("fast"):
+    return model, [{"input_ids": ids, "attention_mask": torch.ones_like(ids)} for ids in draw.split(BATCH_SIZE)]
+
+
+def run_batch(model: PreTrainedModel, batches: Batches) -> None:
+    """One batch forwards and backwards, with statistics of no matrix."""
+    calibration = make_calibration(model, batches, None, CompressionSettings(**BUDGET))
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "none.safetensors"
+        kinds = frozenset({"output_moment"})
+        collect_statistics(model, [], calibration.batches[:1], kinds, path=path, fingerprint="")
+
+
+def run_tier(name: str, model: PreTrainedModel, batches: Batches) -> None:
+    """Compress."""
+    if TIERS[name].get("fast"):
         batches = batches[: max(2, len(batches) // 4)]  # batches that are made are taken as they are
+    compress(model, calibration=batches, **BUDGET, **TIERS[name])
+
+
+def measure(name: str, smoke: bool) -> dict[str, float]:
+    """Seconds, MiB and what they are to be compared with, of one tier or one batch in this process."""
+    model, batches = dense_model(smoke)
     before = resident("VmRSS")
     Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # forget the peak so far (Linux)
-    start = time.perf_counter()
-    compress(model, keep_targets=0.5, calibration=batches, batch_size=8, **options)
-    seconds = time.perf_counter() - start
-    peak = resident("VmHWM")
-    print(
-        f"{name}: {seconds:.0f} s, peak {peak:.0f} MiB ({peak - before:.0f} MiB more than the process with the dense "
-        f"model, whose weights are {weights:.0f} MiB)",
-        flush=True,
-    )
+    start, start_cpu = time.perf_counter(), time.process_time()
+    if name == ONE_BATCH:
+        run_batch(model, batches)
+    else:
+        run_tier(name, model, batches)
+    return {
+        "seconds": time.perf_counter() - start,
+        "cpu_seconds": time.process_time() - start_cpu,
+        "extra": resident("VmHWM") - before,
+        "weights": sum(p.numel() * p.element_size() for p in model.parameters()) / 2**20,
+        "largest_moment": max(max(m.shape) for m in find_matrices(model) if m.role == "block") ** 2 * 8 / 2**20,
+    }
+
+
+def measure_apart(name: str, smoke: bool) -> dict[str, float]:
+    """The same in a process of its own."""
+    command = [sys.executable, str(Path(__file__)), "--inside", name, *(["--smoke"] if smoke else [])]
+    child = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+    return json.loads(child.stdout.splitlines()[-1])
 
 
 def main() -> None:
-    """Run each tier in a process of its own."""
+    """Measure one batch and each tier."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--smoke", action="store_true")
     parser.add_argument("--tiers", nargs="+", choices=list(TIERS), default=list(TIERS), metavar="TIER")
     parser.add_argument("--inside", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.inside:
-        run_tier(arguments.inside, arguments.smoke)
+        print(json.dumps(measure(arguments.inside, arguments.smoke)))
         return
-    print(f"{torch.get_num_threads()} threads, 128 x 256 tokens", flush=True)
+    batch = measure_apart(ONE_BATCH, arguments.smoke)
+    bound = 3 * batch["largest_moment"] + batch["extra"]
+    print(
+        f"{torch.get_num_threads()} threads; weights {batch['weights']:.0f} MiB; bound on memory: 3 x "
+        f"{batch['largest_moment']:.0f} MiB + one batch of {batch['extra']:.0f} MiB = {bound:.0f} MiB",
+        flush=True,
+    )
     for name in arguments.tiers:
-        command = [sys.executable, str(Path(__file__)), "--inside", name]
-        subprocess.run([*command, "--smoke"] if arguments.smoke else command, check=True)
+        found = measure_apart(name, arguments.smoke)
+        print(
+            f"{name}: {found['seconds']:.0f} s ({found['cpu_seconds']:.0f} s of processor time), "
+            f"{found['extra']:.0f} MiB, {found['extra'] / bound:.2f} of the bound",
+            flush=True,
+        )
 
 
 if __name__ == "__main__":
