@@ -158,12 +158,30 @@ def frozen(model: PreTrainedModel) -> Iterator[None]:
 
 
 @contextmanager
-def weight_replaced(matrix: DenseMatrix, weight: torch.Tensor) -> Iterator[None]:
-    """Within, the matrix holds `weight` (O, I) instead of its own, in the host's own layout."""
+def weight_replaced(matrix: DenseMatrix, make_weight: Callable[[], torch.Tensor]) -> Iterator[None]:
+    """Within, the matrix holds what `make_weight` gives, (O, I), instead of its own, in the host's own layout.
+
+    A linear layer holds it while it is called, so that of many that are replaced at once one is in memory; a table
+    holds it all the time, because a tied head reads it too.
+    """
     parameter: Any = matrix.module.weight
     own = parameter.data
-    parameter.data = (weight.T if isinstance(matrix.module, Conv1D) else weight).to(own).contiguous()
+
+    def replace(*_: Any) -> None:
+        weight = make_weight()
+        parameter.data = (weight.T if isinstance(matrix.module, Conv1D) else weight).to(own).contiguous()
+
+    def restore(*_: Any) -> None:
+        parameter.data = own
+
+    hooks: list[Any] = []
+    if matrix.role == "embedding":
+        replace()
+    else:
+        hooks += [matrix.module.register_forward_pre_hook(replace), matrix.module.register_forward_hook(restore)]
     try:
         yield
     finally:
-        parameter.data = own
+        restore()
+        for hook in hooks:
+            hook.remove()

@@ -1,12 +1,10 @@
 """Decomposing the matrices of a model with one solver: the text it looks at, the statistics, the measurements."""
 
 import hashlib
+import itertools
 import json
-import shutil
-import tempfile
-import weakref
 from collections.abc import Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +18,9 @@ from hf_lowrank.outputs import real_tokens
 from hf_lowrank.planning.allocation import ALLOCATIONS
 from hf_lowrank.planning.curves import FloatArray, measured_errors, predicted_errors, probe_rank, spectral_errors
 from hf_lowrank.planning.plans import candidate_matrices
-from hf_lowrank.planning.probes import Probe
+from hf_lowrank.planning.probes import Changes, Probe
 from hf_lowrank.progress import Progress
+from hf_lowrank.scratch import scratch_folder
 from hf_lowrank.settings import CompressionSettings
 from hf_lowrank.solvers import SOLVERS
 from hf_lowrank.solvers.metric import Metric
@@ -91,19 +90,14 @@ class Decomposer:
         return {name: predicted_errors(values) for name, values in self._spectra(matrices).items()}
 
     def _spectra(self, matrices: Sequence[Matrix]) -> dict[str, FloatArray]:
-        unknown = [matrix for matrix in matrices if not self._stored(matrix).path.is_file()]
-        for matrix in self.progress(unknown, "decomposing") if unknown else []:
-            # It will be asked for again: to measure, to compare plans, to replace.
-            store_decomposition(self._decompose(matrix), self._stored(matrix).path)
+        self._store(matrices)
         return {matrix.name: self._stored(matrix).singular_values.numpy() for matrix in matrices}
 
     def damage(self, matrices: Sequence[Matrix], ranks: dict[str, int]) -> float:
         """What the whole model loses at these ranks; matrices without one stay dense."""
-        changes: dict[DenseMatrix, torch.Tensor] = {}
-        for matrix in matrices:
-            if matrix.name in ranks:
-                changes |= self._approximations(matrix, ranks[matrix.name])
-        return self._probe.damage(changes)
+        replaced = [matrix for matrix in matrices if matrix.name in ranks]
+        self._store(replaced)
+        return self._probe.damage({k: v for m in replaced for k, v in self._changes(m, ranks[m.name]).items()})
 
     def described_text(self) -> dict[str, Any] | None:
         """What the model was watched on, for the record; None if it was not."""
@@ -129,23 +123,37 @@ class Decomposer:
         known = self._statistics.get(matrix.name) if self._statistics is not None else None
         return None if known is None else known.to(device)
 
+    def _store(self, matrices: Sequence[Matrix]) -> None:
+        """Decompose those that will be asked for again: to measure, to compare plans, to replace."""
+        unknown = [matrix for matrix in matrices if not self._stored(matrix).path.is_file()]
+        for matrix in self.progress(unknown, "decomposing") if unknown else []:
+            store_decomposition(self._decompose(matrix), self._stored(matrix).path)
+
     def _stored(self, matrix: Matrix) -> StoredDecomposition:
         identity = self._identity if self._solver.needs else self._model_identity
         path = self._folder / f"decompositions-{self.settings.method}-{identity}" / f"{matrix.name}.safetensors"
         weight: Any = matrix.members[0].module.weight
         return StoredDecomposition(path, torch.device(self.settings.device or weight.device))
 
-    def _approximations(self, matrix: Matrix, rank: int) -> dict[DenseMatrix, torch.Tensor]:
-        product = self(matrix).factors(rank).product
-        return dict(zip(matrix.members, product.split([m.shape[0] for m in matrix.members]), strict=True))
+    def _changes(self, matrix: Matrix, rank: int) -> Changes:
+        """What the weights become at that rank, each to be made when it is needed."""
+        ends = list(itertools.accumulate(member.shape[0] for member in matrix.members))
+        rows = [slice(end - member.shape[0], end) for end, member in zip(ends, matrix.members, strict=True)]
+        return {
+            m: partial(self._approximation, matrix, rank, part) for m, part in zip(matrix.members, rows, strict=True)
+        }
+
+    def _approximation(self, matrix: Matrix, rank: int, rows: slice) -> torch.Tensor:
+        factors = self(matrix).factors(rank)
+        return factors.up[rows] @ factors.down
 
     def _measure(self, matrix: Matrix) -> None:
         if matrix.name in self._measured:
             return
-        self._measured[matrix.name] = self._probe.damage(self._approximations(matrix, probe_rank(matrix)))
-        partial = self._measured_file.with_suffix(".partial")
-        partial.write_text(json.dumps(self._measured), encoding="utf-8")
-        partial.replace(self._measured_file)
+        self._measured[matrix.name] = self._probe.damage(self._changes(matrix, probe_rank(matrix)))
+        written = self._measured_file.with_suffix(".partial")
+        written.write_text(json.dumps(self._measured), encoding="utf-8")
+        written.replace(self._measured_file)
 
     @cached_property
     def _measured(self) -> dict[str, float]:
@@ -194,9 +202,7 @@ class Decomposer:
     def _folder(self) -> Path:
         """Where what is found is kept: the cache, or a folder that goes when this does."""
         if self.settings.cache_dir is None:
-            folder = Path(tempfile.mkdtemp(prefix="hf_lowrank-"))
-            weakref.finalize(self, shutil.rmtree, folder)
-            return folder
+            return scratch_folder(self)
         folder = Path(self.settings.cache_dir)
         folder.mkdir(parents=True, exist_ok=True)
         return folder

@@ -3,6 +3,7 @@
 import gc
 import json
 import tempfile
+from functools import partial
 
 import pytest
 import torch
@@ -69,8 +70,26 @@ def test_a_probe_sees_no_damage_where_nothing_changes_and_some_where_it_does(hea
     before = {name: value.clone() for name, value in model.state_dict().items()}
 
     assert probe.damage({}) == pytest.approx(0, abs=1e-6)
-    assert probe.damage({matrix: 5 * weight}) > 1e-6
+    assert probe.damage({matrix: lambda: 5 * weight}) > 1e-6
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+
+
+@each_head
+def test_of_many_weights_replaced_at_once_only_the_one_in_use_is_held(head):
+    model = build(head)
+    linear = [matrix for matrix in find_matrices(model) if matrix.role != "embedding"]
+    own = {matrix: matrix.module.weight.data_ptr() for matrix in linear}
+    used = []
+
+    def make(matrix):
+        assert all(other.module.weight.data_ptr() == own[other] for other in linear)
+        used.append(matrix)
+        return torch.zeros(matrix.shape)
+
+    Probe(model, linear, text(1)).damage({matrix: partial(make, matrix) for matrix in linear})
+
+    assert set(used) == set(linear)
+    assert all(matrix.module.weight.data_ptr() == own[matrix] for matrix in linear)
 
 
 def test_refining_never_makes_it_worse_on_text_set_aside():

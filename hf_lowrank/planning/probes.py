@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,15 +17,19 @@ from hf_lowrank.blocks import (
     weight_replaced,
 )
 from hf_lowrank.outputs import Batch, Said, run
-from hf_lowrank.progress import Progress, no_progress
+from hf_lowrank.scratch import scratch_folder
 from hf_lowrank.targets import DenseMatrix
 
-# Product of the factors of one matrix at one rank, (O, I).
-Approximation = Callable[[DenseMatrix, int], torch.Tensor]
+# What makes the weight (O, I) that takes the place of a matrix' own.
+Changes = Mapping[DenseMatrix, Callable[[], torch.Tensor]]
+
+_SAID = "output"
 
 
 class Probe:
     """Compares a model, changed for a moment, with itself as it is, on the same few batches.
+
+    What the model does as it is, is kept on disk and read a batch at a time.
 
     Args:
         batches: Text that the statistics were not made from.
@@ -33,51 +38,51 @@ class Probe:
     def __init__(self, model: PreTrainedModel, matrices: Sequence[DenseMatrix], batches: Sequence[Batch]) -> None:
         self._model = model
         self._blocks = find_blocks(model, matrices)
-        self._batches = [{name: value.to(model.device) for name, value in batch.items()} for batch in batches]
-        self._references: list[Said] = []
-        self._recordings: list[dict[str, Any]] = []
+        self._batches = batches
+        self._folder = scratch_folder(self)
         with frozen(model), torch.inference_mode():
-            for batch in self._batches:
+            for index, batch in enumerate(batches):
                 with recorded_outputs(model, self._blocks) as outputs:
-                    self._references.append(run(model, batch))
-                self._recordings.append(outputs)
+                    said = run(model, self._placed(batch))
+                for name, output in [*outputs.items(), (_SAID, (said.kind, said.rows))]:
+                    torch.save(output, self._file(index, name))
 
-    def damage(self, changes: Mapping[DenseMatrix, torch.Tensor]) -> float:
+    def damage(self, changes: Changes) -> float:
         """Mean distance of the outputs (see `Said.distance`) with these weights in place of the model's own.
 
         Blocks before the first change are not run again.
         """
         first = min((self._position(matrix) for matrix in changes), default=0)
-        skipped = self._blocks[:first]
         total, count = 0.0, 0
         with ExitStack() as stack:
             stack.enter_context(frozen(self._model))
             stack.enter_context(torch.inference_mode())
-            for matrix, weight in changes.items():
-                stack.enter_context(weight_replaced(matrix, weight))
-            for batch, outputs, reference in zip(self._batches, self._recordings, self._references, strict=True):
-                with replayed_outputs(self._model, skipped, outputs):
-                    distances = run(self._model, batch).distance(reference)
+            for matrix, make_weight in changes.items():
+                stack.enter_context(weight_replaced(matrix, make_weight))
+            for index in range(len(self._batches)):
+                distances = self._distances(index, self._blocks[:first])
                 total += float(distances.sum())
                 count += len(distances)
         return total / max(count, 1)
+
+    def _distances(self, index: int, skipped: Sequence[str]) -> torch.Tensor:
+        outputs = {name: self._read(index, name) for name in skipped}
+        with replayed_outputs(self._model, skipped, outputs):
+            said = run(self._model, self._placed(self._batches[index]))
+        return said.distance(Said(*self._read(index, _SAID)))
+
+    def _placed(self, batch: Batch) -> Batch:
+        return {name: value.to(self._model.device) for name, value in batch.items()}
+
+    def _file(self, index: int, name: str) -> Path:
+        return self._folder / f"{index}-{name}.pt"
+
+    def _read(self, index: int, name: str) -> Any:
+        # Mapped: of what is not used nothing is read. A block may return any object, and the file is our own.
+        return torch.load(self._file(index, name), map_location=self._model.device, mmap=True, weights_only=False)
 
     def _position(self, matrix: DenseMatrix) -> int:
         name = block_name(matrix.path)
         if matrix.role == "block":
             return self._blocks.index(name)
         return 0 if matrix.role == "embedding" else len(self._blocks)
-
-
-def probe_scales(
-    probe: Probe,
-    matrices: Sequence[DenseMatrix],
-    ranks: Mapping[str, int],
-    approximation: Approximation,
-    progress: Progress = no_progress,
-) -> dict[str, float]:
-    """Damage done by cutting each matrix alone to the given rank."""
-    return {
-        matrix.name: probe.damage({matrix: approximation(matrix, ranks[matrix.name])})
-        for matrix in progress(matrices, "probing")
-    }
