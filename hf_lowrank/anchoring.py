@@ -16,13 +16,20 @@ from hf_lowrank.calibration import Calibration
 from hf_lowrank.outputs import mean_distance, real_tokens
 from hf_lowrank.progress import Progress, no_progress
 from hf_lowrank.remote_code.lowrank_structures import structure_name
-from hf_lowrank.solvers.anchored import AnchoredMoments
-from hf_lowrank.solvers.metric import Metric
+from hf_lowrank.solvers.anchored import AnchoredMoments, AnchoredTarget
+from hf_lowrank.solvers.factors import Factors
+from hf_lowrank.solvers.metric import BlockMetric, Metric
 from hf_lowrank.solvers.storage import ENCODERS
 from hf_lowrank.solvers.svd import decompose
-from hf_lowrank.targets import DenseMatrix, dense_weight
+from hf_lowrank.targets import DenseMatrix, JointMatrix, Matrix
 
+# Of what is missing, the share that is asked for: measured on sentence embeddings and GPT-2 (docs/results.md). MPIFA
+# (ICML 2025) takes a quarter.
+_SHARE = 0.5
+_PAIRS = {"low_rank", "joint_low_rank"}
 _SUMS = {"add", "__add__", "__radd__", "__iadd__", "add_"}
+
+OutputMetric = Callable[[DenseMatrix], Metric]
 
 
 @dataclass
@@ -46,8 +53,8 @@ class Anchoring:
 def anchor_(
     small: PreTrainedModel,
     dense: PreTrainedModel,
-    matrices: Sequence[DenseMatrix],
-    output_metric: Callable[[DenseMatrix], Metric],
+    matrices: Sequence[Matrix],
+    output_metric: OutputMetric,
     calibration: Calibration,
     *,
     progress: Progress = no_progress,
@@ -56,19 +63,22 @@ def anchor_(
 
     The target of a matrix is its output in the dense model; its input is that in the compressed one. Where its output
     is added to another tensor, the residual stream, the difference of that tensor in the two models is part of the
-    target, so that a block takes back errors of all before it. Modules with one input (query, key, value) are solved
-    together. Ranks stay; biases, where there are any, are set so that outputs are right on average.
+    target, so that a block takes back errors of all before it. Half of what is then missing is asked for: all of it
+    fits the text too closely. Modules with one input (query, key, value) are solved together. Ranks stay; biases,
+    where there are any, follow the means.
 
     A block keeps its new factors only if they bring the outputs of the whole model nearer to the dense model's on
     `calibration.probes`. A module that runs more than once, or not on every token, stays as it is.
 
     Args:
-        small: Compressed, with a `LowRankLinear` for each of the matrices; others are left alone.
+        small: Compressed, with a `LowRankLinear` for each of the matrices, or `JointLinear` layers; what else stands
+            there is left alone.
         matrices: Of `dense`.
         output_metric: What errors at the outputs of a matrix cost.
     """
-    solvable = {m.path: m for m in matrices if structure_name(small.get_submodule(m.path)) == "low_rank"}
-    paths = calls_in_order(dense, [path for path in solvable if block_name(path)], calibration.probes[0])
+    solvable = [m for m in matrices if {_structure(small, member) for member in m.members} <= _PAIRS]
+    members = [member.path for matrix in solvable for member in matrix.members if block_name(member.path)]
+    paths = calls_in_order(dense, members, calibration.probes[0])
     blocks = calls_in_order(dense, list(dict.fromkeys(map(block_name, paths))), calibration.probes[0])
     with frozen(dense), frozen(small), torch.no_grad():
         pair = _Pair(Walk(dense, blocks, calibration.batches), Walk(small, blocks, calibration.batches))
@@ -77,7 +87,7 @@ def anchor_(
         for name in progress(blocks, "anchoring"):
             block = small.get_submodule(name)
             kept = {key: value.clone() for key, value in block.state_dict().items()}
-            pair.solve([solvable[path] for path in paths if block_name(path) == name], output_metric)
+            pair.solve([path for path in paths if block_name(path) == name], solvable, output_metric)
             distance = mean_distance(small, dense, calibration.probes)
             if distance < found.after:
                 found.after = distance
@@ -90,6 +100,10 @@ def anchor_(
     return found
 
 
+def _structure(model: PreTrainedModel, matrix: DenseMatrix) -> str | None:
+    return structure_name(model.get_submodule(matrix.path))
+
+
 @dataclass(frozen=True)
 class _Pair:
     """Both models at the same block."""
@@ -97,29 +111,39 @@ class _Pair:
     dense: Walk
     small: Walk
 
-    def solve(self, matrices: Sequence[DenseMatrix], output_metric: Callable[[DenseMatrix], Metric]) -> None:
-        """Set the factors of the present block, those first that run first."""
-        by_path = {matrix.path: matrix for matrix in matrices}
-        groups = _groups(self.dense, list(by_path))
+    def solve(self, paths: Sequence[str], matrices: Sequence[Matrix], output_metric: OutputMetric) -> None:
+        """Set the factors of these modules of the present block, those first that run first."""
+        groups = _groups(self.dense, paths)
         following = [*(group[0] for group in groups[1:]), None]
         for group, before in zip(groups, following, strict=True):
-            self._solve_group([by_path[path] for path in group], before, output_metric)
+            together = [matrix for matrix in matrices if {member.path for member in matrix.members} <= {*group}]
+            self._solve_group(together, before, output_metric)
 
-    def _solve_group(
-        self, group: Sequence[DenseMatrix], before: str | None, output_metric: Callable[[DenseMatrix], Metric]
-    ) -> None:
-        weight = torch.cat([dense_weight(matrix.module) for matrix in group])  # (sum of O, I)
-        biases: list[Any] = [matrix.module.bias for matrix in group]
-        wanted = self._moments(group, weight, before).target(weight, all(bias is not None for bias in biases))
+    def _solve_group(self, group: Sequence[Matrix], before: str | None, output_metric: OutputMetric) -> None:
+        members = [member for matrix in group for member in matrix.members]
+        weight = torch.cat([member.weight for member in members])  # (sum of O, I)
+        has_biases = all(member.module.bias is not None for member in members)
+        wanted = self._moments(members, weight, before).target(weight, has_biases)
         start = 0
-        for matrix, bias in zip(group, biases, strict=True):
+        for matrix in group:
             stop = start + matrix.shape[0]
-            target, dense = wanted.rows(start, stop), weight[start:stop]
-            structure: Any = self.small.model.get_submodule(matrix.path)
-            solved = decompose(target.weight, output_metric(matrix), target.input_metric).factors(structure.rank)
-            moved = None if bias is None else bias + target.bias_change(dense, solved.product)
-            structure.load_state_dict(ENCODERS["low_rank"](solved, moved, dense.dtype))
+            self._set_factors(matrix, wanted.rows(start, stop), output_metric)
             start = stop
+
+    def _set_factors(self, matrix: Matrix, target: AnchoredTarget, output_metric: OutputMetric) -> None:
+        metric = BlockMetric([(output_metric(member), member.shape[0]) for member in matrix.members])
+        structures: list[Any] = [self.small.model.get_submodule(member.path) for member in matrix.members]
+        factors = decompose(target.weight, metric, target.input_metric).factors(structures[0].rank)
+        change = target.bias_change(matrix.weight, factors.product)
+        lengths = [member.shape[0] for member in matrix.members]
+        parts = zip(matrix.members, structures, factors.up.split(lengths), change.split(lengths), strict=True)
+        for member, structure, up, moved in parts:
+            bias: Any = member.module.bias
+            encode = ENCODERS[structure_name(structure) or ""]
+            state = encode(Factors(up, factors.down), None if bias is None else bias + moved, member.weight.dtype)
+            structure.load_state_dict(state)
+        if isinstance(matrix, JointMatrix):
+            structures[0].shared.down.weight.copy_(factors.down)
 
     def _moments(self, group: Sequence[DenseMatrix], weight: torch.Tensor, before: str | None) -> AnchoredMoments:
         paths = [matrix.path for matrix in group]
@@ -135,6 +159,7 @@ class _Pair:
             for path, part in zip(paths, parts, strict=True):
                 if path in wanted.addends and path in found.addends:
                     part += (wanted.addends[path] - found.addends[path]).reshape(part.shape)
+            missing *= _SHARE
             real = real_tokens(batch)
             moments.add(*(values.reshape(*real.shape, -1)[real] for values in (inputs, missing)))
         return moments

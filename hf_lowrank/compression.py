@@ -12,6 +12,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from hf_lowrank.anchoring import anchor_
+from hf_lowrank.block_refinement import refine_blocks_
 from hf_lowrank.conversion import convert_storage_
 from hf_lowrank.decomposing import Decomposer
 from hf_lowrank.errors import InputError
@@ -35,7 +36,7 @@ from hf_lowrank.remote_code.modeling_lowrank import compressed_model_class, dens
 from hf_lowrank.settings import CompressionSettings, make_settings
 from hf_lowrank.solvers.factors import Factors
 from hf_lowrank.solvers.storage import DECODERS, ENCODERS, StateDict
-from hf_lowrank.targets import OUTPUT_EMBEDDINGS, DenseMatrix, JointMatrix, Matrix
+from hf_lowrank.targets import OUTPUT_EMBEDDINGS, JointMatrix, Matrix
 from hf_lowrank.version import __version__
 
 _NARROW = (torch.float16, torch.bfloat16)
@@ -69,7 +70,7 @@ def compress(
         InputError: If the model or an option cannot be used; `model` is then unchanged.
     """
     settings = settings or make_settings(options)
-    for option in ("anchored", "refine_passes"):
+    for option in ("anchored", "refine_block_passes", "refine_passes"):
         if inplace and getattr(settings, option):  # None is no request
             raise InputError(f"{option} needs the dense model to learn from. Leave inplace out, or {option}.")
     dense = load_dense(model)
@@ -88,7 +89,7 @@ def compress(
     }
     modules = [member.module for matrix in replaced for member in matrix.members]
     passes = settings.passes(has_text=calibration is not None, inplace=inplace)
-    if settings.anchored or passes:
+    if settings.learns_in_order or passes:
         copied = _copy_sharing(dense, modules)
         return _compress_and_learn_(copied, dense, plan, replaced, decomposer, passes).to(dtype)
     is_ours = inplace or dense is not model
@@ -112,19 +113,20 @@ def _compress_and_learn_(
     for spec in pairs["modules"].values():
         if spec["structure"] in DECODERS:
             spec["structure"] = "low_rank"
-    settings, calibration, progress = decomposer.settings, decomposer.calibration, decomposer.progress
+    settings, record = decomposer.settings, plan["provenance"]
     _replace_matrices_(small, matrices, pairs, decomposer, small.dtype, frees=False)
     _become_compressed_(small, pairs)
+    text, progress = decomposer.calibration, decomposer.progress
     if settings.anchored:
-        pairs_only = [matrix for matrix in matrices if isinstance(matrix, DenseMatrix)]
-        anchored = anchor_(small, dense, pairs_only, decomposer.output_metric, calibration, progress=progress)
-        plan["provenance"]["anchoring"] = asdict(anchored)
+        anchored = anchor_(small, dense, matrices, decomposer.output_metric, text, progress=progress)
+        record["anchoring"] = asdict(anchored)
+    if (block_passes := settings.refine_block_passes) > 0:
+        blocks = refine_blocks_(small, dense, text, passes=block_passes, seed=settings.seed, progress=progress)
+        record["block_refinement"] = {name: asdict(refined) for name, refined in blocks.items()}
     if passes:
-        rate = settings.refine_learning_rate
-        refined = refine_(
-            small, dense, calibration, passes=passes, learning_rate=rate, seed=settings.seed, progress=progress
-        )
-        plan["provenance"]["refinement"] = asdict(refined)
+        rate, seed = settings.refine_learning_rate, settings.seed
+        refined = refine_(small, dense, text, passes=passes, learning_rate=rate, seed=seed, progress=progress)
+        record["refinement"] = asdict(refined)
     plan["provenance"]["relative_errors"] = {
         member.name: _relative_error(member.weight, small.get_submodule(member.path))
         for matrix in matrices

@@ -2,7 +2,7 @@
 
 import math
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -63,62 +63,73 @@ def refine_(
         seed: Of the order of the batches.
     """
     names = sorted({block_name(name) for name, _ in named_structures(small)} - {""})
-    parameters = [p for name in names for p in small.get_submodule(name).parameters()]
+    training = Training(
+        parameters=[p for name in names for p in small.get_submodule(name).parameters()],
+        num_batches=len(calibration.batches),
+        loss=lambda index: _loss(small, dense, calibration.batches[index], names),
+        distance=lambda: mean_distance(small, dense, calibration.probes),
+        passes=passes,
+        seed=seed,
+        progress=progress,
+    )
     trainable = [parameter.requires_grad for parameter in small.parameters()]
-    run_ = _Run(small, dense, names, parameters, calibration, passes, seed, progress)
     with frozen(dense), frozen(small):
-        found = run_.at(learning_rate)
+        found = training.at(learning_rate, f"refining at {learning_rate:g}")
         if found.passes == 0:
-            found = run_.at(learning_rate / _STEP_DOWN)
+            found = training.at(learning_rate / _STEP_DOWN, f"refining at {learning_rate / _STEP_DOWN:g}")
     for parameter, requires_grad in zip(small.parameters(), trainable, strict=True):
         parameter.requires_grad_(requires_grad)
     return found
 
 
 @dataclass(frozen=True)
-class _Run:
-    """One training from the state the model is in, at a rate to be given."""
+class Training:
+    """A guarded training from the state the parameters are in, at a rate to be given.
 
-    small: PreTrainedModel
-    dense: PreTrainedModel
-    names: Sequence[str]
+    Args:
+        loss: Of a batch, by its number.
+        distance: What has to fall, on text that is not trained on.
+        passes: Over the batches.
+        seed: Of their order.
+    """
+
     parameters: Sequence[nn.Parameter]
-    calibration: Calibration
+    num_batches: int
+    loss: Callable[[int], torch.Tensor]
+    distance: Callable[[], float]
     passes: int
     seed: int
     progress: Progress
 
-    def at(self, learning_rate: float) -> Refinement:
+    def at(self, learning_rate: float, description: str) -> Refinement:
         """Train, and leave the best state; give up after a first pass that does not help."""
-        per_pass = len(self.calibration.batches)
         order = random.Random(self.seed)
-        steps = [batch for _ in range(self.passes) for batch in order.sample(self.calibration.batches, per_pass)]
+        steps = [
+            index for _ in range(self.passes) for index in order.sample(range(self.num_batches), self.num_batches)
+        ]
         for parameter in self.parameters:
             parameter.requires_grad_(True)
         optimizer = torch.optim.AdamW(self.parameters, lr=learning_rate, weight_decay=0.0, betas=(0.9, 0.98))
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, _Cosine(len(steps)))
-        best = before = self._distance()
+        best = before = self.distance()
         kept, kept_passes = _copies(self.parameters), 0
-        for step, batch in enumerate(self.progress(steps, f"refining at {learning_rate:g}"), start=1):
+        for step, index in enumerate(self.progress(steps, description), start=1):
             optimizer.zero_grad()
-            _loss(self.small, self.dense, batch, self.names).backward()
+            self.loss(index).backward()
             nn.utils.clip_grad_norm_(self.parameters, _LARGEST_GRADIENT)
             optimizer.step()
             schedule.step()
-            if step % per_pass == 0:
-                distance = self._distance()
+            if step % self.num_batches == 0:
+                distance = self.distance()
                 if distance < best:
-                    best, kept, kept_passes = distance, _copies(self.parameters), step // per_pass
-                elif step == per_pass:
+                    best, kept, kept_passes = distance, _copies(self.parameters), step // self.num_batches
+                elif step == self.num_batches:
                     break
         with torch.no_grad():
             for parameter, value in zip(self.parameters, kept, strict=True):
                 parameter.copy_(value)
                 parameter.grad = None
         return Refinement(before, best, kept_passes, learning_rate)
-
-    def _distance(self) -> float:
-        return mean_distance(self.small, self.dense, self.calibration.probes)
 
 
 @dataclass(frozen=True)

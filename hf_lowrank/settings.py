@@ -47,6 +47,8 @@ class CompressionSettings:
         seed: Of every draw: samples, masked tokens, synthetic tokens and labels.
         anchored: Whether to solve once more, in the order of the model, on what the compressed model before each
             matrix gives; see `anchor_`.
+        refine_block_passes: Passes over the text of a short training of one block after the other; see
+            `refine_blocks_`.
         refine_passes: Passes over the text of a short training towards the dense model; see `refine_`. Default:
             2 where there is text and ranks are measured on it, unless compressing in place; else 0.
         refine_learning_rate: Of that training.
@@ -77,6 +79,7 @@ class CompressionSettings:
     text_column: str | None = None
     seed: int = 0
     anchored: bool = False
+    refine_block_passes: int = 0
     refine_passes: int | None = None
     refine_learning_rate: float = 1e-4
     fast: bool = False
@@ -125,10 +128,15 @@ class CompressionSettings:
         return _REFINE_PASSES if is_worth_it else 0
 
     @property
+    def learns_in_order(self) -> bool:
+        """Whether blocks are bettered one after the other, by a solve or by training."""
+        return self.anchored or self.refine_block_passes > 0
+
+    @property
     def looks_at_text(self) -> bool:
         """Whether the model has to be run: for statistics, to measure ranks, or to learn from it."""
         shares = self.rank is None and ALLOCATIONS[self.chosen_allocation].errors == "probes"
-        return bool(SOLVERS[self.method].needs or self.anchored or self.refine_passes) or shares
+        return bool(SOLVERS[self.method].needs or self.learns_in_order or self.refine_passes) or shares
 
     @property
     def roles(self) -> set[str]:

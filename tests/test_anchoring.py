@@ -238,3 +238,23 @@ def test_in_place_there_is_no_dense_model_to_anchor_to():
 
     small = compress(build("BertModel"), keep_targets=0.5, calibration=text(), inplace=True)
     assert "anchoring" not in small.config.plan["provenance"]
+
+
+def test_a_common_first_factor_stays_common_and_is_solved_for_all_its_members():
+    dense = build("BertModel")
+    layers = [layer.attention.self for layer in dense.encoder.layer]
+    with torch.no_grad():
+        for layer in layers:
+            common = torch.randn(4, layer.query.in_features)
+            for matrix in (layer.query, layer.key, layer.value):
+                matrix.weight.copy_(torch.randn(len(matrix.weight), 4) @ common / 10)
+    options = {"keep_targets": 0.2, "calibration": text(), "method": "whitened_svd", "refine_passes": 0}
+    plain, small = (compress(dense, anchored=anchors, **options) for anchors in (False, True))
+
+    accepted = tuple(small.config.plan["provenance"]["anchoring"]["accepted"])
+    shared = [name for name in small.config.plan["shared"] if name.startswith(accepted)]
+    assert shared
+    assert small.config.plan["modules"] == plain.config.plan["modules"]
+    for name in shared:
+        assert not torch.equal(small.get_submodule(name).down.weight, plain.get_submodule(name).down.weight)
+    assert mean_distance(small, dense, text()[-1:]) < mean_distance(plain, dense, text()[-1:])

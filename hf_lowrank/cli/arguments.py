@@ -105,6 +105,7 @@ def _add_text(parser: argparse.ArgumentParser) -> None:
         ("max-seq-length", "tokens of a sequence at most"),
         ("batch-size", "sequences run at once"),
         ("seed", "of every draw"),
+        ("refine-block-passes", "passes of training one block after the other"),
         ("refine-passes", "passes of training towards the dense model; 0 for none"),
     ):
         text.add_argument(f"--{name}", type=int, metavar="N", help=meaning)

@@ -32,7 +32,7 @@ _BATCH_SIZE = 8
 _OPTIONS = (
     "keep_params", "keep_targets", "target_size", "rank", "method", "allocation", "storage", "target_modules",
     "exclude_modules", "embeddings", "dtype", "device", "num_calibration_samples", "max_seq_length", "batch_size",
-    "text_column", "seed", "anchored", "refine_passes", "fast", "cache_dir",
+    "text_column", "seed", "anchored", "refine_block_passes", "refine_passes", "fast", "cache_dir",
 )  # fmt: skip
 # What no module name holds, but a pattern does.
 _IS_PATTERN = re.compile(r"[\\^$*+?()\[\]{}|]")
