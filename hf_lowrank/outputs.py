@@ -57,7 +57,11 @@ def run(model: PreTrainedModel, batch: Batch) -> Said:
     inputs = {name: value for name, value in batch.items() if name != "labels"}
     if type(model).__name__.endswith("ForMultipleChoice"):
         inputs = {name: value[None] for name, value in inputs.items()}  # the sequences of the batch are the choices
-    output = model(**inputs, **({"use_cache": False} if _has_cache(model) else {}))
+    return said(model(**inputs, **({"use_cache": False} if _has_cache(model) else {})), batch)
+
+
+def said(output: Any, batch: Batch) -> Said:
+    """What is to be compared of the output a model has given for a batch; see `run`."""
     if getattr(output, "start_logits", None) is not None:
         return Said("distribution", torch.cat([output.start_logits, output.end_logits]))
     logits = getattr(output, "logits", None)

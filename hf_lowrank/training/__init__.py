@@ -1,0 +1,1 @@
+"""Training: distillation, recovery, pruning, mixed ranks, rank schedules."""

@@ -1,0 +1,130 @@
+"""How far a student is from its teacher: one function and one row of `LOSSES` a term."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from hf_lowrank.blocks import hidden_states
+from hf_lowrank.errors import InputError
+from hf_lowrank.outputs import Said, real_tokens, said, speaking_places
+from hf_lowrank.training.attention import AttentionRecord
+
+# What averages a number over all processes; every term is a local sum over a mean count, so that the mean of the
+# processes' losses is the loss of one process with all their batches.
+Average = Callable[[torch.Tensor], torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Watched:
+    """What one model did with a batch.
+
+    Args:
+        output: As the model returns it.
+        blocks: Name of a block -> what it returned.
+        attention: Of its last layer.
+    """
+
+    output: Any
+    blocks: Mapping[str, Any]
+    attention: AttentionRecord
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A student and its teacher on one batch.
+
+    Args:
+        layer_map: Pairs of block names, the student's and the teacher's.
+        projections: Block of the student -> map from its width to the teacher's; none where the widths agree.
+    """
+
+    batch: Mapping[str, torch.Tensor]
+    student: Watched
+    teacher: Watched
+    temperature: float
+    layer_map: Sequence[tuple[str, str]]
+    projections: Mapping[str, nn.Module]
+    is_causal: bool
+    average: Average
+
+
+def task_loss(compared: Comparison) -> torch.Tensor:
+    """The student's own loss on the labels of the batch."""
+    loss = compared.student.output.loss
+    if loss is None:
+        raise InputError("The loss 'task' needs labels, and the data has none. Give labels, or leave 'task' out.")
+    labels = compared.batch.get("labels")
+    places = speaking_places(compared.batch) if labels is not None and labels.dim() > 1 else None
+    count = len(compared.batch["input_ids"]) if places is None else int(places.sum())
+    mean: torch.Tensor = loss * (count / _average_count(count, compared))
+    return mean
+
+
+def logits_loss(compared: Comparison) -> torch.Tensor:
+    """`T^2 KL(softmax(t / T) || softmax(s / T))` at the places that count; 1 - cosine where there is no head.
+
+    `T` is the temperature; its square keeps the gradients of one size (Hinton et al., 2015).
+    """
+    heat = compared.temperature
+    found, wanted = (said(side.output, compared.batch) for side in (compared.student, compared.teacher))
+    if found.kind == "distribution":
+        found, wanted = Said(found.kind, found.rows.float() / heat), Said(wanted.kind, wanted.rows.float() / heat)
+    total = found.distance(wanted).sum() / _average_count(len(found.rows), compared)
+    return total * heat**2 if found.kind == "distribution" else total
+
+
+def hidden_loss(compared: Comparison) -> torch.Tensor:
+    """Mean over the mapped blocks of `||h - t||^2 / (N D var(t))` at the `N` tokens that are no padding."""
+    real = real_tokens(compared.batch)
+    terms = []
+    for ours, theirs in compared.layer_map:
+        target = hidden_states(compared.teacher.blocks[theirs])[real].float()  # (N, D)
+        found = hidden_states(compared.student.blocks[ours])[real]
+        projection = compared.projections.get(ours)
+        found = (found if projection is None else projection(found)).float()
+        moments = torch.stack([torch.tensor(float(target.numel())).to(target), target.sum(), target.square().sum()])
+        count, total, squares = compared.average(moments)
+        variance = squares / count - (total / count).square()
+        terms.append((found - target).square().sum() / count / variance)
+    return torch.stack(terms).mean()
+
+
+def attention_loss(compared: Comparison) -> torch.Tensor:
+    """Mean squared difference of the last layers' attention scores before the softmax.
+
+    Over all heads and all pairs of real tokens of which the first may see the second; over the means of the heads
+    where their numbers differ.
+    """
+    found, wanted = (side.attention.scores() for side in (compared.student, compared.teacher))  # (B, H, T, T)
+    if found.shape[1] != wanted.shape[1]:
+        found, wanted = found.mean(dim=1, keepdim=True), wanted.mean(dim=1, keepdim=True)
+    real = real_tokens(compared.batch)
+    allowed = real[:, None, :, None] & real[:, None, None, :]
+    allowed = (allowed.tril() if compared.is_causal else allowed).expand_as(found)
+    total = (found - wanted).masked_select(allowed).square().sum()
+    return total / _average_count(int(allowed.sum()), compared)
+
+
+LOSSES: dict[str, Callable[[Comparison], torch.Tensor]] = {
+    "task": task_loss,
+    "logits": logits_loss,
+    "hidden": hidden_loss,
+    "attention": attention_loss,
+}
+
+
+def make_projections(
+    layer_map: Sequence[tuple[str, str]], width: int, teacher_width: int, device: torch.device
+) -> dict[str, nn.Module]:
+    """Student block -> a linear map from its width to the teacher's; none where the widths agree."""
+    if width == teacher_width:
+        return {}
+    return {ours: nn.Linear(width, teacher_width, bias=False, device=device) for ours, _ in layer_map}
+
+
+def _average_count(count: int, compared: Comparison) -> torch.Tensor:
+    device = compared.batch["input_ids"].device
+    return compared.average(torch.tensor(float(count), device=device)).clamp_min(1e-9)
