@@ -53,8 +53,9 @@ class CompressionSettings:
             2 where there is text and ranks are measured on it, unless compressing in place; else 0.
         refine_learning_rate: Of that training.
         fast: A quarter of the text, ranks by prediction (`first_order`) instead of measurement, and no refinement.
-        cache_dir: Folder where statistics and measurements are kept, so that the same model and text are looked at
-            once whatever the budget, and a killed run goes on where it was.
+        cache_dir: Folder where statistics, decompositions and measurements are kept, so that the same model and text
+            are looked at once whatever the budget, and a killed run goes on where it was. Without it they are in the
+            system's temporary folder while they are needed. They take several times the room of the model's weights.
 
     Raises:
         InputError: Naming the option, the rule and the value.
