@@ -34,16 +34,21 @@ from hf_lowrank import compress
 from hf_lowrank.tasks import make_task
 from hf_lowrank.tasks.base import Step, Task
 
+_AS_SOLVED: dict[str, Any] = {"anchored": False, "refine_passes": 0}
 # name of a row -> settings; the first is the baseline every other one is held against
 METHODS: dict[str, dict[str, Any]] = {
     "input-whitened, uniform": {"method": "whitened_svd", "allocation": "uniform", "storage": "low_rank"},
     "plain SVD, uniform": {"method": "svd", "allocation": "uniform", "storage": "low_rank"},
     "input-whitened, pivoted": {"method": "whitened_svd", "allocation": "uniform", "storage": "pivoted"},
     "two-sided, pivoted": {"method": "two_sided_svd", "allocation": "uniform", "storage": "pivoted"},
-    "two-sided, measured": {"method": "two_sided_svd", "allocation": "measured", "refine_passes": 0},
+    "two-sided, measured": {"method": "two_sided_svd", "allocation": "measured", **_AS_SOLVED},
     "synthetic text": {"synthetic": True},
     "two-sided, predicted": {"method": "two_sided_svd", "allocation": "first_order", "refine_passes": 0},
-    "measured, pivoted": {"storage": "pivoted", "refine_passes": 0},
+    "measured, pivoted": {"storage": "pivoted", **_AS_SOLVED},
+    "anchored": {"anchored": True, "refine_passes": 0},
+    "block refinement": {"anchored": False, "refine_block_passes": 2, "refine_passes": 0},
+    "anchored, block refinement": {"anchored": True, "refine_block_passes": 2, "refine_passes": 0},
+    "refined": {"anchored": False, "refine_passes": 2},
     "default": {},
     "default, pivoted": {"storage": "pivoted"},
     "four passes, pivoted": {"storage": "pivoted", "refine_passes": 4},

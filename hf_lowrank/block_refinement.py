@@ -8,7 +8,7 @@ from transformers import PreTrainedModel
 
 from hf_lowrank.blocks import Walk, block_name, calls_in_order, frozen, hidden_states
 from hf_lowrank.calibration import Calibration
-from hf_lowrank.outputs import real_tokens
+from hf_lowrank.outputs import mean_distance, real_tokens
 from hf_lowrank.progress import Progress, no_progress
 from hf_lowrank.refinement import Refinement, Training
 from hf_lowrank.remote_code.lowrank_structures import named_structures
@@ -28,8 +28,9 @@ def refine_blocks_(
 
     All weights of a block are trained, the others are not: no gradient leaves the block, so that of a model of any
     depth one block's activations are held. The loss is the squared error over the variance of the dense block's
-    output (AA-SVD, 2026); a block is left in the state of the pass with the least of it on `calibration.probes`, the
-    one before the first pass included.
+    output (AA-SVD, 2026). What a block returns can come nearer while the model goes astray, so a block is left in the
+    state, the one before its first pass included, in which the outputs of the whole model are nearest to the dense
+    model's on `calibration.probes`.
 
     Args:
         passes: Over the calibration batches, for each block.
@@ -37,21 +38,23 @@ def refine_blocks_(
         seed: Of the order of the batches.
 
     Returns:
-        By block; its distances are that error.
+        By block.
     """
     names = list(dict.fromkeys(block_name(name) for name, _ in named_structures(small) if block_name(name)))
     blocks = calls_in_order(dense, names, calibration.probes[0])
-    batches = [*calibration.batches, *calibration.probes]
     trainable = [parameter.requires_grad for parameter in small.parameters()]
     found = {}
     with frozen(dense), frozen(small):
-        walk, reference = Walk(small, blocks, batches), Walk(dense, blocks, batches)
+        walk, reference = Walk(small, blocks, calibration.batches), Walk(dense, blocks, calibration.batches)
         for name in blocks:
-            wanted = [hidden_states(output) for output in reference.advance()]
-            block = _Block(walk, wanted, len(calibration.batches))
-            parameters = list(small.get_submodule(name).parameters())
             training = Training(
-                parameters, len(calibration.batches), block.error, block.held_out_error, passes, seed, progress
+                parameters=list(small.get_submodule(name).parameters()),
+                num_batches=len(calibration.batches),
+                loss=_BlockLoss(walk, [hidden_states(output) for output in reference.advance()]),
+                distance=lambda: mean_distance(small, dense, calibration.probes),
+                passes=passes,
+                seed=seed,
+                progress=progress,
             )
             found[name] = training.at(learning_rate, f"refining {name}")
             small.get_submodule(name).requires_grad_(False)
@@ -61,31 +64,17 @@ def refine_blocks_(
     return found
 
 
-class _Block:
-    """How far the present block of a walk is from what is wanted of it.
+class _BlockLoss:
+    """How far the present block of a walk is from what is wanted of it, batch by batch, relative to its variance."""
 
-    Args:
-        wanted: What it should return, batch by batch.
-        num_batches: How many of the batches are trained on; the others are held out.
-    """
-
-    def __init__(self, walk: Walk, wanted: Sequence[torch.Tensor], num_batches: int) -> None:
+    def __init__(self, walk: Walk, wanted: Sequence[torch.Tensor]) -> None:
         self._walk = walk
         self._wanted = wanted
-        self._num_batches = num_batches
-        rows = torch.cat([self._rows(index, hidden) for index, hidden in enumerate(wanted)])
-        self._variance = rows.var()
+        self._variance = torch.cat([self._rows(index, hidden) for index, hidden in enumerate(wanted)]).var()
 
-    def error(self, index: int) -> torch.Tensor:
-        """Mean squared error on a batch, over the variance of what is wanted."""
+    def __call__(self, index: int) -> torch.Tensor:
         found = self._rows(index, hidden_states(self._walk.run(index)))
         return F.mse_loss(found, self._rows(index, self._wanted[index])) / self._variance
-
-    @torch.no_grad()
-    def held_out_error(self) -> float:
-        """The mean of the errors on the batches that are not trained on."""
-        held_out = range(self._num_batches, len(self._wanted))
-        return sum(float(self.error(index)) for index in held_out) / len(held_out)
 
     def _rows(self, index: int, hidden: torch.Tensor) -> torch.Tensor:
         return hidden[real_tokens(self._walk.batches[index])]

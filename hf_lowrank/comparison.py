@@ -126,15 +126,20 @@ class _Entry:
         return self.settings.passes(self.has_text, inplace=False)
 
     @property
+    def anchors(self) -> bool:
+        """Whether matrices are solved a second time."""
+        return self.settings.anchors(self.has_text, inplace=False)
+
+    @property
     def reads_text(self) -> bool:
         """Whether the model is run on the calibration text."""
-        return self.settings.looks_at_text or self.passes > 0
+        return self.settings.looks_at_text or self.anchors or self.passes > 0
 
     @property
     def resolved(self) -> list[Any]:
         """The method with nothing left to a default."""
         settings = self.settings
-        return [settings.method, settings.chosen_allocation, settings.storage, self.passes]
+        return [settings.method, settings.chosen_allocation, settings.storage, self.anchors, self.passes]
 
 
 def _entries(settings: ComparisonSettings, shared: dict[str, Any], has_text: bool) -> list[_Entry]:

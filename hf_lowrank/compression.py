@@ -88,10 +88,11 @@ def compress(
         "text": decomposer.described_text(),
     }
     modules = [member.module for matrix in replaced for member in matrix.members]
+    anchors = settings.anchors(has_text=calibration is not None, inplace=inplace)
     passes = settings.passes(has_text=calibration is not None, inplace=inplace)
-    if settings.learns_in_order or passes:
+    if anchors or passes or settings.refine_block_passes:
         copied = _copy_sharing(dense, modules)
-        return _compress_and_learn_(copied, dense, plan, replaced, decomposer, passes).to(dtype)
+        return _compress_and_learn_(copied, dense, plan, replaced, decomposer, anchors, passes).to(dtype)
     is_ours = inplace or dense is not model
     small: Any = dense if is_ours else _copy_sharing(dense, modules)
     is_retyped = small.dtype != dtype  # asked now: the first parameter may be a factor soon, already of that type
@@ -106,6 +107,7 @@ def _compress_and_learn_(
     plan: Plan,
     matrices: Sequence[Matrix],
     decomposer: Decomposer,
+    anchors: bool,
     passes: int,
 ) -> Any:
     """Replace the matrices by pairs of factors, better those, and only then store them as the plan says."""
@@ -117,7 +119,7 @@ def _compress_and_learn_(
     _replace_matrices_(small, matrices, pairs, decomposer, small.dtype, frees=False)
     _become_compressed_(small, pairs)
     text, progress = decomposer.calibration, decomposer.progress
-    if settings.anchored:
+    if anchors:
         anchored = anchor_(small, dense, matrices, decomposer.output_metric, text, progress=progress)
         record["anchoring"] = asdict(anchored)
     if (block_passes := settings.refine_block_passes) > 0:

@@ -46,11 +46,12 @@ class CompressionSettings:
         text_column: Column of a data set that holds the text.
         seed: Of every draw: samples, masked tokens, synthetic tokens and labels.
         anchored: Whether to solve once more, in the order of the model, on what the compressed model before each
-            matrix gives; see `anchor_`.
+            matrix gives; see `anchor_`. Default: where there is text and ranks are measured on it, unless compressing
+            in place.
         refine_block_passes: Passes over the text of a short training of one block after the other; see
             `refine_blocks_`.
         refine_passes: Passes over the text of a short training towards the dense model; see `refine_`. Default:
-            2 where there is text and ranks are measured on it, unless compressing in place; else 0.
+            2 where `anchored` is by default; else 0.
         refine_learning_rate: Of that training.
         fast: A quarter of the text, ranks by prediction (`first_order`) instead of measurement, and no refinement.
         cache_dir: Folder where statistics, decompositions and measurements are kept, so that the same model and text
@@ -79,7 +80,7 @@ class CompressionSettings:
     batch_size: int = 8
     text_column: str | None = None
     seed: int = 0
-    anchored: bool = False
+    anchored: bool | None = None
     refine_block_passes: int = 0
     refine_passes: int | None = None
     refine_learning_rate: float = 1e-4
@@ -125,19 +126,23 @@ class CompressionSettings:
         """Passes of refinement: those asked for, or what is worth its time."""
         if self.refine_passes is not None:
             return self.refine_passes
-        is_worth_it = has_text and not inplace and not self.fast and self.chosen_allocation == "measured"
-        return _REFINE_PASSES if is_worth_it else 0
+        return _REFINE_PASSES if self._can_learn(has_text, inplace) else 0
 
-    @property
-    def learns_in_order(self) -> bool:
-        """Whether blocks are bettered one after the other, by a solve or by training."""
-        return self.anchored or self.refine_block_passes > 0
+    def anchors(self, has_text: bool, inplace: bool) -> bool:
+        """Whether matrices are solved a second time: if that is asked for, or worth its time."""
+        return self._can_learn(has_text, inplace) if self.anchored is None else self.anchored
+
+    def _can_learn(self, has_text: bool, inplace: bool) -> bool:
+        return has_text and not inplace and not self.fast and self.chosen_allocation == "measured"
 
     @property
     def looks_at_text(self) -> bool:
         """Whether the model has to be run: for statistics, to measure ranks, or to learn from it."""
         shares = self.rank is None and ALLOCATIONS[self.chosen_allocation].errors == "probes"
-        return bool(SOLVERS[self.method].needs or self.learns_in_order or self.refine_passes) or shares
+        return (
+            bool(SOLVERS[self.method].needs or self.anchored or self.refine_block_passes or self.refine_passes)
+            or shares
+        )
 
     @property
     def roles(self) -> set[str]:

@@ -111,8 +111,7 @@ def _add_text(parser: argparse.ArgumentParser) -> None:
         text.add_argument(f"--{name}", type=int, metavar="N", help=meaning)
     text.add_argument(
         "--anchored",
-        action="store_true",
-        default=None,
+        action=argparse.BooleanOptionalAction,
         help="solve again, in the order of the model, on what the compressed model before each matrix gives",
     )
     text.add_argument(
