@@ -23,8 +23,7 @@ from hf_lowrank.solvers.storage import ENCODERS
 from hf_lowrank.solvers.svd import decompose
 from hf_lowrank.targets import DenseMatrix, JointMatrix, Matrix
 
-# Of what is missing, the share that is asked for: measured on sentence embeddings and GPT-2 (docs/results.md). MPIFA
-# (ICML 2025) takes a quarter.
+# Of what is missing, the share that is asked for; MPIFA (ICML 2025) takes a quarter.
 _SHARE = 0.5
 _PAIRS = {"low_rank", "joint_low_rank"}
 _SUMS = {"add", "__add__", "__radd__", "__iadd__", "add_"}
