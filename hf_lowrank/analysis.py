@@ -1,19 +1,16 @@
 """What compressing a model would do to each of its matrices and to the whole, before anything is changed."""
 
 import copy
-import statistics
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from torch import nn
 from transformers import PreTrainedModel
 
 from hf_lowrank.analysis_report import (
-    NUM_TOKENS,
     Analysis,
     MatrixAnalysis,
     PlannedMatrix,
@@ -24,13 +21,12 @@ from hf_lowrank.decomposing import Decomposer
 from hf_lowrank.errors import InputError
 from hf_lowrank.loading import find_tokenizer, load_dense
 from hf_lowrank.planning.allocation import ALLOCATIONS
-from hf_lowrank.planning.curves import probe_rank
 from hf_lowrank.planning.plans import candidate_matrices, make_plan
 from hf_lowrank.planning.sizes import parameter_bytes
+from hf_lowrank.planning.timing import LayerTimes
 from hf_lowrank.progress import Progress, no_progress
 from hf_lowrank.remote_code.configuration_lowrank import compressed_config_class
 from hf_lowrank.remote_code.lowrank_plan import Plan
-from hf_lowrank.remote_code.lowrank_structures import build_structure
 from hf_lowrank.remote_code.modeling_lowrank import compressed_model_class
 from hf_lowrank.report import CompressionReport, ModuleReport, count_multiply_adds, make_report
 from hf_lowrank.settings import CompressionSettings, make_settings
@@ -41,7 +37,6 @@ from hf_lowrank.targets import DenseMatrix, JointMatrix, Matrix, dense_weight, f
 DEFAULT_BUDGETS = (0.8, 0.6, 0.4, 0.25)
 JOINT = "joint_low_rank"
 _KINDS = ("keep_targets", "keep_params")
-_WARM_UP_ROUNDS, _ROUNDS = 2, 7
 
 
 def analyze(
@@ -77,7 +72,7 @@ def analyze(
     model = load_dense(model_or_id)
     tokenizer = tokenizer if tokenizer is not None else find_tokenizer(model)
     study = _Study(model, settings, calibration, tokenizer, progress)
-    return study.analysis(_time_layers(study.targets, settings[0].storage, progress) if latency else {})
+    return study.analysis(LayerTimes(study.targets, settings[0].storage, progress=progress) if latency else None)
 
 
 def planned_report(dense: PreTrainedModel, plan: Plan, dtype: torch.dtype) -> CompressionReport:
@@ -96,6 +91,7 @@ class _KnownErrors:
     def __init__(self, decomposer: Decomposer) -> None:
         self._damages: dict[tuple[tuple[str, int], ...], float] = {}
         self._decomposer = decomposer
+        self.progress = decomposer.progress
         self.joint = decomposer.joint
         self.predicted = decomposer.predicted
         self.errors = decomposer.errors
@@ -106,10 +102,6 @@ class _KnownErrors:
         if key not in self._damages:
             self._damages[key] = self._decomposer.damage(matrices, ranks)
         return self._damages[key]
-
-
-# Seconds of one call: of the dense layer, and of the factored one by its multiply-adds for one token.
-LayerTimes = Mapping[tuple[int, int], tuple[float, Callable[[int], float]]]
 
 
 class _Study:
@@ -138,7 +130,7 @@ class _Study:
         self._decomposer = Decomposer(model, settings[0], calibration, tokenizer, progress)
         self._known = _KnownErrors(self._decomposer)
 
-    def analysis(self, times: LayerTimes) -> Analysis:
+    def analysis(self, times: LayerTimes | None) -> Analysis:
         plans = [make_plan(self._model, settings, self._known)[0] for settings in self._settings]
         reports = [planned_report(self._model, plan, self._dtype) for plan in plans]
         matrices = self._progress(find_matrices(self._model), "analyzing")
@@ -146,9 +138,9 @@ class _Study:
         first = self._settings[0]
         num_parameters = sum(p.numel() for p in self._model.parameters())
         multiply_adds = count_multiply_adds(self._model)
-        seconds = sum(times[matrix.shape][0] for matrix in self.targets if matrix.shape in times)
+        seconds = sum(times.of_dense(matrix) for matrix in self.targets) if times is not None else None
         damage = 0.0 if self._runs_model else None
-        dense = PlannedModel(1.0, num_parameters, self._dense_bytes, multiply_adds, 0.0, damage, seconds or None)
+        dense = PlannedModel(1.0, num_parameters, self._dense_bytes, multiply_adds, 0.0, damage, seconds)
         return Analysis(
             architecture=type(self._model).__name__,
             method=first.method,
@@ -179,7 +171,9 @@ class _Study:
             seconds=sum(one.seconds or 0.0 for one in planned) or None,
         )
 
-    def _matrix(self, matrix: DenseMatrix, reports: Sequence[CompressionReport], times: LayerTimes) -> MatrixAnalysis:
+    def _matrix(
+        self, matrix: DenseMatrix, reports: Sequence[CompressionReport], times: LayerTimes | None
+    ) -> MatrixAnalysis:
         weight = dense_weight(matrix.module)
         if not bool(torch.isfinite(weight).all()):
             raise InputError(f"The weight of {matrix.path!r} holds NaN or Inf. Repair it.")
@@ -189,7 +183,7 @@ class _Study:
         if looks_closer := is_target and bool(SOLVERS[self._settings[0].method].needs):
             found = self._decomposer(matrix)
         modules = [module for report in reports for module in report.modules if module.name == matrix.name]
-        seconds = times.get(matrix.shape) if is_target and matrix.kind == "linear" else None
+        timed = times if is_target and matrix.kind == "linear" else None
         rows, columns = matrix.shape
         return MatrixAnalysis(
             name=matrix.name,
@@ -199,7 +193,7 @@ class _Study:
             break_even_rank=rows * columns // (rows + columns),
             spectrum=spectrum_of(plain.singular_values),
             metric_spectrum=spectrum_of(found.singular_values) if looks_closer else None,
-            planned=tuple(self._planned(module, matrix, seconds) for module in modules),
+            planned=tuple(self._planned(module, matrix, timed) for module in modules),
         )
 
     @cached_property
@@ -210,12 +204,11 @@ class _Study:
         self,
         module: ModuleReport,
         matrix: DenseMatrix,
-        times: tuple[float, Callable[[int], float]] | None,
+        times: LayerTimes | None,
     ) -> PlannedMatrix:
-        dense_seconds, factored_seconds = times or (None, None)
         common = (module.structure, module.rank, module.parameters, module.multiply_adds)
         if module.rank is None:
-            return PlannedMatrix(*common, 0.0, 0.0, 0.0, dense_seconds)
+            return PlannedMatrix(*common, 0.0, 0.0, 0.0, None if times is None else times.of_dense(matrix))
         unit: Matrix = matrix
         if module.structure == JOINT:
             unit = next(group for group in self._groups if matrix in group.members)
@@ -225,6 +218,10 @@ class _Study:
         weight = matrix.weight.to(product)
         norm = float(torch.linalg.norm(weight))
         difference = float(torch.linalg.norm(product - weight))
+        seconds = None
+        if times is not None:
+            ranks = np.array([module.rank])
+            seconds = float(times.of_ranks(unit, module.structure, ranks)[0]) / len(unit.members)
         energies = found.singular_values.square()
         metric_norm, lost = float(energies.sum()), float(energies[module.rank :].sum())
         return PlannedMatrix(
@@ -232,57 +229,5 @@ class _Study:
             relative_error=difference / norm if norm > 0 else 0.0,
             metric_error=(lost / metric_norm) ** 0.5 if metric_norm > 0 else 0.0,
             predicted_loss=float(self._known.errors([unit])[unit.name][module.rank - 1]) / len(unit.members),
-            seconds=None if factored_seconds is None else factored_seconds(module.multiply_adds),
+            seconds=seconds,
         )
-
-
-def _time_layers(matrices: Sequence[DenseMatrix], structure: str, progress: Progress) -> LayerTimes:
-    """Time one dense layer and two factored ones of each distinct shape of linear layers.
-
-    All take turns, so that whatever else the machine does meets them alike. Between and beyond the two ranks, a
-    quarter and three quarters of the break-even rank, time is a straight line in the multiply-adds.
-    """
-    layers: dict[tuple[int, int], list[nn.Module]] = {}
-    for matrix in matrices:
-        if matrix.kind == "linear" and matrix.shape not in layers:
-            middle = probe_rank(matrix)
-            layers[matrix.shape] = _timed_layers(matrix, structure, max(1, middle // 2), max(2, middle * 3 // 2))
-    seconds: dict[tuple[int, int], list[list[float]]] = {shape: [[], [], []] for shape in layers}
-    with torch.inference_mode():
-        for turn in progress(range(_WARM_UP_ROUNDS + _ROUNDS), "timing layers"):
-            for shape, group in layers.items():
-                for layer, times in zip(group, seconds[shape], strict=True):
-                    spent = _time_call(layer, shape[1])
-                    if turn >= _WARM_UP_ROUNDS:
-                        times.append(spent)
-    return {shape: _line(layers[shape], [statistics.median(times) for times in seconds[shape]]) for shape in layers}
-
-
-def _timed_layers(matrix: DenseMatrix, structure: str, *ranks: int) -> list[nn.Module]:
-    weight = dense_weight(matrix.module)
-    with torch.random.fork_rng():
-        dense = nn.Linear(matrix.shape[1], matrix.shape[0], device=weight.device, dtype=weight.dtype)
-        factored: list[Any] = [
-            build_structure(dense, {"structure": structure, "rank": min(rank, *matrix.shape)}) for rank in ranks
-        ]
-        for layer in factored:
-            layer.reset_parameters(0.02)
-    return [dense, *factored]
-
-
-def _time_call(layer: nn.Module, in_features: int) -> float:
-    parameter = next(layer.parameters())
-    hidden_states = torch.ones(NUM_TOKENS, in_features, device=parameter.device, dtype=parameter.dtype)
-    if parameter.is_cuda:
-        torch.cuda.synchronize(parameter.device)
-    start = time.perf_counter()
-    outputs = layer(hidden_states)
-    if outputs.is_cuda:
-        torch.cuda.synchronize(outputs.device)
-    return time.perf_counter() - start
-
-
-def _line(layers: Sequence[Any], seconds: Sequence[float]) -> tuple[float, Callable[[int], float]]:
-    work = [float(count_multiply_adds(nn.ModuleList([layer]))) for layer in layers[1:]]
-    slope = max(seconds[2] - seconds[1], 0.0) / max(work[1] - work[0], 1.0)
-    return seconds[0], lambda multiply_adds: max(seconds[1] + slope * (multiply_adds - work[0]), 0.0)

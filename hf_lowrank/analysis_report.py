@@ -6,10 +6,10 @@ from typing import Any
 
 import torch
 
+from hf_lowrank.planning.timing import NUM_TOKENS
+
 # Points of a spectrum that are kept, evenly spaced over its ranks: enough for a plot, little for a large model.
 _SPECTRUM_POINTS = 64
-# One timed layer call is of 8 x 128 tokens, as everywhere.
-NUM_TOKENS = 1024
 
 # Title, then rows of text, the header first.
 Grid = tuple[str, list[list[str]]]

@@ -16,8 +16,9 @@ from hf_lowrank.calibration import Calibration, make_calibration
 from hf_lowrank.data import fingerprint
 from hf_lowrank.outputs import real_tokens
 from hf_lowrank.planning.allocation import ALLOCATIONS
-from hf_lowrank.planning.curves import FloatArray, measured_errors, predicted_errors, probe_rank, spectral_errors
+from hf_lowrank.planning.curves import measured_errors, predicted_errors, probe_rank, spectral_errors
 from hf_lowrank.planning.plans import candidate_matrices
+from hf_lowrank.planning.prices import FloatArray
 from hf_lowrank.planning.probes import Changes, Probe
 from hf_lowrank.progress import Progress
 from hf_lowrank.scratch import scratch_folder

@@ -21,12 +21,14 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 @dataclass(frozen=True, kw_only=True)
 class CompressionSettings:
-    """How to compress. Exactly one of the four budgets must be given.
+    """How to compress. Exactly one of the five budgets must be given.
 
     Args:
         keep_params: Fraction of the whole model's parameters that stay, tied ones counted once.
         keep_targets: Fraction of the parameters of the replaced matrices that stay.
         target_size: Size on disk of everything `save_pretrained` writes: `"100MB"`, `"95MiB"` or bytes.
+        keep_latency: Fraction of the whole model's latency that stays, as measured here: of 8 x 128 tokens, on the
+            machine and with the threads `compress` runs on. Only linear layers are replaced.
         rank: The rank of every replaced matrix.
         rank_pattern: Rank by module name or last part of it; these matrices are outside the budget's sharing.
         method: Solver that finds the numbers; see `SOLVERS`.
@@ -65,6 +67,7 @@ class CompressionSettings:
     keep_params: float | None = None
     keep_targets: float | None = None
     target_size: str | int | None = None
+    keep_latency: float | None = None
     rank: int | None = None
     rank_pattern: dict[str, int] = field(default_factory=dict)
     method: str = "two_sided_svd"
@@ -104,7 +107,7 @@ class CompressionSettings:
     @property
     def budget(self) -> Budget:
         """The one budget that was given."""
-        return make_budget(self.keep_params, self.keep_targets, self.target_size, self.rank)
+        return make_budget(self.keep_params, self.keep_targets, self.target_size, self.keep_latency, self.rank)
 
     @property
     def torch_dtype(self) -> torch.dtype | None:

@@ -9,10 +9,11 @@ from tiny_models import build
 from tiny_tokenizers import LETTERS, encoder_tokenizer
 
 from hf_lowrank import InputError, compress, make_report
-from hf_lowrank import analysis as module
 from hf_lowrank.analysis import analyze
-from hf_lowrank.analysis_report import NUM_TOKENS, spectrum_of
+from hf_lowrank.analysis_report import spectrum_of
 from hf_lowrank.cli import main
+from hf_lowrank.planning import timing
+from hf_lowrank.planning.timing import NUM_TOKENS
 from hf_lowrank.targets import dense_weight, find_matrices
 
 TEXTS = [" ".join(LETTERS[number:]) for number in range(24)]
@@ -165,11 +166,11 @@ def test_nothing_is_changed():
         assert (now.requires_grad, now.grad) == (was.requires_grad, None)
 
 
-def test_latency_is_a_line_through_two_timed_ranks(dense, monkeypatch):
-    monkeypatch.setattr(module, "_time_call", lambda layer, width: 1.0 + module.count_multiply_adds(layer))
-    monkeypatch.setattr(
-        module, "count_multiply_adds", lambda layer: sum(p.numel() for p in layer.parameters() if p.dim() > 1)
-    )
+def test_latency_follows_the_ranks_that_were_timed(dense, monkeypatch):
+    def seconds(layer, *_):
+        return 1.0 + sum(p.numel() for p in layer.parameters() if p.dim() > 1)
+
+    monkeypatch.setattr(timing, "_time_call", seconds)
 
     analysis = analyze(dense, method="svd", keep_targets=0.4, latency=True)
 

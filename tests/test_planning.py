@@ -12,11 +12,14 @@ from tiny_models import build
 from torch import nn
 
 from hf_lowrank import InputError, compress, make_report
+from hf_lowrank.evaluation import Latency
+from hf_lowrank.planning import accounts, timing
 from hf_lowrank.planning.allocation import ALLOCATIONS
 from hf_lowrank.planning.budgets import KINDS, make_budget, parse_size
 from hf_lowrank.planning.curves import make_curve
+from hf_lowrank.planning.prices import WeightPrice
 from hf_lowrank.remote_code.lowrank_structures import named_structures
-from hf_lowrank.targets import DenseMatrix, find_matrices
+from hf_lowrank.targets import DenseMatrix, JointMatrix, find_matrices
 
 each_allocation = pytest.mark.parametrize("allocation", ALLOCATIONS)
 
@@ -179,6 +182,63 @@ def test_a_rank_replaces_only_what_it_makes_clearly_smaller(medium):
     }
 
 
+# Latency
+
+SECONDS_PER_PRODUCT, SECONDS_PER_CALL = 1e-6, 1e-5
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """Every product of a layer costs the same, and every matrix product something more; the rest of a model 0.1 s."""
+
+    def seconds(layer, *_):
+        sizes = [p.numel() for p in layer.parameters() if p.dim() > 1]
+        return SECONDS_PER_CALL * len(sizes) + SECONDS_PER_PRODUCT * sum(sizes)
+
+    def latency(models, *_):
+        (model,) = models.values()
+        spent = 0.1 + sum(seconds(matrix.module) for matrix in find_matrices(model) if matrix.role == "block")
+        return {"dense": Latency(spent, spent, spent, 1.0)}
+
+    monkeypatch.setattr(timing, "_time_call", seconds)
+    monkeypatch.setattr(accounts, "measure_latency", latency)
+    return lambda model: latency({"dense": model})["dense"].median, seconds
+
+
+@pytest.mark.parametrize("fraction", [0.9, 0.7, 0.5])
+@pytest.mark.parametrize("storage", ["low_rank", "pivoted"])
+def test_a_latency_budget_is_kept_to_by_the_layers_as_timed(clock, medium, fraction, storage):
+    latency_of, seconds = clock
+    whole = latency_of(medium)
+
+    small = compress(medium, keep_latency=fraction, method="svd", storage=storage)
+
+    names = [matrix.path for matrix in find_matrices(medium) if matrix.role == "block"]
+    spent = 0.1 + sum(seconds(small.get_submodule(name)) for name in names)
+    assert spent <= fraction * whole * 1.001
+    assert spent >= (fraction - 0.03) * whole
+
+
+def test_a_latency_out_of_reach_says_what_is_reachable(clock, medium):
+    with pytest.raises(InputError, match=r"keep_latency=0.01 is out of reach: the smallest .* is 0\.\d+\."):
+        compress(medium, keep_latency=0.01, method="svd")
+
+
+def test_members_of_one_input_pay_for_their_common_product_once(clock):
+    members = tuple(
+        DenseMatrix(name, name, "block", nn.Linear(64, 64, device="meta"), (64, 64)) for name in ("q", "k", "v")
+    )
+    cpu = [DenseMatrix("x", "x", "block", nn.Linear(64, 64), (64, 64))]
+    times, ranks = timing.LayerTimes(cpu, "low_rank"), np.array([8, 16, 32])
+
+    joint = times.of_ranks(JointMatrix("j", "j", members), "joint_low_rank", ranks)
+    single = times.of_ranks(members[0], "low_rank", ranks)
+
+    assert np.allclose(single, 2 * SECONDS_PER_CALL + SECONDS_PER_PRODUCT * ranks * 128)
+    assert np.allclose(joint, 3 * single * 4 / 6)  # 1 + 3 products instead of 3 + 3
+    assert times.of_dense(JointMatrix("j", "j", members)) == 3 * times.of_dense(members[0])
+
+
 # Allocation
 
 
@@ -188,7 +248,7 @@ def curves_of(seed, shapes, structure="low_rank"):
     for index, shape in enumerate(shapes):
         values = np.sort(generator.gamma(0.5, size=min(shape)))[::-1]
         matrix = DenseMatrix(f"m{index}", f"m{index}", "block", nn.Linear(*shape, device="meta"), shape)
-        curves.append(make_curve(matrix, structure, 1, values))
+        curves.append(make_curve(matrix, structure, WeightPrice(1), values))
     return curves
 
 

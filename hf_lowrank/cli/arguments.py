@@ -127,6 +127,7 @@ def _add_budget(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--keep-targets", type=float, metavar="F", help="the same, of the replaced matrices only")
     group.add_argument("--target-size", metavar="SIZE", help="size of the whole folder, such as 100MB or 95MiB")
+    group.add_argument("--keep-latency", type=float, metavar="F", help="fraction of the model's latency that stays")
     group.add_argument("--rank", type=int, metavar="N", help="rank of every replaced matrix")
 
 

@@ -11,6 +11,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from hf_lowrank.evaluation import Latency
+from hf_lowrank.planning.budgets import KINDS
 from hf_lowrank.report import CompressionReport, ModuleReport
 
 _NUM_WORST = 3
@@ -108,7 +109,7 @@ def print_modules(report: CompressionReport) -> None:
 
 def settings_in_words(report: CompressionReport) -> str:
     """The settings that were given, on one line."""
-    shown = ("keep_params", "keep_targets", "target_size", "rank", "rank_pattern", "method", "allocation", "dtype")
+    shown = (*KINDS, "rank_pattern", "method", "allocation", "dtype")
     given = report.provenance.get("settings", {})
     return ", ".join(f"{name} {given[name]}" for name in shown if name in given)
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from hf_lowrank.errors import InputError
 
-KINDS = ("keep_params", "keep_targets", "target_size", "rank")
+KINDS = ("keep_params", "keep_targets", "target_size", "keep_latency", "rank")
 _UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
@@ -15,7 +15,8 @@ class Budget:
 
     Args:
         kind: `keep_params` (fraction of the whole model's parameters that stay), `keep_targets` (fraction of the
-            parameters of the replaced matrices), `target_size` (bytes on disk) or `rank`.
+            parameters of the replaced matrices), `target_size` (bytes on disk), `keep_latency` (fraction of the whole
+            model's measured latency that stays) or `rank`.
         value: The fraction, the bytes or the rank.
     """
 
@@ -32,6 +33,7 @@ def make_budget(
     keep_params: float | None = None,
     keep_targets: float | None = None,
     target_size: str | int | None = None,
+    keep_latency: float | None = None,
     rank: int | None = None,
 ) -> Budget:
     """The one budget that was given.
@@ -41,7 +43,7 @@ def make_budget(
     """
     given = {
         kind: value
-        for kind, value in zip(KINDS, (keep_params, keep_targets, target_size, rank), strict=True)
+        for kind, value in zip(KINDS, (keep_params, keep_targets, target_size, keep_latency, rank), strict=True)
         if value is not None
     }
     if len(given) != 1:

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from hf_lowrank.planning.prices import FloatArray, Price
 from hf_lowrank.remote_code.lowrank_structures import STRUCTURES
 from hf_lowrank.targets import Matrix
 
@@ -13,8 +14,6 @@ from hf_lowrank.targets import Matrix
 LARGEST_USEFUL_FRACTION = 0.85
 
 _SMALLEST_STEPPED = 256
-
-FloatArray = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
@@ -50,11 +49,11 @@ class Curve:
         return max(min(affordable, self.dense) - 1, 0)
 
 
-def make_curve(matrix: Matrix, structure: str, cost_per_weight: float, errors: FloatArray | None = None) -> Curve:
-    """The curve of one matrix under one structure.
+def make_curve(matrix: Matrix, structure: str, price: Price, errors: FloatArray | None = None) -> Curve:
+    """The curve of one matrix under one structure: the ranks at which it is worth replacing, and dense.
 
     Args:
-        cost_per_weight: Cost of one stored number: 1 for parameters, its bytes for a size on disk.
+        price: What the budget pays for.
         errors: Loss at rank 1, 2, ..., min(O, I); None when the allocation does not look at errors.
     """
     counted = STRUCTURES[structure].num_weights
@@ -62,11 +61,11 @@ def make_curve(matrix: Matrix, structure: str, cost_per_weight: float, errors: F
     every = np.arange(1, min(matrix.shape) + 1)
     ranks = every[(every < step) | (every % step == 0)]
     weights = np.array([counted(*matrix.shape, rank=int(rank)) for rank in ranks], dtype=np.float64)
-    num_useful = int(np.count_nonzero(weights <= most_useful_weights(matrix)))
-    costs = np.append(weights[:num_useful], matrix.num_weights) * cost_per_weight
-    useful_ranks = ranks[:num_useful]
-    losses = np.zeros(num_useful) if errors is None else errors[useful_ranks - 1]
-    return Curve(matrix, structure, useful_ranks, costs, np.append(losses, 0.0))
+    dense_cost, costs = price.of_dense(matrix), price.of_ranks(matrix, structure, ranks)
+    is_useful = (weights <= most_useful_weights(matrix)) & (costs < dense_cost)
+    useful_ranks = ranks[is_useful]
+    losses = np.zeros(len(useful_ranks)) if errors is None else errors[useful_ranks - 1]
+    return Curve(matrix, structure, useful_ranks, np.append(costs[is_useful], dense_cost), np.append(losses, 0.0))
 
 
 def most_useful_weights(matrix: Matrix) -> float:

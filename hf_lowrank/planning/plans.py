@@ -2,17 +2,19 @@
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from transformers import PreTrainedModel
 
 from hf_lowrank.errors import InputError
+from hf_lowrank.planning.accounts import Account, make_account
 from hf_lowrank.planning.allocation import ALLOCATIONS, settled, uniform
-from hf_lowrank.planning.curves import Curve, FloatArray, make_curve, most_useful_weights
-from hf_lowrank.planning.sizes import overhead_bytes, parameter_bytes
+from hf_lowrank.planning.curves import Curve, make_curve, most_useful_weights
+from hf_lowrank.planning.prices import FloatArray, Price
+from hf_lowrank.progress import Progress
 from hf_lowrank.remote_code.lowrank_plan import FORMAT_VERSION, Plan, Spec, sizes_of
 from hf_lowrank.remote_code.lowrank_structures import STRUCTURES
 from hf_lowrank.settings import CompressionSettings
@@ -31,7 +33,13 @@ Ranks = dict[Matrix, int]
 
 
 class ErrorSource(Protocol):
-    """Tells what ranks cost in quality."""
+    """Tells what ranks cost in quality.
+
+    Args:
+        progress: Shows how far long work is.
+    """
+
+    progress: Progress
 
     def joint(self, matrices: Sequence[DenseMatrix]) -> Sequence[JointMatrix]:
         """Those that read the same input, together."""
@@ -83,8 +91,8 @@ def make_plan(
     if settings.rank is not None:
         chosen = _ranks_for_rank(free, settings.rank, settings)
     else:
-        account = _account(model, settings, candidates)
-        spent = sum(account.cost_per_weight * _num_weights(m, fixed_specs[m.name]) for m in fixed)
+        account = make_account(model, settings, candidates, source.progress)
+        spent = sum(_cost(m, fixed_specs[m.name], account.price) for m in fixed)
         chosen = _ranks_for_budget(free, account, spent, settings, source)
     replaced: list[Matrix] = sorted([*chosen, *fixed], key=lambda matrix: candidates.index(matrix.members[0]))
     structures = _structures(settings)
@@ -114,48 +122,18 @@ def _as_plan(specs: dict[str, Spec], shared: dict[str, Spec], kept_dense: dict[s
     return plan
 
 
-@dataclass(frozen=True)
-class _Account:
-    """What a budget comes to in one unit, parameters or bytes.
-
-    Args:
-        whole: What the budget's fraction is of.
-        fixed: What of it is not up to the plan.
-        limit: What the whole may cost.
-    """
-
-    cost_per_weight: float
-    whole: float
-    fixed: float
-    limit: float
-
-
-def _account(model: PreTrainedModel, settings: CompressionSettings, matrices: Sequence[DenseMatrix]) -> _Account:
-    budget = settings.budget
-    num_dense = sum(matrix.num_weights for matrix in matrices)
-    if budget.kind == "keep_targets":
-        return _Account(1, num_dense, 0, math.floor(budget.value * num_dense))
-    if budget.kind == "keep_params":
-        whole = sum(p.numel() for p in model.parameters())
-        return _Account(1, whole, whole - num_dense, math.floor(budget.value * whole))
-    itemsize = (settings.torch_dtype or model.dtype).itemsize
-    whole = parameter_bytes(model) * itemsize // model.dtype.itemsize
-    fixed = whole - num_dense * itemsize + overhead_bytes(model, matrices, settings.storage)
-    return _Account(itemsize, whole, fixed, budget.value)
-
-
 def _ranks_for_budget(
     matrices: Sequence[DenseMatrix],
-    account: _Account,
+    account: Account,
     spent: float,
     settings: CompressionSettings,
     source: ErrorSource,
 ) -> Ranks:
     allocation = ALLOCATIONS[settings.chosen_allocation]
     available = account.limit - account.fixed - spent
-    if available >= account.cost_per_weight * sum(matrix.num_weights for matrix in matrices):
+    if available >= sum(account.price.of_dense(matrix) for matrix in matrices):
         return {}
-    curves_of = partial(_curves, settings, account.cost_per_weight)
+    curves_of = partial(_curves, settings, account.price)
     curves = curves_of(matrices)
     least = sum(float(curve.costs.min()) for curve in curves)
     if available < least:
@@ -191,7 +169,7 @@ def _joint_or_separate(
 
 def _curves(
     settings: CompressionSettings,
-    cost_per_weight: float,
+    price: Price,
     matrices: Sequence[Matrix],
     errors: dict[str, FloatArray] | None = None,
 ) -> list[Curve]:
@@ -200,7 +178,7 @@ def _curves(
         make_curve(
             matrix,
             "low_rank" if isinstance(matrix, JointMatrix) else structures[matrix.kind],
-            cost_per_weight,
+            price,
             None if errors is None else errors[matrix.name],
         )
         for matrix in matrices
@@ -224,7 +202,7 @@ def _structures(settings: CompressionSettings) -> dict[str, str]:
     return {"linear": settings.storage, "embedding": "low_rank_embedding"}
 
 
-def _out_of_reach(settings: CompressionSettings, account: _Account, least: float) -> str:
+def _out_of_reach(settings: CompressionSettings, account: Account, least: float) -> str:
     budget = settings.budget
     smallest = account.fixed + least
     if budget.kind == "target_size":
@@ -283,3 +261,7 @@ def _why_dense(matrix: DenseMatrix, settings: CompressionSettings) -> str:
 
 def _num_weights(matrix: DenseMatrix, spec: Spec) -> int:
     return int(STRUCTURES[spec["structure"]].num_weights(*matrix.shape, **sizes_of(spec)))
+
+
+def _cost(matrix: DenseMatrix, spec: Spec, price: Price) -> float:
+    return float(price.of_ranks(matrix, spec["structure"], np.array([spec["rank"]]))[0])

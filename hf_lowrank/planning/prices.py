@@ -1,0 +1,44 @@
+"""What a choice for a matrix costs, in the unit of a budget."""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hf_lowrank.remote_code.lowrank_structures import STRUCTURES
+from hf_lowrank.targets import Matrix
+
+FloatArray = NDArray[np.float64]
+
+
+class Price(Protocol):
+    """What matrices cost."""
+
+    def of_dense(self, matrix: Matrix) -> float:
+        """The cost of a matrix while dense."""
+        ...
+
+    def of_ranks(self, matrix: Matrix, structure: str, ranks: NDArray[np.int64]) -> FloatArray:
+        """The cost of a matrix in a structure at each of the ranks."""
+        ...
+
+
+@dataclass(frozen=True)
+class WeightPrice:
+    """A price on each stored number.
+
+    Args:
+        per_weight: 1 for parameters, its bytes for a size on disk.
+    """
+
+    per_weight: float
+
+    def of_dense(self, matrix: Matrix) -> float:
+        """See `Price`."""
+        return matrix.num_weights * self.per_weight
+
+    def of_ranks(self, matrix: Matrix, structure: str, ranks: NDArray[np.int64]) -> FloatArray:
+        """See `Price`."""
+        counted = STRUCTURES[structure].num_weights
+        return np.array([counted(*matrix.shape, rank=int(rank)) for rank in ranks], dtype=np.float64) * self.per_weight
