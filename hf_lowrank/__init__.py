@@ -35,6 +35,8 @@ if TYPE_CHECKING:
     from hf_lowrank.settings import CompressionSettings as CompressionSettings
     from hf_lowrank.tasks.evaluation import Evaluation as Evaluation
     from hf_lowrank.tasks.evaluation import evaluate as evaluate
+    from hf_lowrank.training.distillation import DistillationTrainer as DistillationTrainer
+    from hf_lowrank.training.recovery import recover as recover
 
 # public name -> module that defines it; imported when first asked for
 _HOMES = {
@@ -44,6 +46,7 @@ _HOMES = {
     "CompressionSettings": "hf_lowrank.settings",
     "PlanError": "hf_lowrank.remote_code.lowrank_plan",
     "Push": "hf_lowrank.hub",
+    "DistillationTrainer": "hf_lowrank.training.distillation",
     "Evaluation": "hf_lowrank.tasks.evaluation",
     "analyze": "hf_lowrank.analysis",
     "compare": "hf_lowrank.comparison",
@@ -52,6 +55,7 @@ _HOMES = {
     "decompress": "hf_lowrank.compression",
     "evaluate": "hf_lowrank.tasks.evaluation",
     "make_report": "hf_lowrank.report",
+    "recover": "hf_lowrank.training.recovery",
     "push_to_hub": "hf_lowrank.hub",
 }
 

@@ -236,13 +236,14 @@ def _collate(items: Iterator[Row], batch_size: int, padding: int = 0) -> Iterato
             continue
         waiting.append(tensors)
         if len(waiting) == batch_size:
-            yield _padded(waiting, padding)
+            yield padded(waiting, padding)
             waiting = []
     if waiting:
-        yield _padded(waiting, padding)
+        yield padded(waiting, padding)
 
 
-def _padded(rows: Sequence[Mapping[str, torch.Tensor]], padding: int) -> Batch:
+def padded(rows: Sequence[Mapping[str, torch.Tensor]], padding: int) -> Batch:
+    """Sequences of unequal lengths as one batch; labels of tokens are filled up with the ignored one."""
     fill = {"input_ids": padding, "labels": IGNORED_LABEL}
     columns = {name: [row[name] for row in rows] for name in rows[0]}
     return {

@@ -6,6 +6,7 @@ from typing import NoReturn
 from hf_lowrank.cli.evaluate_arguments import add_evaluate
 from hf_lowrank.cli.sharing_arguments import add_sharing_commands
 from hf_lowrank.cli.study_arguments import add_study_commands
+from hf_lowrank.cli.training_arguments import add_training_commands
 from hf_lowrank.errors import InputError
 from hf_lowrank.version import __version__
 
@@ -53,6 +54,7 @@ def build_parser() -> argparse.ArgumentParser:
     add_evaluate(commands)
     add_study_commands(commands)
     add_sharing_commands(commands)
+    add_training_commands(commands)
     return parser
 
 

@@ -1,0 +1,39 @@
+"""`hf-lowrank recover PATH OUT --teacher MODEL --dataset DATA`."""
+
+import argparse
+
+from hf_lowrank.cli import tables
+from hf_lowrank.saving import check_output, save_folder
+from hf_lowrank.training.recovery import recover
+
+# Options that carry the names of `recover`'s; only those that were given are passed on.
+_OPTIONS = (
+    "temperature", "learning_rate", "epochs", "batch_size", "max_seq_length", "max_examples", "text_column",
+    "label_column", "seed",
+)  # fmt: skip
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Recover, save and print the loss before and after."""
+    check_output(arguments.out, arguments.overwrite, arguments.path)
+    given = {name: getattr(arguments, name) for name in _OPTIONS if getattr(arguments, name) is not None}
+    if arguments.losses:
+        given["losses"] = dict(arguments.losses)
+    model = recover(
+        arguments.path,
+        teacher=arguments.teacher,
+        dataset=arguments.dataset,
+        eval_dataset=arguments.eval_dataset,
+        **given,
+    )
+    folder = save_folder(model, arguments.out, arguments.path, arguments.overwrite)
+    found = model.config.compression["provenance"]["recovery"]
+    if arguments.json:
+        about = {"path": arguments.path, "teacher": arguments.teacher, "dataset": arguments.dataset}
+        tables.print_json({**about, "out": str(folder), "recovery": found})
+        return 0
+    kept = f"best after {found['step']} of {found['steps']} steps" if found["step"] else "no step helped: unchanged"
+    tables.print_line(f"held-out loss: {found['before']:.4f} -> {found['after']:.4f} ({kept})")
+    tables.print_line(f"saved: {folder}")
+    tables.print_steps([f"hf-lowrank evaluate {arguments.out} --dense {arguments.teacher} --dataset DATA --task TASK"])
+    return 0

@@ -1,0 +1,64 @@
+"""What the commands that train can be told."""
+
+import argparse
+from typing import Any
+
+_RECOVER_EXAMPLES = """examples:
+  hf-lowrank recover small-bert healed-bert --teacher my-bert --dataset train.tsv
+  hf-lowrank recover small-gpt2 healed --teacher my-gpt2 --dataset texts.txt --epochs 1 --learning-rate 5e-4
+  hf-lowrank recover small healed --teacher my-bert --dataset nyu-mll/glue:sst2:train --losses logits=1 task=0.5
+
+The state with the least loss on examples set aside is kept; the one before the training competes."""
+
+Commands = Any  # argparse's private type for sub-parsers
+
+
+def add_training_commands(commands: Commands) -> None:
+    """Add the commands that train."""
+    parser = _command(commands, "recover", "train a compressed model back towards the dense one", _RECOVER_EXAMPLES)
+    parser.add_argument("path", metavar="PATH", help="folder or Hub id of a compressed model")
+    parser.add_argument("out", metavar="OUT", help="folder to write")
+    parser.add_argument("--teacher", metavar="MODEL", required=True, help="the dense model it came from")
+    _add_data(parser)
+    parser.add_argument(
+        "--losses", metavar="NAME=W", nargs="+", type=_name_and_weight, help="task, logits, hidden, attention"
+    )
+    parser.add_argument("--temperature", type=float, metavar="T", help="of the logits (default: 1)")
+
+
+def _add_data(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--dataset", metavar="DATA", required=True, help="file, or NAME:CONFIG:SPLIT of the Hub")
+    parser.add_argument("--eval-dataset", metavar="DATA", help="to choose the best state by (default: a tenth)")
+    for column in ("text", "label"):
+        parser.add_argument(f"--{column}-column", metavar="NAME", help=f"where the {column} is")
+    for name, meaning in (
+        ("max-seq-length", "tokens of an example at most"),
+        ("max-examples", "examples at most"),
+        ("batch-size", "examples a step"),
+        ("seed", "of every draw"),
+    ):
+        parser.add_argument(f"--{name}", type=int, metavar="N", help=meaning)
+    parser.add_argument("--epochs", type=float, metavar="F", help="passes over the data")
+    parser.add_argument("--learning-rate", type=float, metavar="F", help="peak (default: what suits the method)")
+    parser.add_argument("--overwrite", action="store_true", help="replace the model folder OUT if there is one")
+    parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
+
+
+def _command(commands: Commands, name: str, summary: str, epilog: str) -> argparse.ArgumentParser:
+    parser: argparse.ArgumentParser = commands.add_parser(
+        name,
+        help=summary,
+        description=f"{summary[0].upper()}{summary[1:]}.",
+        epilog=epilog,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    return parser
+
+
+def _name_and_weight(text: str) -> tuple[str, float]:
+    name, _, weight = text.partition("=")
+    try:
+        return name, float(weight)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is not of the form NAME=W, such as logits=1") from error

@@ -1,0 +1,74 @@
+"""The best state of a training, the one before it among them."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+_FILE = "best.safetensors"
+
+
+class BestStateCallback(TrainerCallback):
+    """Keeps the trainable parameters of the evaluation with the least loss, and gives them back at the end.
+
+    With `eval_on_start=True` the state before the first step competes, so that the training never makes a model
+    worse on the evaluation data. The best state lies in `output_dir` and survives a kill.
+
+    Args:
+        metric: What is least.
+    """
+
+    def __init__(self, metric: str = "eval_loss") -> None:
+        self.metric = metric
+        self.before: float | None = None
+        self.after: float | None = None
+        self.step = 0
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        file = _file(args)
+        if state.global_step and file.is_file():
+            with safe_open(file, framework="pt") as saved:
+                numbers = saved.metadata()
+            self.before, self.after = float(numbers["before"]), float(numbers["after"])
+            self.step = int(numbers["step"])
+        elif state.is_world_process_zero:
+            file.unlink(missing_ok=True)
+
+    def on_evaluate(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        value = kwargs["metrics"][self.metric]
+        if self.before is None:
+            self.before = value
+        if self.after is not None and not value < self.after:
+            return
+        self.after, self.step = value, state.global_step
+        if state.is_world_process_zero:
+            file = _file(args)
+            file.parent.mkdir(parents=True, exist_ok=True)
+            numbers = {"before": repr(self.before), "after": repr(self.after), "step": str(self.step)}
+            partial = file.with_suffix(".partial")
+            save_file({name: p.detach().cpu().contiguous() for name, p in _trained(kwargs["model"])}, partial, numbers)
+            partial.replace(file)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            torch.distributed.barrier()
+        with safe_open(_file(args), framework="pt") as saved, torch.no_grad():
+            for name, parameter in _trained(kwargs["model"]):
+                parameter.copy_(saved.get_tensor(name))
+
+
+def _file(args: TrainingArguments) -> Path:
+    return Path(str(args.output_dir)) / _FILE
+
+
+def _trained(model: Any) -> list[tuple[str, torch.nn.Parameter]]:
+    return [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]

@@ -1,0 +1,188 @@
+"""What a model is trained on, from whatever data there are: rows of token ids, with the labels its head can use."""
+
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES,
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
+)
+
+from hf_lowrank.calibration import is_causal, is_masked_lm, mask_tokens
+from hf_lowrank.data import Row, holds_token_ids, load_rows, make_batches, padded, require_columns
+from hf_lowrank.errors import InputError
+from hf_lowrank.outputs import IGNORED_LABEL, Batch
+from hf_lowrank.remote_code.configuration_lowrank import PREFIX
+from hf_lowrank.tasks import make_task
+from hf_lowrank.tasks.blocks import block_length_of
+from hf_lowrank.tasks.question_answering import flat_questions
+
+Features = list[dict[str, torch.Tensor]]
+
+_CHUNK = 64
+_ALL = 1 << 40
+_HELD_OUT = 0.1
+_MOST_HELD_OUT = 512
+
+
+@dataclass(frozen=True)
+class PaddingCollator:
+    """Rows of unequal lengths -> one padded batch."""
+
+    padding: int = 0
+
+    def __call__(self, features: Sequence[Mapping[str, Any]]) -> Batch:
+        """Pad ids with the padding token, masks with 0 and labels of tokens with the one that is ignored."""
+        rows = [{name: torch.as_tensor(value) for name, value in row.items()} for row in features]
+        return dict(padded(rows, self.padding))
+
+
+def make_features(
+    model: PreTrainedModel,
+    tokenizer: Any,
+    source: Any,
+    *,
+    max_seq_length: int = 128,
+    max_examples: int | None = None,
+    seed: int = 0,
+    text_column: str | None = None,
+    label_column: str = "label",
+) -> Features:
+    """Rows to train a model on.
+
+    A classification head gets classes where the data have `label_column`, a question-answering head the first and last
+    token of the answer, a masked language model inputs with 15 % of the tokens masked, a causal one its own inputs as
+    labels. Any other head, and data without labels, give inputs alone: enough to learn from a teacher.
+
+    Args:
+        source: A file, a data set of the Hub, a `datasets.Dataset`, texts or rows (see `hf_lowrank.data.load_rows`);
+            rows or batches that hold `input_ids` are taken as they are.
+        max_examples: Rows at most, drawn by `seed`.
+
+    Raises:
+        InputError: If the data cannot be read or do not fit the model.
+    """
+    length = block_length_of(model, max_seq_length)
+    if holds_token_ids(source):
+        return _limited(_unbatched(source), max_examples, seed)
+    if tokenizer is None:
+        raise InputError("Text needs a tokenizer, and there is none. Give tokenizer=, or rows of input_ids.")
+    rows = load_rows(source)
+    head = type(model).__name__.removeprefix(PREFIX)
+    if head in MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES.values() and {"answers", "paragraphs"} & set(rows[0]):
+        questions = load_rows(flat_questions(rows), max_examples, seed)
+        return _answer_features(questions, tokenizer, length)
+    is_classifier = head in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES.values()
+    if is_classifier and label_column in rows[0] and model.config.num_labels > 1:
+        options = {"text_column": text_column, "label_column": label_column, "max_seq_length": length}
+        task = make_task("text-classification", max_examples=max_examples, seed=seed, **options)
+        steps = task.steps(tokenizer, rows, 1, model)
+        return [{**_row(step.inputs, 0), "labels": torch.tensor(step.targets[0])} for step in steps]
+    return _text_features(model, tokenizer, rows, length, max_examples, seed, text_column)
+
+
+def _text_features(
+    model: PreTrainedModel,
+    tokenizer: Any,
+    rows: Sequence[Row],
+    length: int,
+    max_examples: int | None,
+    seed: int,
+    text_column: str | None,
+) -> Features:
+    limit = _ALL if max_examples is None else max_examples
+    batches = make_batches(rows, tokenizer, limit, length, _CHUNK, seed, text_column, pack=is_causal(model) or None)
+    if is_masked_lm(model):
+        batches = mask_tokens(batches, model, tokenizer, seed)
+    elif is_causal(model):
+        batches = [
+            {**batch, "labels": batch["input_ids"].masked_fill(batch["attention_mask"] == 0, IGNORED_LABEL)}
+            for batch in batches
+        ]
+    return _unbatched(batches)
+
+
+def _answer_features(questions: Sequence[Row], tokenizer: Any, length: int) -> Features:
+    """Windows over the contexts; the answer's first and last token, or the first token where a window has it not."""
+    require_columns(questions[0], ("question", "context", "answers"))
+    features: Features = []
+    for start in range(0, len(questions), _CHUNK):
+        some = questions[start : start + _CHUNK]
+        found = tokenizer(
+            [row["question"].strip() for row in some],
+            [row["context"] for row in some],
+            truncation="only_second",
+            max_length=length,
+            stride=length // 3,
+            return_overflowing_tokens=True,
+            return_offsets_mapping=True,
+        )
+        sources, offsets = found.pop("overflow_to_sample_mapping"), found.pop("offset_mapping")
+        for place, source in enumerate(sources):
+            inside = [part == 1 for part in found.sequence_ids(place)]
+            first, last = _answer_tokens(some[source]["answers"], offsets[place], inside)
+            row = {name: torch.tensor(values[place]) for name, values in found.items()}
+            features.append({**row, "start_positions": torch.tensor(first), "end_positions": torch.tensor(last)})
+    return features
+
+
+def _answer_tokens(answers: Any, offsets: Sequence[tuple[int, int]], inside: Sequence[bool]) -> tuple[int, int]:
+    listed = isinstance(answers, list)  # as in SQuAD's files; the Hub's data sets hold one list a field
+    texts = [answer["text"] for answer in answers] if listed else answers["text"]
+    starts = [answer["answer_start"] for answer in answers] if listed else answers["answer_start"]
+    if not texts:
+        return 0, 0
+    start, end = int(starts[0]), int(starts[0]) + len(texts[0])
+    tokens = [i for i, (first, last) in enumerate(offsets) if inside[i] and first < end and last > start]
+    is_whole = tokens and offsets[tokens[0]][0] <= start and offsets[tokens[-1]][1] >= end
+    return (tokens[0], tokens[-1]) if is_whole else (0, 0)
+
+
+def hold_out(features: Features, seed: int = 0) -> tuple[Features, Features]:
+    """A tenth of the rows, 512 at most, is set aside to choose by: `(to train on, to choose by)`.
+
+    Raises:
+        InputError: If there are fewer than two rows.
+    """
+    if len(features) < 2:
+        raise InputError("Training needs two examples at least, one of them to choose by; got 1. Give more data.")
+    count = min(_MOST_HELD_OUT, max(1, round(len(features) * _HELD_OUT)))
+    chosen = set(random.Random(seed).sample(range(len(features)), count))
+    kept = [row for index, row in enumerate(features) if index not in chosen]
+    return kept, [features[index] for index in sorted(chosen)]
+
+
+def has_labels(features: Features) -> bool:
+    """Whether a model's own loss can be computed."""
+    return bool({"labels", "start_positions"} & set(features[0]))
+
+
+def _unbatched(source: Any) -> Features:
+    features: Features = []
+    for item in source:
+        tensors = {name: torch.as_tensor(value) for name, value in item.items() if not isinstance(value, str)}
+        is_row = tensors["input_ids"].dim() == 1
+        features += [tensors] if is_row else [_row(tensors, index) for index in range(len(tensors["input_ids"]))]
+    return features
+
+
+def _row(batch: Batch, index: int) -> dict[str, torch.Tensor]:
+    """One row of a batch without its padding."""
+    mask = batch.get("attention_mask")
+    length = batch["input_ids"].shape[1] if mask is None else int(mask[index].sum())
+    is_right_padded = mask is None or bool(mask[index, :length].all())
+    shape = batch["input_ids"].shape
+    return {
+        name: value[index][:length] if is_right_padded and value.shape == shape else value[index]
+        for name, value in batch.items()
+    }
+
+
+def _limited(features: Features, max_examples: int | None, seed: int) -> Features:
+    if max_examples is None or max_examples >= len(features):
+        return features
+    return [features[index] for index in sorted(random.Random(seed).sample(range(len(features)), max_examples))]

@@ -1,0 +1,258 @@
+"""`recover`: train a compressed model back towards the dense one, and never make it worse."""
+
+import copy
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, PrinterCallback, TrainerCallback, TrainingArguments
+
+from hf_lowrank.errors import InputError
+from hf_lowrank.loading import find_tokenizer, load_dense
+from hf_lowrank.remote_code.lowrank_model import LowRankMixin
+from hf_lowrank.saving import load_compressed
+from hf_lowrank.solvers import SOLVERS
+from hf_lowrank.training.best import BestStateCallback
+from hf_lowrank.training.distillation import DistillationTrainer, check_teacher
+from hf_lowrank.training.features import Features, PaddingCollator, has_labels, hold_out, make_features
+
+# Peak of AdamW's learning rate: factors found without data stand far from the dense model and can take large steps.
+_RATE_WITHOUT_DATA, _RATE_WITH_DATA = 1e-3, 5e-4
+_EVALUATIONS = 10
+_BATCH_SIZE = 16
+_EPOCHS = 3
+
+
+@dataclass(frozen=True)
+class Recovery:
+    """What a recovery did.
+
+    Args:
+        before: Loss on examples that were not trained on, before.
+        after: The same of the state that was kept.
+        step: The one after which that was; 0 if none helped.
+        steps: All that were made.
+        learning_rate: Its peak.
+        losses: Weight of each term.
+    """
+
+    before: float
+    after: float
+    step: int
+    steps: int
+    learning_rate: float
+    losses: dict[str, float]
+
+
+def recover(
+    model: PreTrainedModel | str | Path,
+    *,
+    teacher: PreTrainedModel | str | Path,
+    dataset: Any,
+    eval_dataset: Any = None,
+    tokenizer: Any = None,
+    args: TrainingArguments | None = None,
+    resume_from_checkpoint: str | bool | None = None,
+    **options: Any,
+) -> Any:
+    """Heal a compressed model: `recover(small, teacher="my-bert", dataset="train.tsv")`.
+
+    Every parameter but dense embedding tables is trained to say what the teacher says (`logits`), to do in every block
+    what the teacher does (`hidden`) and, where the data have labels, to be right (`task`). The state with the least
+    loss on held-out examples is kept; the one before the training competes.
+
+    Args:
+        model: A compressed model, which is trained in place, or its folder or Hub id.
+        teacher: The dense model it came from, or its folder or Hub id.
+        dataset: Text, with labels or without; see `make_features` for what each head makes of it.
+        eval_dataset: Examples to choose by; None sets a tenth of `dataset` aside. Not those a result is reported on.
+        tokenizer: For the text; None takes the one saved with the model or the teacher.
+        args: How to train. Default: 3 epochs of batches of 16, AdamW without decay at `default_learning_rate`,
+            warmed up over a tenth, then falling as a cosine. Given ones are obeyed; evaluations are switched on.
+        resume_from_checkpoint: As in `Trainer.train`.
+        options: Fields of `RecoveryOptions`.
+
+    Returns:
+        The model, with what was done in its plan's provenance under `recovery`.
+
+    Raises:
+        InputError: If the model is not compressed, the teacher does not fit, or the data cannot be used.
+    """
+    settings = _make_options(options)
+    small = _compressed(model)
+    dense = load_dense(teacher)
+    own_tokenizer = find_tokenizer(small)
+    _check_tokenizers(own_tokenizer, find_tokenizer(dense))
+    check_teacher(small, dense)
+    tokenizer = tokenizer or own_tokenizer or find_tokenizer(dense)
+    features = make_features(small, tokenizer, dataset, **settings.of_data)
+    if eval_dataset is None:
+        features, held_out = hold_out(features, settings.seed)
+    else:
+        held_out = make_features(small, tokenizer, eval_dataset, **settings.of_data)
+    losses = dict(settings.losses or _default_losses(features))
+    with tempfile.TemporaryDirectory() as folder:
+        args = _arguments(args, small, settings, folder)
+        padding = getattr(tokenizer, "pad_token_id", None) or 0
+        found = _train(small, dense, args, (features, held_out, padding), losses, settings, resume_from_checkpoint)
+    small.config.compression["provenance"]["recovery"] = asdict(found)
+    return small
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecoveryOptions:
+    """What `recover` can be told beside its data.
+
+    Args:
+        losses: Weight of each term of the loss; see `DistillationTrainer`. Default: `logits` and `hidden` 1 each, and
+            `task` 1 where the data have labels of classes or answers.
+        temperature: Of the logits.
+        learning_rate: Peak; None is `default_learning_rate`. Not with `args`, which have their own.
+        epochs: Passes over the data. Not with `args`.
+        batch_size: Examples a step. Not with `args`.
+        max_seq_length: Tokens an example may have; longer ones are cut.
+        max_examples: Examples at most, drawn by `seed`.
+        text_column: Column of the text.
+        label_column: Column of the class.
+        seed: Of the examples drawn, masks, order and dropout.
+        callbacks: More of them for the Trainer.
+    """
+
+    losses: Mapping[str, float] | None = None
+    temperature: float = 1.0
+    learning_rate: float | None = None
+    epochs: float = _EPOCHS
+    batch_size: int = _BATCH_SIZE
+    max_seq_length: int = 128
+    max_examples: int | None = None
+    text_column: str | None = None
+    label_column: str = "label"
+    seed: int = 0
+    callbacks: tuple[TrainerCallback, ...] = ()
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "batch_size", "max_seq_length", "temperature"):
+            if not getattr(self, name) > 0:
+                raise InputError(f"{name} must be positive, got {getattr(self, name)}.")
+
+    @property
+    def of_data(self) -> dict[str, Any]:
+        """Those that `make_features` takes."""
+        names = ("max_seq_length", "max_examples", "seed", "text_column", "label_column")
+        return {name: getattr(self, name) for name in names}
+
+
+def default_learning_rate(model: PreTrainedModel) -> float:
+    """1e-3 for factors that were found from the weights alone, 5e-4 for those that were fitted to data."""
+    method = model.config.plan.get("provenance", {}).get("settings", {}).get("method", "two_sided_svd")
+    solver = SOLVERS.get(method)
+    return _RATE_WITHOUT_DATA if solver is not None and not solver.needs else _RATE_WITH_DATA
+
+
+def _compressed(model: Any) -> Any:
+    small = load_compressed(model) if isinstance(model, (str, Path)) else model
+    if not isinstance(small, LowRankMixin):
+        raise InputError(f"{type(small).__name__} is not a compressed model; there is nothing to recover.")
+    return small
+
+
+def _make_options(options: dict[str, Any]) -> RecoveryOptions:
+    try:
+        return RecoveryOptions(**options)
+    except TypeError as error:
+        known = ", ".join(RecoveryOptions.__dataclass_fields__)
+        raise InputError(f"recover has no such option: {error}. There are: {known}.") from error
+
+
+def _check_tokenizers(ours: Any, theirs: Any) -> None:
+    if ours is not None and theirs is not None and ours.get_vocab() != theirs.get_vocab():
+        raise InputError("The teacher has another vocabulary: its tokenizer's words differ. Give the model's own.")
+
+
+def _default_losses(features: Features) -> dict[str, float]:
+    # A language model's labels are its teacher's text: the teacher's whole distribution says more.
+    is_labelled = has_labels(features) and (features[0].get("labels", torch.tensor(0)).dim() == 0)
+    return {"logits": 1.0, "hidden": 1.0, **({"task": 1.0} if is_labelled else {})}
+
+
+def _arguments(
+    args: TrainingArguments | None, small: PreTrainedModel, settings: RecoveryOptions, folder: str
+) -> TrainingArguments:
+    if args is not None:
+        args = copy.copy(args)
+        args.eval_on_start = True
+        if args.eval_strategy == "no":
+            args.eval_strategy = type(args.eval_strategy)("epoch")
+        return args
+    return TrainingArguments(
+        output_dir=folder,
+        num_train_epochs=settings.epochs,
+        per_device_train_batch_size=settings.batch_size,
+        per_device_eval_batch_size=2 * settings.batch_size,
+        learning_rate=settings.learning_rate or default_learning_rate(small),
+        lr_scheduler_type="cosine",
+        warmup_steps=0.1,
+        weight_decay=0.0,
+        adam_beta2=0.98,
+        eval_on_start=True,
+        eval_strategy="steps",
+        eval_steps=1 / _EVALUATIONS,
+        save_strategy="no",
+        report_to=[],
+        disable_tqdm=True,
+        seed=settings.seed,
+        dataloader_pin_memory=torch.cuda.is_available(),
+    )
+
+
+def _train(
+    small: Any,
+    dense: Any,
+    args: TrainingArguments,
+    data: tuple[Features, Features, int],
+    losses: dict[str, float],
+    settings: RecoveryOptions,
+    resume_from_checkpoint: str | bool | None,
+) -> Recovery:
+    best = BestStateCallback()
+    features, held_out, padding = data
+    with _prepared(small):
+        trainer = DistillationTrainer(
+            model=small,
+            args=args,
+            train_dataset=features,
+            eval_dataset=held_out,
+            data_collator=PaddingCollator(padding),
+            callbacks=[*settings.callbacks, best],
+            teacher=dense,
+            losses=losses,
+            temperature=settings.temperature,
+        )
+        trainer.remove_callback(PrinterCallback)  # standard output is the caller's
+        trainer.train(resume_from_checkpoint=resume_from_checkpoint)
+    before, after = best.before or 0.0, best.after or 0.0
+    return Recovery(before, after, best.step, trainer.state.global_step, args.learning_rate, losses)
+
+
+@contextmanager
+def _prepared(model: PreTrainedModel) -> Iterator[None]:
+    """Everything but dense embedding tables can learn; afterwards the model has its own mode, cache and gradients."""
+    was_training, uses_cache = model.training, getattr(model.config, "use_cache", None)
+    trainable = [parameter.requires_grad for parameter in model.parameters()]
+    model.requires_grad_(True)
+    embedding = model.get_input_embeddings()
+    if isinstance(embedding, torch.nn.Embedding):
+        embedding.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter, requires_grad in zip(model.parameters(), trainable, strict=True):
+            parameter.requires_grad_(requires_grad)
+            parameter.grad = None
+        if uses_cache is not None:
+            model.config.use_cache = uses_cache
+        model.train(was_training)

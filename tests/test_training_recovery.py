@@ -1,0 +1,201 @@
+"""`recover` heals, whatever the head and the data, and never makes a model worse."""
+
+import json
+
+import pytest
+import tiny_models
+import tiny_tokenizers
+import torch
+from tiny_training import StopAt, arguments, rows
+
+from hf_lowrank import InputError, compress, recover
+from hf_lowrank.cli import main
+from hf_lowrank.saving import load_compressed
+from hf_lowrank.training.features import PaddingCollator, hold_out, make_features
+from hf_lowrank.training.recovery import default_learning_rate
+
+TEXTS = ["a b c d e", "f g h", "i j k l m n o p", "q r s t", "u v w x y z", "b d f h j l", "c e g", "k m o q s u"] * 4
+LABELLED = [{"text": text, "label": index % 2} for index, text in enumerate(TEXTS)]
+VOCABULARY = {"vocab_size": 30}
+
+
+def pair(head, **options):
+    teacher = tiny_models.build(head, **{**VOCABULARY, **options})
+    return teacher, compress(teacher, rank=4, method="svd")
+
+
+def tokenizer_for(head):
+    return tiny_tokenizers.decoder_tokenizer() if "GPT2" in head else tiny_tokenizers.encoder_tokenizer()
+
+
+@pytest.mark.parametrize(
+    ("head", "data", "has_task"),
+    [
+        ("BertForSequenceClassification", LABELLED, True),
+        ("BertForSequenceClassification", TEXTS, False),
+        ("BertForMaskedLM", TEXTS, False),
+        ("GPT2LMHeadModel", TEXTS, False),
+        ("BertModel", TEXTS, False),
+        ("BertForTokenClassification", TEXTS, False),
+    ],
+)
+def test_it_lowers_the_held_out_loss_of_any_head(head, data, has_task):
+    teacher, small = pair(head)
+    options = {"epochs": 8, "batch_size": 8, "max_seq_length": 16, "learning_rate": 5e-3}
+
+    healed = recover(small, teacher=teacher, dataset=data, tokenizer=tokenizer_for(head), **options)
+    found = healed.config.compression["provenance"]["recovery"]
+
+    assert healed is small
+    assert found["after"] < found["before"]
+    assert found["step"] > 0
+    assert ("task" in found["losses"]) is has_task
+    assert not healed.training
+    assert all(parameter.requires_grad and parameter.grad is None for parameter in healed.parameters())
+
+
+def test_it_keeps_the_model_as_it_was_where_training_harms():
+    teacher, small = pair("BertForMaskedLM")
+    before = {name: value.clone() for name, value in small.state_dict().items()}
+
+    recover(
+        small, teacher=teacher, dataset=TEXTS, tokenizer=tokenizer_for("Bert"), max_seq_length=16, learning_rate=10.0
+    )
+
+    assert small.config.compression["provenance"]["recovery"]["step"] == 0
+    assert all(torch.equal(before[name], value) for name, value in small.state_dict().items())
+
+
+def test_dense_embedding_tables_are_left_alone():
+    teacher, small = pair("GPT2LMHeadModel")
+    table = small.get_input_embeddings().weight.clone()
+
+    recover(small, teacher=teacher, dataset=TEXTS, tokenizer=tokenizer_for("GPT2"), max_seq_length=8)
+
+    assert torch.equal(small.get_input_embeddings().weight, table)
+
+
+def test_given_training_arguments_are_obeyed(tmp_path):
+    teacher, small = pair("BertForMaskedLM")
+    args = arguments(tmp_path, max_steps=3, learning_rate=2e-3, per_device_train_batch_size=4)
+
+    recover(small, teacher=teacher, dataset=TEXTS, tokenizer=tokenizer_for("Bert"), args=args, max_seq_length=16)
+    found = small.config.compression["provenance"]["recovery"]
+
+    assert (found["steps"], found["learning_rate"]) == (3, 2e-3)
+    assert args.eval_strategy == "no"
+
+
+def test_killed_and_resumed_it_ends_bit_identical(tmp_path):
+    ends = []
+    for name in ("whole", "resumed"):
+        options = {
+            "max_steps": 8,
+            "save_strategy": "steps",
+            "save_steps": 4,
+            "eval_strategy": "steps",
+            "eval_steps": 2,
+        }
+        args = arguments(tmp_path / name, **options)
+        common = {"dataset": rows(16), "args": args}
+        checkpoint = None
+        if name == "resumed":
+            teacher, small = pair("BertForSequenceClassification", vocab_size=97)
+            recover(small, teacher=teacher, callbacks=(StopAt(4),), **common)
+            checkpoint = str(tmp_path / name / "checkpoint-4")
+        teacher, small = pair("BertForSequenceClassification", vocab_size=97)
+        recover(small, teacher=teacher, resume_from_checkpoint=checkpoint, **common)
+        ends.append((small.state_dict(), small.config.compression["provenance"]["recovery"]))
+
+    assert ends[0][1] == ends[1][1]
+    assert all(torch.equal(ends[0][0][name], ends[1][0][name]) for name in ends[0][0])
+
+
+def test_the_learning_rate_follows_the_method():
+    model = tiny_models.build("BertModel")
+    rates = [default_learning_rate(compress(model, rank=4, method=method)) for method in ("svd", "two_sided_svd")]
+
+    assert rates[0] > rates[1]
+
+
+def test_answers_become_the_tokens_that_hold_them():
+    model = tiny_models.build("BertForQuestionAnswering", **VOCABULARY)
+    question = {"question": "a b", "context": "c d e f g", "answers": {"text": ["e f"], "answer_start": [4]}}
+    listed = {**question, "answers": [{"text": "e f", "answer_start": 4}]}
+
+    for form in (question, listed):
+        (row,) = make_features(model, tiny_tokenizers.encoder_tokenizer(), [form], max_seq_length=20)
+        chosen = row["input_ids"][row["start_positions"] : row["end_positions"] + 1]
+        assert tiny_tokenizers.encoder_tokenizer().decode(chosen) == "e f"
+
+
+def test_batches_lose_their_padding_and_get_it_back():
+    batch = {"input_ids": torch.tensor([[5, 6, 0], [7, 8, 9]]), "attention_mask": torch.tensor([[1, 1, 0], [1, 1, 1]])}
+
+    features = make_features(tiny_models.build("BertModel"), None, [batch])
+    again = PaddingCollator(0)(features)
+
+    assert [len(row["input_ids"]) for row in features] == [2, 3]
+    assert all(torch.equal(again[name], batch[name]) for name in batch)
+
+
+def test_what_is_held_out_is_not_trained_on():
+    kept, held_out = hold_out([{"input_ids": torch.tensor([index])} for index in range(40)])
+
+    assert (len(kept), len(held_out)) == (36, 4)
+    assert not {int(row["input_ids"]) for row in kept} & {int(row["input_ids"]) for row in held_out}
+
+
+def test_bad_input_is_one_clear_line():
+    teacher, small = pair("BertForMaskedLM")
+    other = tiny_models.build("BertForMaskedLM", vocab_size=31)
+    common = {"dataset": TEXTS, "tokenizer": tokenizer_for("Bert")}
+
+    for model, of, options, message in (
+        (teacher, teacher, {}, "not a compressed model"),
+        (small, other, {}, "another vocabulary: 31 tokens, the model 30"),
+        (small, teacher, {"epochs": 0}, "epochs must be positive"),
+        (small, teacher, {"epoch": 1}, "no such option"),
+        (small, teacher, {"losses": {"logit": 1}}, "there is no 'logit'"),
+        (small, teacher, {"dataset": ["a b c"]}, "two examples at least"),
+    ):
+        with pytest.raises(InputError, match=message) as caught:
+            recover(model, teacher=of, **{**common, **options})
+        assert "\n" not in str(caught.value)
+
+
+@pytest.fixture
+def folders(tmp_path):
+    teacher, small = pair("BertForSequenceClassification")
+    teacher.save_pretrained(tmp_path / "dense")
+    small.save_pretrained(tmp_path / "small")
+    for name in ("dense", "small"):
+        tiny_tokenizers.encoder_tokenizer().save_pretrained(tmp_path / name)
+    data = "sentence\tlabel\n" + "".join(f"{row['text']}\t{row['label']}\n" for row in LABELLED)
+    (tmp_path / "train.tsv").write_text(data)
+    return tmp_path
+
+
+def test_the_command_recovers_a_folder(folders, capsys):
+    command = ["recover", folders / "small", folders / "out", "--teacher", folders / "dense", "--dataset",
+               folders / "train.tsv", "--learning-rate", "5e-3", "--losses", "logits=1", "task=0.5",
+               "--json"]  # fmt: skip
+
+    status = main([str(part) for part in command])
+    found = json.loads(capsys.readouterr().out)
+
+    assert status == 0
+    assert found["recovery"]["losses"] == {"logits": 1.0, "task": 0.5}
+    assert found["recovery"]["after"] <= found["recovery"]["before"]
+    healed = load_compressed(folders / "out")
+    assert healed.config.compression["provenance"]["recovery"] == found["recovery"]
+
+
+def test_the_command_refuses_a_teacher_with_other_words(folders, capsys):
+    tiny_models.build("BertForSequenceClassification", vocab_size=40).save_pretrained(folders / "other")
+    command = ["recover", folders / "small", folders / "out", "--teacher", folders / "other", "--dataset",
+               folders / "train.tsv"]  # fmt: skip
+
+    assert main([str(part) for part in command]) == 2
+    assert "another vocabulary" in capsys.readouterr().err
+    assert not (folders / "out").exists()
