@@ -77,7 +77,7 @@ def make_features(
         questions = load_rows(flat_questions(rows), max_examples, seed)
         return _answer_features(questions, tokenizer, length)
     is_classifier = head in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES.values()
-    if is_classifier and label_column in rows[0] and model.config.num_labels > 1:
+    if is_classifier and label_column in rows[0] and (model.config.num_labels or 0) > 1:
         options = {"text_column": text_column, "label_column": label_column, "max_seq_length": length}
         task = make_task("text-classification", max_examples=max_examples, seed=seed, **options)
         steps = task.steps(tokenizer, rows, 1, model)
