@@ -5,7 +5,9 @@
 
 `DATA` and `MODELS` are folders with `lm-corpus`, `wikitext-2-raw`, `tinystories-sample` and `glue/STS-B`, and with the
 masked language model `minilm-l6-mlm` and the causal one `gpt2-mini`; the sentence encoder is the real
-all-MiniLM-L6-v2. Every method looks at the same passages of the mixed corpus, never at the text that is reported.
+all-MiniLM-L6-v2. `--studies classifier` scores what `examples/finetune_classifier.py` wrote to `--classifier` on
+`glue/SST-2`. Every method looks at the same passages of the mixed corpus (the classifier at texts it was trained on,
+without their labels), never at the text that is reported.
 All rows of one budget hold the same number of stored parameters in the matrices of the blocks. Finished cells are
 kept in the work directory and not computed again.
 """
@@ -22,6 +24,7 @@ from typing import Any
 import torch
 from transformers import (
     AutoModel,
+    AutoModelForSequenceClassification,
     AutoTokenizer,
     BertConfig,
     BertForMaskedLM,
@@ -112,6 +115,16 @@ def language_study(data: Path, models: Path, name: str, task_name: str, length: 
     return Study(name, model, tokenizer, data / "lm-corpus" / "train.jsonl", (0.8, 0.6, 0.4), reports)
 
 
+def classifier_study(data: Path, folder: Path) -> Study:
+    """A classifier that `examples/finetune_classifier.py` made, calibrated on texts it was trained on, less labels."""
+    model = AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float32).eval()
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    classification = make_task("text-classification")
+    steps = classification.steps(tokenizer, data / "glue" / "SST-2" / "dev.tsv", 32, model)
+    reports = {"SST-2 dev": (classification, list(steps))}
+    return Study("classifier", model, tokenizer, data / "glue" / "SST-2" / "train.tsv", (0.8, 0.6, 0.5, 0.4), reports)
+
+
 def smoke_study() -> Study:
     """Random weights and random token ids: shows that everything runs."""
     torch.manual_seed(0)
@@ -149,7 +162,6 @@ def run_cell(study: Study, method: str, keep: float, work_dir: Path) -> dict[str
         calibration=calibration,
         tokenizer=study.tokenizer,
         cache_dir=str(work_dir / study.name / "cache"),
-        text_column="text",
         **options,
     )
     refinement = small.config.plan["provenance"].get("refinement")
@@ -179,6 +191,11 @@ def print_table(study: Study, methods: list[str], work_dir: Path) -> None:
                         f"{title} ppl {scores['perplexity']:.2f} g {loss:.4f} g/g0 {loss / base[title]:.3f} "
                         f"KL {scores['kl_from_dense']:.4f}"
                     )
+                elif "accuracy" in scores:
+                    shown.append(
+                        f"{title} accuracy {100 * scores['accuracy']:.2f} same answers {scores['top1_agreement']:.4f} "
+                        f"KL {scores['kl_from_dense']:.4f}"
+                    )
                 else:
                     spearman, cosine = 100 * scores["spearman"], scores["cosine_to_dense"]
                     shown.append(f"{title} Spearman {spearman:.2f} cosine {cosine:.4f}")
@@ -190,6 +207,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path)
     parser.add_argument("--models", type=Path)
+    parser.add_argument("--classifier", type=Path, help="folder that finetune_classifier.py wrote")
     parser.add_argument("--work-dir", type=Path, default=Path("build/quality"))
     parser.add_argument("--studies", nargs="+", default=["sentences", "masked", "causal"])
     parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS), metavar="ROW")
@@ -202,6 +220,7 @@ def main() -> None:
         "sentences": lambda: sentence_study(arguments.data),
         "masked": lambda: language_study(arguments.data, arguments.models, "minilm-l6-mlm", "masked-lm", 98, 256),
         "causal": lambda: language_study(arguments.data, arguments.models, "gpt2-mini", "causal-lm", 128, 200),
+        "classifier": lambda: classifier_study(arguments.data, arguments.classifier),
     }
     for name in arguments.studies:
         print_table(makers[name](), arguments.methods, arguments.work_dir)

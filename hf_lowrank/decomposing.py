@@ -66,7 +66,11 @@ class Decomposer:
     def __call__(self, matrix: Matrix) -> Truncations:
         """The decomposition of one matrix."""
         stored = self._stored(matrix)
-        return stored if stored.path.is_file() else self._decompose(matrix)
+        found: Truncations = stored if stored.path.is_file() else self._decompose(matrix)
+        if not self._solver.fits_each_rank or isinstance(matrix, JointMatrix):
+            return found
+        weight = matrix.weight.to(self.settings.device or matrix.weight.device)
+        return self._solver.fitted(found, weight, self._known(matrix, weight.device))
 
     def output_metric(self, matrix: DenseMatrix) -> Metric:
         """What the solver holds errors at the outputs of one matrix to cost; it is where the matrix is."""

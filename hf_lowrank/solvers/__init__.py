@@ -6,8 +6,9 @@ from typing import Protocol
 import torch
 
 from hf_lowrank.solvers.data_aware_svd import TwoSidedSVD, WeightedSVD, WhitenedSVD
+from hf_lowrank.solvers.element_weighted_svd import ElementWeightedSVD
 from hf_lowrank.solvers.metric import Metric
-from hf_lowrank.solvers.svd import SVD, Decomposition
+from hf_lowrank.solvers.svd import SVD, Decomposition, Truncations
 from hf_lowrank.statistics.moments import MatrixStatistics
 
 
@@ -16,12 +17,18 @@ class Solver(Protocol):
 
     Args:
         needs: Kinds of statistics it looks at; see `hf_lowrank.statistics.collection.KINDS`.
+        fits_each_rank: Whether a decomposition is only where each rank's own solution starts.
     """
 
     needs: frozenset[str]
+    fits_each_rank: bool
 
     def decompose(self, weight: torch.Tensor, statistics: MatrixStatistics | None = None) -> Decomposition:
         """Every truncation of a weight (O, I), best first in the solver's own measure of error."""
+        ...
+
+    def fitted(self, found: Truncations, weight: torch.Tensor, statistics: MatrixStatistics | None) -> Truncations:
+        """What the truncations of a weight come to when each is fitted at its own rank."""
         ...
 
     def metrics(self, statistics: MatrixStatistics | None) -> tuple[Metric, Metric]:
@@ -38,6 +45,7 @@ class Solver(Protocol):
 SOLVERS: dict[str, Solver] = {
     "svd": SVD(),
     "weighted_svd": WeightedSVD(),
+    "element_weighted_svd": ElementWeightedSVD(),
     "whitened_svd": WhitenedSVD(),
     "two_sided_svd": TwoSidedSVD(),
 }

@@ -6,7 +6,7 @@ from hf_lowrank.statistics.moments import MatrixStatistics
 
 # Measured on WikiText and sentence embeddings (examples/benchmark_quality.py): little is best for the inputs, which
 # many tokens describe; more for the gradients, which are noisier.
-_INPUT_SHRINKAGE = 0.01
+INPUT_SHRINKAGE = 0.01
 _OUTPUT_SHRINKAGE = 0.1
 _ROW_SHRINKAGE = 0.1
 
@@ -54,7 +54,7 @@ class WeightedSVD(MetricSVD):
         """Of the rows and of the columns of a weight."""
         side = _row_side(statistics)
         if statistics is not None and statistics.fisher is not None:
-            side = row_metric(statistics.fisher.sum(dim=1), _INPUT_SHRINKAGE)
+            side = row_metric(statistics.fisher.sum(dim=1), INPUT_SHRINKAGE)
         return side, identity()
 
 
@@ -67,4 +67,4 @@ def _row_side(statistics: MatrixStatistics | None) -> Metric:
 def _input_side(statistics: MatrixStatistics | None) -> Metric:
     if statistics is None or statistics.input_moment is None:
         return identity()
-    return moment_metric(statistics.input_moment, statistics.num_tokens, _INPUT_SHRINKAGE)
+    return moment_metric(statistics.input_moment, statistics.num_tokens, INPUT_SHRINKAGE)

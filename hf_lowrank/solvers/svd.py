@@ -51,7 +51,7 @@ class Decomposition:
 
     def factors(self, rank: int) -> Factors:
         """The balanced factors of the best approximation of that rank, in float32 or the weight's wider type."""
-        wide, half = _scaled(self.weight)
+        wide, half = scaled(self.weight)
         vectors = self.vectors[:, :rank]
         if wide.shape[0] <= wide.shape[1]:
             up = self.output_metric.unroot(vectors)  # L_G^-T U
@@ -64,7 +64,7 @@ class Decomposition:
 
 def decompose(weight: torch.Tensor, output_metric: Metric, input_metric: Metric) -> Decomposition:
     """Decompose a weight (O, I) in the given metrics; float64 inside, whatever its type."""
-    wide, half = _scaled(weight)
+    wide, half = scaled(weight)
     gram = _metric_gram(wide, output_metric, input_metric)
     values, vectors = torch.linalg.eigh(gram)
     return Decomposition(
@@ -80,6 +80,7 @@ class MetricSVD(ABC):
     """A truncated SVD in metrics that statistics give; see `Decomposition` for what it minimizes."""
 
     needs: frozenset[str] = frozenset()
+    fits_each_rank = False
 
     @abstractmethod
     def metrics(self, statistics: MatrixStatistics | None) -> tuple[Metric, Metric]:
@@ -88,6 +89,10 @@ class MetricSVD(ABC):
     def decompose(self, weight: torch.Tensor, statistics: MatrixStatistics | None = None) -> Decomposition:
         """Every truncation of `weight` (O, I)."""
         return decompose(weight, *self.metrics(statistics))
+
+    def fitted(self, found: Truncations, weight: torch.Tensor, statistics: MatrixStatistics | None) -> Truncations:
+        """Themselves: a truncated SVD is the best of its rank already."""
+        return found
 
     def decompose_jointly(
         self, weights: Sequence[torch.Tensor], statistics: Sequence[MatrixStatistics | None]
@@ -114,7 +119,7 @@ class SVD(MetricSVD):
         return identity(), identity()
 
 
-def _scaled(weight: torch.Tensor) -> tuple[torch.Tensor, int]:
+def scaled(weight: torch.Tensor) -> tuple[torch.Tensor, int]:
     """The weight in float32 or wider over `4**half`, which brings its largest entry near 1, and `half`.
 
     Squares of huge or tiny entries would leave the range. A power of two keeps every digit, and its root, which goes
