@@ -1,6 +1,7 @@
 """`evaluate` puts a model beside its dense one, as one JSON and one table; real models score what was published."""
 
 import argparse
+import copy
 import io
 import json
 import re
@@ -43,6 +44,40 @@ def test_dense_and_compressed_stand_side_by_side(pair):
     assert result.model.parameters == sum(p.numel() for p in small.parameters()) < result.dense.parameters
     assert result.dense.latency.speed_up == 1
     assert json.loads(json.dumps(result.to_dict()))["options"]["block_length"] == 16
+
+
+@pytest.mark.parametrize(("head", "task"), [("BertForMaskedLM", "masked-lm"), ("GPT2LMHeadModel", "causal-lm")])
+def test_a_compressed_table_is_scored_tied_and_with_the_dense_head(head, task):
+    dense = build(head)
+    name = "word_embeddings" if task == "masked-lm" else "wte"
+    small = compress(dense, rank=4, target_modules=[name])
+    before = {key: value.clone() for key, value in small.state_dict().items()}
+    options = {"tokenizer": encoder_tokenizer(), "block_length": 16, "cost": False}
+
+    result = evaluate(small, TEXTS, task, dense=dense, **options)
+
+    # The same by hand: the dense model with the table the look-up decodes to, its head left as it is.
+    by_hand = copy.deepcopy(dense)
+    by_hand.set_output_embeddings(copy.deepcopy(by_hand.get_output_embeddings()))
+    by_hand.get_input_embeddings().weight = nn.Parameter(small.get_input_embeddings().to_dense())
+    expected = evaluate(by_hand, TEXTS, task, **options).model.scores
+    assert result.untied.scores["perplexity"] == pytest.approx(expected["perplexity"], rel=1e-4)
+    assert result.untied.scores["perplexity"] != pytest.approx(result.model.scores["perplexity"], rel=1e-4)
+    assert result.untied.parameters == result.model.parameters + dense.get_input_embeddings().weight.numel()
+    assert [column.header for column in result.to_table().columns][1:] == ["dense", "compressed", "dense head"]
+    assert json.loads(json.dumps(result.to_dict()))["untied"]["scores"]["kl_from_dense"] >= 0
+    assert all(torch.equal(before[key], value) for key, value in small.state_dict().items())
+    assert type(small.get_output_embeddings()) is not nn.Linear
+
+
+def test_only_a_compressed_table_is_scored_with_the_dense_head(pair):
+    options = {"tokenizer": encoder_tokenizer(), "block_length": 16, "cost": False}
+
+    assert evaluate(pair[1], TEXTS, "masked-lm", **options).untied is None
+    assert (
+        evaluate(compress(pair[0], rank=4, embeddings="dense"), TEXTS, "masked-lm", dense=pair[0], **options).untied
+        is None
+    )
 
 
 def test_the_table_shows_every_score_once(pair):

@@ -1,5 +1,6 @@
 """`evaluate`: a compressed model's quality, size, speed and memory, beside the dense one's."""
 
+import copy
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -10,12 +11,14 @@ from transformers import PreTrainedModel
 from hf_lowrank.errors import InputError
 from hf_lowrank.evaluation import Latency, measure_latency, typical_length
 from hf_lowrank.progress import Progress, no_progress
+from hf_lowrank.remote_code.lowrank_structures import structure_name
+from hf_lowrank.targets import is_tied
 from hf_lowrank.tasks import make_task
 from hf_lowrank.tasks.base import Task
 from hf_lowrank.tasks.memory import peak_memory
 
 _SHAPE = (8, 128)
-_DENSE, _MODEL = "dense", "model"
+_DENSE, _MODEL, _UNTIED = "dense", "model", "untied"
 # Digits after the point in the table; four for all other scores.
 _DIGITS = {"scored_tokens": 0, "perplexity": 2}
 
@@ -48,6 +51,9 @@ class Evaluation:
         metric: The score that counts.
         batch_size: Of the forward pass that latency and memory are of.
         sequence_length: The same.
+        untied: The model with the dense one's head in place of its own, where a language model's embedding is
+            compressed and its head tied to it: what the compressed look-up alone costs. Its size has that head in it;
+            latency and memory are not measured.
     """
 
     task: str
@@ -58,6 +64,7 @@ class Evaluation:
     sequence_length: int
     model: Measurements
     dense: Measurements | None
+    untied: Measurements | None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON."""
@@ -65,10 +72,10 @@ class Evaluation:
 
     def to_table(self) -> Table:
         """Dense and compressed side by side; what the dense model has not, agreement with itself, stays blank."""
-        sides = [side for side in (self.dense, self.model) if side is not None]
+        sides = [side for side in (self.dense, self.model, self.untied) if side is not None]
         table = Table(box=None, pad_edge=False, header_style="bold")
         table.add_column(self.task, overflow="fold")
-        for name in ("dense", "compressed")[: len(sides)] if self.dense is not None else ("model",):
+        for name in ("dense", "compressed", "dense head")[: len(sides)] if self.dense is not None else ("model",):
             table.add_column(name, justify="right")
         for name in self.model.scores:
             table.add_row(name.replace("_", " "), *(_score(side.scores, name) for side in sides))
@@ -114,11 +121,14 @@ def evaluate(
     if dense is None and task.metric == "top1_agreement":
         raise InputError(f"Task {task.name} compares with the dense model, and there is none. Give dense=.")
     models = {_MODEL: model} if dense is None else {_DENSE: dense, _MODEL: model}
+    timed = dict(models)
+    if dense is not None and task.metric == "perplexity" and _is_tied_to_structure(model):
+        models[_UNTIED] = _with_head_of(dense, model)
     parts = {name: task.prepare(one) for name, one in models.items()}
     steps = task.steps(tokenizer, dataset, batch_size, parts[_MODEL])
     scores = task.compare(parts, steps, progress)
     shape = (_SHAPE[0], typical_length(model, _SHAPE[1]))
-    latency = measure_latency(models, *shape) if cost else {}
+    latency = measure_latency(timed, *shape) if cost else {}
     measured = {name: _measure(one, scores[name], latency.get(name), shape) for name, one in models.items()}
     return Evaluation(
         task=task.name,
@@ -129,7 +139,20 @@ def evaluate(
         sequence_length=shape[1],
         model=measured[_MODEL],
         dense=measured.get(_DENSE),
+        untied=measured.get(_UNTIED),
     )
+
+
+def _is_tied_to_structure(model: PreTrainedModel) -> bool:
+    return is_tied(model) and structure_name(model.get_input_embeddings()) is not None
+
+
+def _with_head_of(dense: PreTrainedModel, model: PreTrainedModel) -> Any:
+    """The model with the head of another; every tensor is shared with the two."""
+    tensors = {id(tensor): tensor for tensor in [*model.parameters(), *model.buffers()]}
+    mixed = copy.deepcopy(model, tensors)
+    mixed.set_output_embeddings(dense.get_output_embeddings())
+    return mixed
 
 
 def _measure(model: Any, scores: dict[str, float], latency: Latency | None, shape: tuple[int, int]) -> Measurements:
