@@ -30,6 +30,11 @@ class TwoSidedSVD(MetricSVD):
 
     `C = E[x x^T]` of the inputs and `G = E[g g^T]` of the gradients at the outputs: the Kronecker-factored curvature
     (KFAC-SVD, ICML 2026). With `G = I` this is `WhitenedSVD`.
+
+    A head keeps only the diagonal of its `G`, `E[p_v (1 - p_v)]` for token `v`. A table that is embedding and head at
+    once loses `sum_v f_v dE_v G dE_v^T + E[sum_v p_v (1 - p_v) dE_v h h^T dE_v^T]`, with `f` the tokens' frequencies
+    and `h` the head's inputs; of the products of one metric for rows and one for columns this takes the one with the
+    same row and column sums.
     """
 
     needs: frozenset[str] = frozenset({"input_moment", "output_moment", "row_weights"})
@@ -61,7 +66,12 @@ class WeightedSVD(MetricSVD):
 def _row_side(statistics: MatrixStatistics | None) -> Metric:
     if statistics is None or statistics.row_weights is None:
         return identity()
-    return row_metric(statistics.row_weights, _ROW_SHRINKAGE)
+    weights = statistics.row_weights
+    if statistics.head_weights is not None and statistics.input_moment is not None:
+        # Both sides of a tied table by their shares of the trace: the row and column sums of the whole curvature.
+        whole, head = statistics.input_moment.trace(), statistics.head_weights
+        weights = ((whole - head.sum()).clamp_min(0) * weights + head) / whole
+    return row_metric(weights, _ROW_SHRINKAGE)
 
 
 def _input_side(statistics: MatrixStatistics | None) -> Metric:

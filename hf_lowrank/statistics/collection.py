@@ -12,12 +12,12 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from hf_lowrank.blocks import frozen
-from hf_lowrank.outputs import Batch, real_tokens, run
+from hf_lowrank.outputs import Batch, real_tokens, run, speaking_places
 from hf_lowrank.progress import Progress, no_progress
 from hf_lowrank.statistics.moments import FORMAT, Statistics, make_metadata
 from hf_lowrank.statistics.panels import gram_panels
 from hf_lowrank.statistics.running_sums import RunningSums
-from hf_lowrank.targets import DenseMatrix
+from hf_lowrank.targets import DenseMatrix, is_tied
 
 # `input_moment` brings the mean of the inputs along.
 KINDS = ("input_moment", "output_moment", "fisher", "row_weights")
@@ -97,6 +97,7 @@ class _Collector:
         embedding: nn.Module = model.get_input_embeddings()
         hooks = [embedding.register_forward_hook(lambda module, inputs, out: out.requires_grad_(self.needs_gradients))]
         hooks += [matrix.module.register_forward_hook(self._hook(matrix)) for matrix in matrices]
+        hooks += self._head_hooks(model, matrices)
         try:
             with torch.set_grad_enabled(self.needs_gradients):
                 yield
@@ -107,7 +108,7 @@ class _Collector:
     def see(self, model: PreTrainedModel, batch: Batch, draws: torch.Generator) -> None:
         """Run one batch; labels for the gradients are drawn by `draws`."""
         placed = {name: value.to(model.device) for name, value in batch.items()}
-        self._real = real_tokens(placed)
+        self._real, self._speaking = real_tokens(placed), speaking_places(placed)
         self._input_ids = placed["input_ids"]
         self._last_input: tuple[str, torch.Tensor] | None = None
         said = run(model, placed)
@@ -125,13 +126,38 @@ class _Collector:
                 self._add_input(matrix.name, inputs[0])
             if not output.requires_grad:
                 return
-            if "output_moment" in self.kinds:
+            if "output_moment" in self.kinds and matrix.role != "head":
                 output.register_hook(lambda gradient: self._add_gradient(matrix, gradient))
             if "fisher" in self.kinds and matrix.role != "embedding":
                 hidden_states = inputs[0].detach()  # held until the gradient arrives
                 output.register_hook(lambda gradient: self._add_fisher(matrix.name, hidden_states, gradient))
 
         return hook
+
+    def _head_hooks(self, model: PreTrainedModel, matrices: Sequence[DenseMatrix]) -> list[Any]:
+        head: Any = model.get_output_embeddings()
+        role = "embedding" if is_tied(model) else "head"
+        table = next((matrix for matrix in matrices if matrix.role == role), None)
+        if head is None or table is None or "output_moment" not in self.kinds:
+            return []
+        return [head.register_forward_hook(lambda module, inputs, logits: self._add_head(table, inputs[0], logits))]
+
+    @torch.no_grad()
+    def _add_head(self, table: DenseMatrix, hidden_states: torch.Tensor, logits: torch.Tensor) -> None:
+        """The curvature of the cross-entropy at a head: `sum_v p_v (1 - p_v) dE_v h h^T dE_v^T` for each token.
+
+        A moment of outputs would have as many rows as the vocabulary; of `diag(p) - p p^T` the diagonal is kept.
+        """
+        for hidden, scores, counts in zip(
+            hidden_states, logits, self._speaking, strict=True
+        ):  # one sequence at a time
+            chances = scores[counts].float().softmax(dim=-1)  # (T, V)
+            weights, rows = chances * (1 - chances), hidden[counts].float()  # (T, V), (T, D)
+            if table.role == "head":
+                self.sums.add(f"row_weights/{table.name}", weights.sum(dim=0))
+                continue
+            self._add_moment(f"input_moment/{table.name}", rows * weights.sum(dim=1, keepdim=True).sqrt())
+            self.sums.add(f"head_weights/{table.name}", weights.T @ rows.square().sum(dim=1))
 
     def _count_rows(self, matrix: DenseMatrix) -> None:
         if "row_weights" in self.kinds:

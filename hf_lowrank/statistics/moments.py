@@ -12,7 +12,7 @@ from safetensors import safe_open
 from hf_lowrank.errors import InputError
 from hf_lowrank.statistics.panels import from_panels
 
-FORMAT = "hf_lowrank statistics 3"
+FORMAT = "hf_lowrank statistics 4"
 
 
 @dataclass(frozen=True)
@@ -23,10 +23,12 @@ class MatrixStatistics:
         num_tokens: How many tokens the averages are over.
         input_moment: `E[x x^T]` of its inputs, (I, I).
         input_mean: `E[x]` of its inputs, (I); there wherever `input_moment` is one of inputs. An embedding table's is
-            of gradients, and has none.
+            of gradients and, where a head is tied to it, of that head's inputs, and has none.
         output_moment: `E[g g^T]` of the gradients at its outputs, (O, O).
         fisher: `E[(dL/dW)^2]` per sample, (O, I).
-        row_weights: How often each row of an embedding table is used, as a fraction, (V).
+        row_weights: How often each row of an embedding table is used, as a fraction, (V); of an untied head, how much
+            the loss feels it, `E[p (1 - p)]` of its token's probability.
+        head_weights: What the rows of a tied table carry of `tr(input_moment)` as a head, `E[p (1 - p) ||h||^2]`, (V).
     """
 
     num_tokens: int
@@ -35,6 +37,7 @@ class MatrixStatistics:
     output_moment: torch.Tensor | None = None
     fisher: torch.Tensor | None = None
     row_weights: torch.Tensor | None = None
+    head_weights: torch.Tensor | None = None
 
     def to(self, device: torch.device) -> "MatrixStatistics":
         """The same on another device."""
@@ -75,6 +78,7 @@ class Statistics(Mapping[str, MatrixStatistics]):
                 output_moment=read.moment(f"output_moment/{name}"),
                 fisher=read.mean(f"fisher/{name}"),
                 row_weights=read.mean(f"row_weights/{name}"),
+                head_weights=read.mean(f"head_weights/{name}"),
             )
 
     def __iter__(self) -> Iterator[str]:
