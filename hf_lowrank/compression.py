@@ -202,8 +202,7 @@ def _replace_matrices_(
         for member, factors in zip(matrix.members, solved, strict=True):
             spec = _specs(plan)[member.name]
             structure = build_structure(member.module, spec, device="meta", shared=part)
-            bias: Any = getattr(member.module, "bias", None)
-            state = ENCODERS[spec["structure"]](factors, None if bias is None else bias.detach().clone(), dtype)
+            state = ENCODERS[spec["structure"]](factors, decomposer.bias(member, factors), dtype)
             _load_(structure, state, member.module)
             errors[member.name] = _relative_error(member.weight, structure)
             replace_(model, member.path, structure)

@@ -24,6 +24,7 @@ from hf_lowrank.progress import Progress
 from hf_lowrank.scratch import scratch_folder
 from hf_lowrank.settings import CompressionSettings
 from hf_lowrank.solvers import SOLVERS
+from hf_lowrank.solvers.factors import Factors
 from hf_lowrank.solvers.metric import Metric
 from hf_lowrank.solvers.stored import StoredDecomposition, store_decomposition
 from hf_lowrank.solvers.svd import Decomposition, Truncations
@@ -75,6 +76,22 @@ class Decomposer:
     def output_metric(self, matrix: DenseMatrix) -> Metric:
         """What the solver holds errors at the outputs of one matrix to cost; it is where the matrix is."""
         return self._solver.metrics(self._known(matrix, matrix.weight.device))[0]
+
+    def bias(self, matrix: DenseMatrix, factors: Factors) -> torch.Tensor | None:
+        """The bias that goes with the factors of a matrix: its own, or the one with the least error beside them.
+
+        `E||W x + b - W' x - b'||^2` is least, whatever `W'`, at `b' = b + (W - W') E[x]`.
+        """
+        own: Any = getattr(matrix.module, "bias", None)
+        if own is None:
+            return None
+        bias: torch.Tensor = own.detach().clone()
+        known = self._known(matrix, bias.device) if self.settings.bias_correction else None
+        if known is None or known.input_mean is None:
+            return bias
+        mean = known.input_mean
+        product = factors.up.to(mean) @ (factors.down.to(mean) @ mean)
+        return (bias + (matrix.weight.to(mean) @ mean - product)).to(bias.dtype)
 
     def joint(self, matrices: Sequence[DenseMatrix]) -> list[JointMatrix]:
         """Those that were seen to read the same input, together; none where the method looks at no inputs."""
@@ -185,7 +202,7 @@ class Decomposer:
 
     @cached_property
     def _statistics(self) -> Statistics | None:
-        kinds = self._solver.needs
+        kinds = self.settings.needs
         if not kinds:
             return None
         file = self._folder / f"statistics-{'-'.join(sorted(kinds))}-{self._identity}.safetensors"

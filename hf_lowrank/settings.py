@@ -55,6 +55,8 @@ class CompressionSettings:
         refine_passes: Passes over the text of a short training towards the dense model; see `refine_`. Default:
             2 where `anchored` is by default; else 0.
         refine_learning_rate: Of that training.
+        bias_correction: Add to each bias what its replaced weight loses on the mean input, so that the mean output on
+            the text is that of the dense layer.
         fast: A quarter of the text, ranks by prediction (`first_order`) instead of measurement, and no refinement.
         cache_dir: Folder where statistics, decompositions and measurements are kept, so that the same model and text
             are looked at once whatever the budget, and a killed run goes on where it was. Without it they are in the
@@ -87,6 +89,7 @@ class CompressionSettings:
     refine_block_passes: int = 0
     refine_passes: int | None = None
     refine_learning_rate: float = 1e-4
+    bias_correction: bool = False
     fast: bool = False
     cache_dir: str | None = None
 
@@ -142,10 +145,12 @@ class CompressionSettings:
     def looks_at_text(self) -> bool:
         """Whether the model has to be run: for statistics, to measure ranks, or to learn from it."""
         shares = self.rank is None and ALLOCATIONS[self.chosen_allocation].errors == "probes"
-        return (
-            bool(SOLVERS[self.method].needs or self.anchored or self.refine_block_passes or self.refine_passes)
-            or shares
-        )
+        return bool(self.needs or self.anchored or self.refine_block_passes or self.refine_passes) or shares
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """Kinds of statistics; see `hf_lowrank.statistics.collection.KINDS`."""
+        return SOLVERS[self.method].needs | ({"input_moment"} if self.bias_correction else set())
 
     @property
     def roles(self) -> set[str]:

@@ -117,6 +117,12 @@ def _add_text(parser: argparse.ArgumentParser) -> None:
         help="solve again, in the order of the model, on what the compressed model before each matrix gives",
     )
     text.add_argument(
+        "--bias-correction",
+        action="store_true",
+        default=None,
+        help="biases make up for what the replaced weights lose on the mean input",
+    )
+    text.add_argument(
         "--fast", action="store_true", default=None, help="a quarter of the text, predicted ranks, no training"
     )
     text.add_argument("--cache-dir", metavar="DIR", help="keep what was found, for other budgets or after a kill")
