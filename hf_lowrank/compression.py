@@ -35,7 +35,7 @@ from hf_lowrank.remote_code.lowrank_structures import (
 from hf_lowrank.remote_code.modeling_lowrank import compressed_model_class, dense_model_class
 from hf_lowrank.settings import CompressionSettings, make_settings
 from hf_lowrank.solvers.factors import Factors
-from hf_lowrank.solvers.storage import DECODERS, ENCODERS, StateDict
+from hf_lowrank.solvers.storage import DECODERS, ENCODERS, StateDict, sizes_beside_rank
 from hf_lowrank.targets import OUTPUT_EMBEDDINGS, JointMatrix, Matrix
 from hf_lowrank.version import __version__
 
@@ -201,8 +201,9 @@ def _replace_matrices_(
             part, solved = None, [decomposer(matrix).factors(spec["rank"])]
         for member, factors in zip(matrix.members, solved, strict=True):
             spec = _specs(plan)[member.name]
-            structure = build_structure(member.module, spec, device="meta", shared=part)
             state = ENCODERS[spec["structure"]](factors, decomposer.bias(member, factors), dtype)
+            spec |= sizes_beside_rank(state)
+            structure = build_structure(member.module, spec, device="meta", shared=part)
             _load_(structure, state, member.module)
             errors[member.name] = _relative_error(member.weight, structure)
             replace_(model, member.path, structure)

@@ -35,7 +35,7 @@ class CompressionSettings:
         allocation: How the budget is shared among the matrices; see `ALLOCATIONS`. Default: `measured` for a method
             that looks at text (`first_order` with `fast`), `energy` for one that does not.
         storage: Structure that holds a low-rank linear layer: `low_rank` (two factors) or `pivoted` (more rank in the
-            same size, which is better, but its outputs must be put in order, which on a CPU takes time).
+            same size, which is better; small matrices take a little longer). A head has two factors in any case.
         target_modules: Names, last parts of names, a regular expression or `"all-linear"`, as in PEFT. Default: the
             linear layers of the blocks, and for `keep_params` and `target_size` the embeddings too.
         exclude_modules: The same, taken away again.

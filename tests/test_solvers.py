@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from hf_lowrank.remote_code.lowrank_structures import STRUCTURES, build_structure
 from hf_lowrank.solvers import SOLVERS
 from hf_lowrank.solvers.factors import Factors, balanced
-from hf_lowrank.solvers.storage import ENCODERS
+from hf_lowrank.solvers.storage import ENCODERS, sizes_beside_rank
 
 SHAPES = [(12, 7), (7, 12), (9, 9), (1, 8), (8, 1), (1, 1), (40, 3), (5000, 6)]
 each_solver = pytest.mark.parametrize("name", SOLVERS)
@@ -201,10 +201,11 @@ def test_narrow_types_are_decomposed_in_a_wide_one(name, dtype):
 def test_its_factors_are_exactly_the_state_of_the_structure(name, structure):
     hosts = {"linear": torch.nn.Linear(6, 10, bias=False), "embedding": torch.nn.Embedding(10, 6)}
     host = hosts[STRUCTURES[structure].HOSTS].double()
-    built = build_structure(host, {"structure": structure, "rank": 3})
-
     factors = solve(name, host.weight.detach(), 3)
-    built.load_state_dict(ENCODERS[structure](factors, None, torch.float64), strict=True)
+    state = ENCODERS[structure](factors, None, torch.float64)
+
+    built = build_structure(host, {"structure": structure, "rank": 3, **sizes_beside_rank(state)})
+    built.load_state_dict(state, strict=True)
 
     assert torch.allclose(built.to_dense(), factors.product)
 

@@ -80,7 +80,7 @@ def _add_compress(commands: "argparse._SubParsersAction[_Parser]") -> None:
     )
     choice.add_argument("--method", help="how the factors are found; svd looks at no text (default: two_sided_svd)")
     choice.add_argument("--allocation", help="how the budget is shared (default: what suits the method)")
-    choice.add_argument("--storage", help="low_rank or pivoted: the structure that holds the factors")
+    choice.add_argument("--storage", help="low_rank (two factors) or pivoted (more rank in the same size)")
     names = "names, last parts of names, all-linear, or one regular expression"
     choice.add_argument("--target-modules", metavar="NAME", nargs="+", action="extend", help=names)
     choice.add_argument("--exclude-modules", metavar="NAME", nargs="+", action="extend", help="the same, taken away")

@@ -31,7 +31,7 @@ def _add_analyze(commands: Commands) -> None:
     _fractions(budget, "--keep-params", "of the whole model's parameters that stay")
     parser.add_argument("--method", help="how the factors are found; svd looks at no text (default: two_sided_svd)")
     parser.add_argument("--allocation", help="how the budget is shared (default: what suits the method)")
-    parser.add_argument("--storage", help="low_rank or pivoted: the structure that holds the factors")
+    parser.add_argument("--storage", help="low_rank (two factors) or pivoted (more rank in the same size)")
     parser.add_argument("--cache-dir", metavar="DIR", help="keep statistics and measurements, and use those there")
     parser.add_argument("--latency", action="store_true", help="time layers of each shape, and predict from that")
     _add_calibration(parser)

@@ -95,7 +95,6 @@ def make_plan(
         spent = sum(_cost(m, fixed_specs[m.name], account.price) for m in fixed)
         chosen = _ranks_for_budget(free, account, spent, settings, source)
     replaced: list[Matrix] = sorted([*chosen, *fixed], key=lambda matrix: candidates.index(matrix.members[0]))
-    structures = _structures(settings)
     modules, shared = dict(fixed_specs), {}
     for matrix, rank in chosen.items():
         if isinstance(matrix, JointMatrix):
@@ -103,7 +102,7 @@ def make_plan(
             for member in matrix.members:
                 modules[member.name] = {"structure": "joint_low_rank", "shared": matrix.name}
         else:
-            modules[matrix.name] = {"structure": structures[matrix.kind], "rank": rank}
+            modules[matrix.name] = {"structure": _structure(matrix, settings), "rank": rank}
     modules = {matrix.name: modules[matrix.name] for matrix in candidates if matrix.name in modules}
     kept = {m.name: [list(m.shape), m.role, _why_dense(m, settings)] for m in free if m.name not in modules}
     return _as_plan(modules, shared, kept), replaced
@@ -173,11 +172,10 @@ def _curves(
     matrices: Sequence[Matrix],
     errors: dict[str, FloatArray] | None = None,
 ) -> list[Curve]:
-    structures = _structures(settings)
     return [
         make_curve(
             matrix,
-            "low_rank" if isinstance(matrix, JointMatrix) else structures[matrix.kind],
+            "low_rank" if isinstance(matrix, JointMatrix) else _structure(matrix, settings),
             price,
             None if errors is None else errors[matrix.name],
         )
@@ -197,9 +195,14 @@ def _damage(source: ErrorSource, ranks: Ranks) -> float:
     return source.damage(list(ranks), {matrix.name: rank for matrix, rank in ranks.items()})
 
 
-def _structures(settings: CompressionSettings) -> dict[str, str]:
-    """Kind of matrix -> structure that holds a low-rank one."""
-    return {"linear": settings.storage, "embedding": "low_rank_embedding"}
+def _structure(matrix: DenseMatrix, settings: CompressionSettings) -> str:
+    """The structure that holds `matrix` at low rank.
+
+    A head has two factors in any case: new tokens are added at its end, and pivots save less than 1 % of so tall one.
+    """
+    if matrix.kind == "embedding":
+        return "low_rank_embedding"
+    return "low_rank" if matrix.role == "head" else settings.storage
 
 
 def _out_of_reach(settings: CompressionSettings, account: Account, least: float) -> str:
@@ -219,19 +222,17 @@ def _ranks_for_rank(matrices: Sequence[DenseMatrix], rank: int, settings: Compre
     """The same rank everywhere; a matrix that would not gain stays dense."""
     for matrix in matrices:
         _check_rank(matrix, rank)
-    structures = _structures(settings)
-    sizes = {m: _num_weights(m, {"structure": structures[m.kind], "rank": rank}) for m in matrices}
+    sizes = {m: _num_weights(m, {"structure": _structure(m, settings), "rank": rank}) for m in matrices}
     return {matrix: rank for matrix in matrices if sizes[matrix] <= most_useful_weights(matrix)}
 
 
 def _specs_for_pattern(matrices: Sequence[DenseMatrix], settings: CompressionSettings) -> dict[str, Spec]:
     """Specs of the matrices whose rank is given by name; a later key wins over an earlier one."""
-    structures = _structures(settings)
     specs: dict[str, Spec] = {}
     for pattern, rank in settings.rank_pattern.items():
         for matrix in matching(matrices, [pattern], "rank_pattern"):
             _check_rank(matrix, rank)
-            specs[matrix.name] = {"structure": structures[matrix.kind], "rank": rank}
+            specs[matrix.name] = {"structure": _structure(matrix, settings), "rank": rank}
     return specs
 
 

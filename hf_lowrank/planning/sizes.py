@@ -16,8 +16,10 @@ _HEADER_BYTES = 90
 _PLAN_BYTES = 150
 # Padding of the safetensors header, generation_config.json, the auto_map.
 _OTHER_BYTES = 4000
-# The place of one row of a pivoted matrix.
-_ORDER_BYTES = 8
+# What a pivoted matrix has beside its weights: a second bias, and where its moved outputs come from and go to. Seldom
+# more than 32 move.
+_EXTRA_TENSORS = 3
+_MOVED_BYTES = 2 * 8 * 32
 
 
 def parameter_bytes(model: nn.Module) -> int:
@@ -34,5 +36,6 @@ def overhead_bytes(model: PreTrainedModel, matrices: Sequence[DenseMatrix], stor
     replaced = len(matrices) * (2 * (longest + _HEADER_BYTES) + 2 * longest + _PLAN_BYTES)
     buffers = sum(b.numel() * b.element_size() for b in model.buffers())
     if storage == "pivoted":
-        buffers += sum(_ORDER_BYTES * matrix.shape[0] for matrix in matrices if matrix.kind == "linear")
+        extra = _MOVED_BYTES + _EXTRA_TENSORS * (longest + _HEADER_BYTES)
+        buffers += extra * sum(matrix.kind == "linear" for matrix in matrices)
     return code + config + header + replaced + buffers + _OTHER_BYTES

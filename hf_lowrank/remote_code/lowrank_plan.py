@@ -43,7 +43,8 @@ def validate_plan(plan: Plan, structures: dict[str, Any], shared_parts: dict[str
     """Check the form of a plan; whether its names and sizes fit a model is seen when it is installed.
 
     Args:
-        structures: Name of each known structure with its class, whose `SIZES` are the fields a spec must have.
+        structures: Name of each known structure with its class, whose `SIZES` are the fields a spec must have and
+            whose `OPTIONAL_SIZES` those it may have.
         shared_parts: The same for what structures can share.
 
     Raises:
@@ -78,8 +79,9 @@ def _validate_spec(name: str, spec: Spec, structures: dict[str, Any]) -> None:
         found = spec.get("structure") if isinstance(spec, dict) else spec
         raise PlanError(f"{name}: structure must be one of {', '.join(sorted(structures))}, got {found!r}.")
     sizes = sizes_of(spec)
-    expected = set(structures[spec["structure"]].SIZES)
-    if set(sizes) != expected:
+    structure = structures[spec["structure"]]
+    expected = set(structure.SIZES)
+    if set(sizes) - set(getattr(structure, "OPTIONAL_SIZES", ())) != expected:
         raise PlanError(
             f"{name}: {spec['structure']} needs exactly the sizes {', '.join(sorted(expected)) or 'none'}, "
             f"got {', '.join(sorted(sizes)) or 'none'}."

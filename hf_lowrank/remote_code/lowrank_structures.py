@@ -2,6 +2,7 @@
 
 A structure is a module class with
     SIZES                          names of the whole numbers its spec holds
+    OPTIONAL_SIZES                 names of those it holds where they are not the usual ones, if there are any
     HOSTS                          "linear" or "embedding": what it can replace
     like(dense, device, **sizes)   an instance of the shape and dtype of a dense module, its numbers still to come
     multiply_adds()                for one token
