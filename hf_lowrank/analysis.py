@@ -95,6 +95,7 @@ class _KnownErrors:
         self.joint = decomposer.joint
         self.predicted = decomposer.predicted
         self.errors = decomposer.errors
+        self.sizes = decomposer.sizes
 
     def damage(self, matrices: Sequence[Matrix], ranks: dict[str, int]) -> float:
         """See `ErrorSource`."""

@@ -152,7 +152,7 @@ def decompress(model: PreTrainedModel) -> Any:
     host_class = dense_model_class(type(model))
     config = copy.deepcopy(model.config)
     config.__class__ = dense_config_class(type(model.config))
-    for ours in ("compression", "auto_map"):
+    for ours in ("compression", "materialize", "auto_map"):
         config.__dict__.pop(ours, None)
     with torch.device("meta"):
         skeleton = host_class(config)
@@ -195,10 +195,10 @@ def _replace_matrices_(
             parent, _, leaf = matrix.path.rpartition(".")
             model.get_submodule(parent).add_module(leaf, part.train(model.training))
             parts = factors.up.split([member.shape[0] for member in matrix.members])
-            solved = [Factors(up, factors.down) for up in parts]
+            solved: list[Any] = [Factors(up, factors.down) for up in parts]
         else:
             spec = _specs(plan)[matrix.name]
-            part, solved = None, [decomposer(matrix).factors(spec["rank"])]
+            part, solved = None, [decomposer.solution(matrix, spec)]
         for member, factors in zip(matrix.members, solved, strict=True):
             spec = _specs(plan)[member.name]
             state = ENCODERS[spec["structure"]](factors, decomposer.bias(member, factors), dtype)

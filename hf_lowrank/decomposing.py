@@ -8,6 +8,7 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from filelock import FileLock
 from transformers import PreTrainedModel
@@ -21,15 +22,20 @@ from hf_lowrank.planning.plans import candidate_matrices
 from hf_lowrank.planning.prices import FloatArray
 from hf_lowrank.planning.probes import Changes, Probe
 from hf_lowrank.progress import Progress
+from hf_lowrank.remote_code.lowrank_banded import bands_of
+from hf_lowrank.remote_code.lowrank_plan import Spec, sizes_of
 from hf_lowrank.scratch import scratch_folder
 from hf_lowrank.settings import CompressionSettings
 from hf_lowrank.solvers import SOLVERS
-from hf_lowrank.solvers.factors import Factors
+from hf_lowrank.solvers.autoencoder import BandedTable
+from hf_lowrank.solvers.factors import BandedSolution, Factors
 from hf_lowrank.solvers.metric import Metric
 from hf_lowrank.solvers.stored import StoredDecomposition, store_decomposition
 from hf_lowrank.solvers.svd import Decomposition, Truncations
+from hf_lowrank.solvers.token_tables import make_table
 from hf_lowrank.statistics.collection import collect_statistics
 from hf_lowrank.statistics.moments import MatrixStatistics, Statistics
+from hf_lowrank.statistics.token_counts import count_tokens
 from hf_lowrank.targets import DenseMatrix, JointMatrix, Matrix, joint_matrices
 from hf_lowrank.version import __version__
 
@@ -63,6 +69,7 @@ class Decomposer:
         self.progress = progress
         self._solver = SOLVERS[settings.method]
         self._measures = ALLOCATIONS[settings.chosen_allocation].errors == "probes"
+        self._tables: dict[str, BandedTable] = {}
 
     def __call__(self, matrix: Matrix) -> Truncations:
         """The decomposition of one matrix."""
@@ -72,6 +79,22 @@ class Decomposer:
             return found
         weight = matrix.weight.to(self.settings.device or matrix.weight.device)
         return self._solver.fitted(found, weight, self._known(matrix, weight.device))
+
+    def sizes(self, matrix: Matrix, rank: int) -> dict[str, int]:
+        """What a spec says of a matrix of that rank; for an autoencoder, the best sizes that cost as much."""
+        if not self.autoencodes(matrix):
+            return {"rank": rank}
+        return self._table(matrix).sizes(rank, (self.settings.torch_dtype or self._model.dtype).itemsize)
+
+    def solution(self, matrix: Matrix, spec: Spec) -> Factors | BandedSolution:
+        """The numbers of a structure of those sizes; see `ENCODERS`."""
+        if self.autoencodes(matrix):
+            return self._table(matrix).solve(bands_of(*matrix.shape, sizes_of(spec)))
+        return self(matrix).factors(spec["rank"])
+
+    def autoencodes(self, matrix: Matrix) -> bool:
+        """Whether codes and a decoder take the place of a matrix."""
+        return self.settings.embeddings == "autoencoder" and matrix.role in ("embedding", "head")
 
     def output_metric(self, matrix: DenseMatrix) -> Metric:
         """What the solver holds errors at the outputs of one matrix to cost; it is where the matrix is."""
@@ -113,7 +136,16 @@ class Decomposer:
 
     def _spectra(self, matrices: Sequence[Matrix]) -> dict[str, FloatArray]:
         self._store(matrices)
-        return {matrix.name: self._stored(matrix).singular_values.numpy() for matrix in matrices}
+        return {matrix.name: self._singular_values(matrix) for matrix in matrices}
+
+    def _singular_values(self, matrix: Matrix) -> FloatArray:
+        """In the solver's metric; those of an autoencoder are such that what they leave out is its error."""
+        values: FloatArray = self._stored(matrix).singular_values.numpy()
+        if not self.autoencodes(matrix):
+            return values
+        left = np.sum(values**2) * self._table(matrix).errors
+        saved = np.append(np.sum(values**2), left[:-1]) - left
+        return np.sqrt(np.maximum(saved, 0.0))
 
     def damage(self, matrices: Sequence[Matrix], ranks: dict[str, int]) -> float:
         """What the whole model loses at these ranks; matrices without one stay dense."""
@@ -166,8 +198,17 @@ class Decomposer:
         }
 
     def _approximation(self, matrix: Matrix, rank: int, rows: slice) -> torch.Tensor:
+        if self.autoencodes(matrix):
+            return self._table(matrix).at_rank(rank).product[rows]
         factors = self(matrix).factors(rank)
         return factors.up[rows] @ factors.down
+
+    def _table(self, matrix: Matrix) -> BandedTable:
+        if matrix.name not in self._tables:
+            weight = matrix.weight.to(self.settings.device or matrix.weight.device)
+            known = self._known(matrix.members[0], weight.device)
+            self._tables[matrix.name] = make_table(weight, known, self._token_counts)
+        return self._tables[matrix.name]
 
     def _measure(self, matrix: Matrix) -> None:
         if matrix.name in self._measured:
@@ -192,6 +233,20 @@ class Decomposer:
         return candidate_matrices(self._model, self.settings)
 
     @cached_property
+    def _token_counts(self) -> torch.Tensor | None:
+        """How often tokens occur in the whole text; None where there is none, or no tokenizer."""
+        embedding: Any = self._model.get_input_embeddings()
+        vocab_size = embedding.num_embeddings
+        return count_tokens(self._source, self._tokenizer, vocab_size, self.settings.text_column, self.settings.seed)
+
+    @property
+    def _watched(self) -> list[DenseMatrix]:
+        """Those that statistics are wanted of."""
+        if self._solver.needs or self.settings.bias_correction:
+            return self._matrices
+        return [matrix for matrix in self._matrices if self.autoencodes(matrix)]
+
+    @cached_property
     def calibration(self) -> Calibration:
         """The text the model is watched on."""
         return make_calibration(self._model, self._source, self._tokenizer, self.settings)
@@ -211,7 +266,7 @@ class Decomposer:
                 return Statistics.load(file)
             return collect_statistics(
                 self._model,
-                self._matrices,
+                self._watched,
                 self.calibration.batches,
                 kinds,
                 path=file,

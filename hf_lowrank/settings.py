@@ -10,9 +10,10 @@ from hf_lowrank.planning.allocation import ALLOCATIONS
 from hf_lowrank.planning.budgets import Budget, make_budget
 from hf_lowrank.remote_code.lowrank_plan import closest_name
 from hf_lowrank.solvers import SOLVERS
+from hf_lowrank.solvers.token_tables import TABLE_NEEDS
 from hf_lowrank.targets import Patterns
 
-EMBEDDINGS = ("low_rank", "dense")
+EMBEDDINGS = ("low_rank", "autoencoder", "dense")
 STORAGES = ("low_rank", "pivoted")
 _REFINE_PASSES = 2
 _FAST_SHARE = 4
@@ -39,7 +40,8 @@ class CompressionSettings:
         target_modules: Names, last parts of names, a regular expression or `"all-linear"`, as in PEFT. Default: the
             linear layers of the blocks, and for `keep_params` and `target_size` the embeddings too.
         exclude_modules: The same, taken away again.
-        embeddings: `"low_rank"` or `"dense"`, overriding the default for the token embedding and the untied head.
+        embeddings: `"low_rank"`, `"autoencoder"` (longer codes for frequent tokens; see `AutoencoderEmbedding`) or
+            `"dense"`, overriding the default for the token embedding and the untied head.
         dtype: Type of the compressed model's weights, such as `"bfloat16"`; None keeps the model's.
         device: Where to decompose; None is where the weights are.
         num_calibration_samples: Sequences of text to look at.
@@ -150,7 +152,8 @@ class CompressionSettings:
     @property
     def needs(self) -> frozenset[str]:
         """Kinds of statistics; see `hf_lowrank.statistics.collection.KINDS`."""
-        return SOLVERS[self.method].needs | ({"input_moment"} if self.bias_correction else set())
+        for_tables = TABLE_NEEDS if self.embeddings == "autoencoder" else frozenset()
+        return SOLVERS[self.method].needs | for_tables | ({"input_moment"} if self.bias_correction else set())
 
     @property
     def roles(self) -> set[str]:

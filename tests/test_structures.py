@@ -273,7 +273,10 @@ def test_a_tied_head_of_shared_parameters_is_the_dense_tied_head(name):
     table = drawn(name, dtype=torch.float64)
     host = nn.Linear(table.embedding_dim, table.num_embeddings, bias=False, dtype=torch.float64)
     head = build_structure(host, {"structure": table.TIED_HEAD, **table.tied_head_sizes})
-    state = {ours: table.get_parameter(theirs) for ours, theirs in table.TIED_PARAMETERS.items()}
+    state = {ours: table.state_dict()[theirs] for ours, theirs in table.TIED_PARAMETERS.items()}
+
+    if hasattr(head, "follow_"):
+        head.follow_(table)
 
     head.load_state_dict(state, strict=True)
 

@@ -85,7 +85,8 @@ def _add_compress(commands: "argparse._SubParsersAction[_Parser]") -> None:
     choice.add_argument("--target-modules", metavar="NAME", nargs="+", action="extend", help=names)
     choice.add_argument("--exclude-modules", metavar="NAME", nargs="+", action="extend", help="the same, taken away")
     choice.add_argument(
-        "--embeddings", help="low_rank or dense; default: low_rank where the budget is the whole model's"
+        "--embeddings",
+        help="low_rank, autoencoder or dense; default: low_rank where the budget is the whole model's",
     )
     choice.add_argument("--dtype", help="type to store the weights in, such as bfloat16 (default: as they are)")
     choice.add_argument("--device", help="where to decompose, such as cuda (default: cpu)")

@@ -53,6 +53,10 @@ class ErrorSource(Protocol):
         """Loss of each matrix at rank 1, 2, ..., as the allocation wants it."""
         ...
 
+    def sizes(self, matrix: Matrix, rank: int) -> dict[str, int]:
+        """What a spec says of a matrix of that rank."""
+        ...
+
     def damage(self, matrices: Sequence[Matrix], ranks: dict[str, int]) -> float:
         """What the whole model loses at these ranks; matrices without one stay dense."""
         ...
@@ -103,6 +107,10 @@ def make_plan(
                 modules[member.name] = {"structure": "joint_low_rank", "shared": matrix.name}
         else:
             modules[matrix.name] = {"structure": _structure(matrix, settings), "rank": rank}
+    for matrix in replaced:
+        if matrix.name in modules:
+            spec = modules[matrix.name]
+            modules[matrix.name] = {"structure": spec["structure"], **source.sizes(matrix, spec["rank"])}
     modules = {matrix.name: modules[matrix.name] for matrix in candidates if matrix.name in modules}
     kept = {m.name: [list(m.shape), m.role, _why_dense(m, settings)] for m in free if m.name not in modules}
     return _as_plan(modules, shared, kept), replaced
@@ -196,10 +204,13 @@ def _damage(source: ErrorSource, ranks: Ranks) -> float:
 
 
 def _structure(matrix: DenseMatrix, settings: CompressionSettings) -> str:
-    """The structure that holds `matrix` at low rank.
+    """The structure that takes the place of `matrix`.
 
-    A head has two factors in any case: new tokens are added at its end, and pivots save less than 1 % of so tall one.
+    A low-rank head has two factors in any case: new tokens are added at its end, and pivots save less than 1 % of so
+    tall one.
     """
+    if matrix.role != "block" and settings.embeddings == "autoencoder":
+        return "autoencoder_embedding" if matrix.role == "embedding" else "autoencoder_head"
     if matrix.kind == "embedding":
         return "low_rank_embedding"
     return "low_rank" if matrix.role == "head" else settings.storage

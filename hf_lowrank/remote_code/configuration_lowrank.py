@@ -25,9 +25,12 @@ class LowRankConfigMixin:
 
     Args:
         compression: The plan (see `lowrank_plan`); None or no modules means nothing is compressed.
+        materialize: Whether structures that can decode their weight do so `"each_forward"` (least memory) or `"once"`
+            (as fast as dense); `from_pretrained(..., materialize="once")` sets it. See `Materializing`.
     """
 
     compression: dict[str, Any] | None = None
+    materialize: str = "each_forward"
 
     @property
     def plan(self) -> Plan:
@@ -47,14 +50,15 @@ def as_stock(config: Any) -> Iterator[None]:
     Some hosts make their base by `AutoModel.from_config(config)`, which must find the stock class, and keeps a copy.
     """
     config_class, fields = type(config), dict(vars(config))
-    for name in ("compression", "auto_map"):
+    ours = ("compression", "materialize", "auto_map")
+    for name in ours:
         vars(config).pop(name, None)
     config.__class__ = dense_config_class(config_class)
     try:
         yield
     finally:
         config.__class__ = config_class
-        vars(config).update({name: fields[name] for name in ("compression", "auto_map") if name in fields})
+        vars(config).update({name: fields[name] for name in ours if name in fields})
 
 
 def compressed_config_class(host: type[PreTrainedConfig]) -> type:

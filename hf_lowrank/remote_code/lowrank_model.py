@@ -9,6 +9,7 @@ from torch import nn
 from transformers.models.auto import modeling_auto
 
 from .configuration_lowrank import PREFIX, LowRankConfigMixin, as_stock, dense_config_class
+from .lowrank_materialize import set_materialize_
 from .lowrank_structures import (
     install_plan_,
     module_name,
@@ -49,6 +50,7 @@ class LowRankMixin:
         with as_stock(config):
             super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]  # the host's
         install_plan_(self, config.plan)
+        set_materialize_(self, config.materialize)
         if (guard := _guard_name(config.plan)) is not None:
             ignored = self._keys_to_ignore_on_load_unexpected or []
             self._keys_to_ignore_on_load_unexpected = [*ignored, rf"(^|\.){re.escape(guard)}$"]
@@ -109,11 +111,34 @@ class LowRankMixin:
             head.resize_(num_tokens)
         elif head is not None:
             self.set_output_embeddings(self._get_resized_lm_head(head, num_tokens, mean_resizing=mean_resizing))
+        _resize_tied_bias_(self)
+        _record_sizes_(self)
         self.config.get_text_config().vocab_size = num_tokens
         self.vocab_size = num_tokens
         self.tie_weights()
         _refresh_second_bias_(self)
         return self.get_input_embeddings()
+
+
+def _resize_tied_bias_(model: Any) -> None:
+    """Give the parameter that a compressed head's bias is tied to what that has become."""
+    head = model.get_output_embeddings()
+    if head is None or not structure_name(head):
+        return
+    source = (model._tied_weights_keys or {}).get(f"{module_name(model, head)}.{head.BIAS}")
+    if source is not None:
+        parent, _, leaf = source.rpartition(".")
+        setattr(model.get_submodule(parent), leaf, head.get_parameter(head.BIAS))
+
+
+def _record_sizes_(model: Any) -> None:
+    """Bring the plan up to date where resizing changed more than the number of tokens."""
+    plan, embedding, head = model.config.plan, model.get_input_embeddings(), model.get_output_embeddings()
+    name = module_name(model.base_model, embedding)
+    if name in plan["modules"]:
+        plan["modules"][name] |= getattr(embedding, "sizes", {})
+    if plan.get("output_embeddings") is not None:
+        plan["output_embeddings"] |= getattr(head, "sizes", {})
 
 
 def _refresh_second_bias_(model: Any) -> None:

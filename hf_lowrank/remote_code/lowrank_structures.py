@@ -11,7 +11,8 @@ A structure is a module class with
 One that holds any matrix of a given rank by itself also counts its numbers without the bias,
 `num_weights(O, I, rank=R)`. A linear one also gives the bias it stands for (`dense_bias`). An embedding names the
 linear structure of a head tied to it (`TIED_HEAD`, `tied_head_sizes`) and which of the head's parameters are which of
-its own (`TIED_PARAMETERS`); that structure names where its bias lives (`BIAS`). What stands at a token embedding or a
+its own (`TIED_PARAMETERS`); that structure names where its bias lives (`BIAS`), and may take more than parameters from
+the table (`follow_`). What stands at a token embedding or a
 head can be resized (`resize_`).
 
 A structure may need a part that it shares with others, of the class it names (`SHARES`): its `like` then takes
@@ -26,6 +27,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from .lowrank_autoencoder import AutoencoderEmbedding, AutoencoderHead
 from .lowrank_dense import dense_kind
 from .lowrank_joint import JointLinear, SharedDown
 from .lowrank_linear import LowRankEmbedding, LowRankLinear
@@ -37,6 +39,8 @@ STRUCTURES: dict[str, Any] = {
     "low_rank_embedding": LowRankEmbedding,
     "pivoted": PivotedLinear,
     "joint_low_rank": JointLinear,
+    "autoencoder_embedding": AutoencoderEmbedding,
+    "autoencoder_head": AutoencoderHead,
 }
 
 SHARED_PARTS: dict[str, Any] = {
@@ -171,6 +175,9 @@ def _install_head_(model: Any, plan: Plan) -> None:
     if is_tied and structure_name(embedding):
         spec = {"structure": embedding.TIED_HEAD, **embedding.tied_head_sizes}
         _install_(model, head_name, spec)
+        head = model.get_submodule(head_name)
+        if hasattr(head, "follow_"):
+            head.follow_(embedding)
     elif not is_tied and plan.get("output_embeddings") is not None:
         _install_(model, head_name, plan["output_embeddings"])
     else:

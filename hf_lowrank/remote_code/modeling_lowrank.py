@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 # Older releases of transformers copy only the files that this one names, not those that these import.
 from .configuration_lowrank import PREFIX, compressed_config_class
+from .lowrank_autoencoder import AutoencoderEmbedding as AutoencoderEmbedding
 from .lowrank_dense import dense_shape as dense_shape
 from .lowrank_joint import JointLinear as JointLinear
 from .lowrank_linear import LowRankEmbedding as LowRankEmbedding

@@ -23,6 +23,29 @@ class Factors:
         return self.up @ self.down
 
 
+@dataclass(frozen=True)
+class BandedSolution:
+    """Numbers of a `BandedAutoencoder`.
+
+    Args:
+        codes: Of each band, (V_k, R_k), its rows in the order of `order`.
+        bases: Of each band, (R_k, D).
+        offset: (K, D).
+        order: Row of the table that is at each place, (V).
+    """
+
+    codes: tuple[torch.Tensor, ...]
+    bases: tuple[torch.Tensor, ...]
+    offset: torch.Tensor
+    order: torch.Tensor
+
+    @property
+    def product(self) -> torch.Tensor:
+        """The table itself, (V, D)."""
+        rows = [codes @ basis + mean for codes, basis, mean in zip(self.codes, self.bases, self.offset, strict=True)]
+        return torch.empty_like(torch.cat(rows)).index_copy(0, self.order, torch.cat(rows))
+
+
 def balanced(up: torch.Tensor, down: torch.Tensor) -> Factors:
     """The same product with column `k` of `up` and row `k` of `down` of equal length.
 

@@ -5,7 +5,8 @@ from typing import Any
 
 import torch
 
-from hf_lowrank.solvers.factors import Factors
+from hf_lowrank.remote_code.lowrank_banded import no_order
+from hf_lowrank.solvers.factors import BandedSolution, Factors
 
 StateDict = dict[str, torch.Tensor]
 
@@ -64,11 +65,22 @@ def encode_pivoted(factors: Factors, bias: torch.Tensor | None, dtype: torch.dty
     return state
 
 
-ENCODERS: dict[str, Callable[[Factors, torch.Tensor | None, torch.dtype], StateDict]] = {
+def encode_banded(solution: BandedSolution, bias: torch.Tensor | None, dtype: torch.dtype) -> StateDict:
+    """State of an `AutoencoderEmbedding` or an `AutoencoderHead`."""
+    places = no_order(len(solution.order), solution.order.device)
+    state = {f"codes.{index}.weight": codes.to(dtype) for index, codes in enumerate(solution.codes)}
+    state |= {"basis": torch.cat(solution.bases).to(dtype), "offset": solution.offset.to(dtype)}
+    state["place"] = torch.empty_like(places).index_copy(0, solution.order, places)
+    return state if bias is None else {**state, "bias": bias.to(dtype)}
+
+
+ENCODERS: dict[str, Callable[[Any, torch.Tensor | None, torch.dtype], StateDict]] = {
     "low_rank": encode_pair,
     "low_rank_embedding": encode_embedding,
     "pivoted": encode_pivoted,
     "joint_low_rank": encode_member,
+    "autoencoder_embedding": encode_banded,
+    "autoencoder_head": encode_banded,
 }
 
 
