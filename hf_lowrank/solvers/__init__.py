@@ -8,6 +8,7 @@ import torch
 from hf_lowrank.solvers.data_aware_svd import TwoSidedSVD, WeightedSVD, WhitenedSVD
 from hf_lowrank.solvers.element_weighted_svd import ElementWeightedSVD
 from hf_lowrank.solvers.metric import Metric
+from hf_lowrank.solvers.sparsity_aware_svd import ImportanceAwareSVD, SparsityAwareSVD
 from hf_lowrank.solvers.svd import SVD, Decomposition, Truncations
 from hf_lowrank.statistics.moments import MatrixStatistics
 
@@ -48,4 +49,6 @@ SOLVERS: dict[str, Solver] = {
     "element_weighted_svd": ElementWeightedSVD(),
     "whitened_svd": WhitenedSVD(),
     "two_sided_svd": TwoSidedSVD(),
+    "sparsity_aware_svd": SparsityAwareSVD(),
+    "importance_aware_svd": ImportanceAwareSVD(),
 }
