@@ -36,6 +36,11 @@ if TYPE_CHECKING:
     from hf_lowrank.tasks.evaluation import Evaluation as Evaluation
     from hf_lowrank.tasks.evaluation import evaluate as evaluate
     from hf_lowrank.training.distillation import DistillationTrainer as DistillationTrainer
+    from hf_lowrank.training.mixed_rank import MixedRank as MixedRank
+    from hf_lowrank.training.mixed_rank import MixedRankCallback as MixedRankCallback
+    from hf_lowrank.training.pruning import FirstOrderPruningCallback as FirstOrderPruningCallback
+    from hf_lowrank.training.rank_schedule import RankScheduleCallback as RankScheduleCallback
+    from hf_lowrank.training.rank_schedule import StableRankPenaltyCallback as StableRankPenaltyCallback
     from hf_lowrank.training.recovery import recover as recover
 
 # public name -> module that defines it; imported when first asked for
@@ -55,6 +60,11 @@ _HOMES = {
     "decompress": "hf_lowrank.compression",
     "evaluate": "hf_lowrank.tasks.evaluation",
     "make_report": "hf_lowrank.report",
+    "FirstOrderPruningCallback": "hf_lowrank.training.pruning",
+    "MixedRank": "hf_lowrank.training.mixed_rank",
+    "MixedRankCallback": "hf_lowrank.training.mixed_rank",
+    "RankScheduleCallback": "hf_lowrank.training.rank_schedule",
+    "StableRankPenaltyCallback": "hf_lowrank.training.rank_schedule",
     "recover": "hf_lowrank.training.recovery",
     "push_to_hub": "hf_lowrank.hub",
 }
