@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from hf_lowrank.tasks.evaluation import Evaluation as Evaluation
     from hf_lowrank.tasks.evaluation import evaluate as evaluate
     from hf_lowrank.training.distillation import DistillationTrainer as DistillationTrainer
+    from hf_lowrank.training.lpaf import lpaf as lpaf
     from hf_lowrank.training.mixed_rank import MixedRank as MixedRank
     from hf_lowrank.training.mixed_rank import MixedRankCallback as MixedRankCallback
     from hf_lowrank.training.pruning import FirstOrderPruningCallback as FirstOrderPruningCallback
@@ -65,6 +66,7 @@ _HOMES = {
     "MixedRankCallback": "hf_lowrank.training.mixed_rank",
     "RankScheduleCallback": "hf_lowrank.training.rank_schedule",
     "StableRankPenaltyCallback": "hf_lowrank.training.rank_schedule",
+    "lpaf": "hf_lowrank.training.lpaf",
     "recover": "hf_lowrank.training.recovery",
     "push_to_hub": "hf_lowrank.hub",
 }

@@ -10,6 +10,12 @@ _RECOVER_EXAMPLES = """examples:
 
 The state with the least loss on examples set aside is kept; the one before the training competes."""
 
+_LPAF_EXAMPLES = """examples:
+  hf-lowrank lpaf bert-on-sst2 small --dataset train.tsv --keep-targets 0.25
+  hf-lowrank lpaf bert-on-sst2 small --dataset train.tsv --keep-targets 0.25 --work-dir run   goes on after a kill
+
+MODEL is fine-tuned on the task already. Prunes it, factorizes what is left, trains the factors with mixed ranks."""
+
 Commands = Any  # argparse's private type for sub-parsers
 
 
@@ -24,6 +30,37 @@ def add_training_commands(commands: Commands) -> None:
         "--losses", metavar="NAME=W", nargs="+", type=_name_and_weight, help="task, logits, hidden, attention"
     )
     parser.add_argument("--temperature", type=float, metavar="T", help="of the logits (default: 1)")
+    parser.add_argument("--epochs", type=float, metavar="F", help="passes over the data (default: 3)")
+    parser.add_argument("--learning-rate", type=float, metavar="F", help="peak (default: what suits the method)")
+    _add_lpaf(commands)
+
+
+def _add_lpaf(commands: Commands) -> None:
+    parser = _command(commands, "lpaf", "prune, factorize and train a fine-tuned model", _LPAF_EXAMPLES)
+    parser.add_argument("model", metavar="MODEL", help="folder or Hub id of a model fine-tuned on the task")
+    parser.add_argument("out", metavar="OUT", help="folder to write")
+    group = parser.add_argument_group("budget, exactly one").add_mutually_exclusive_group(required=True)
+    for name, meaning in (("keep-targets", "of the replaced matrices"), ("keep-params", "of the whole model")):
+        group.add_argument(
+            f"--{name}", type=float, metavar="F", help=f"fraction of the parameters {meaning} that stay"
+        )
+    group.add_argument("--target-size", metavar="SIZE", help="size of the weights, such as 100MB or 95MiB")
+    group.add_argument("--rank", type=int, metavar="N", help="rank of every replaced matrix")
+    _add_data(parser)
+    parser.add_argument("--method", help="how the sparse matrices are factorized (default: svd)")
+    parser.add_argument("--importance", help="movement, magnitude or random (default: movement)")
+    for name, meaning in (
+        ("prune-keep", "fraction of the entries pruning keeps (default: the budget's)"),
+        ("probability", "of a layer to take its sparse weight at first (default: 0.5; 0: never)"),
+        ("consistency", "weight of the consistency loss (default: 0)"),
+        ("prune-epochs", "passes over the data while pruning (default: 3)"),
+        ("tune-epochs", "passes with the factors (default: 3)"),
+        ("prune-learning-rate", "peak while pruning (default: 3e-5)"),
+        ("score-learning-rate", "peak of the scores (default: 1e-2)"),
+        ("tune-learning-rate", "peak of the factors (default: 1e-4)"),
+    ):
+        parser.add_argument(f"--{name}", type=float, metavar="F", help=meaning)
+    parser.add_argument("--work-dir", metavar="DIR", help="keep checkpoints there, and go on from them after a kill")
 
 
 def _add_data(parser: argparse.ArgumentParser) -> None:
@@ -38,8 +75,6 @@ def _add_data(parser: argparse.ArgumentParser) -> None:
         ("seed", "of every draw"),
     ):
         parser.add_argument(f"--{name}", type=int, metavar="N", help=meaning)
-    parser.add_argument("--epochs", type=float, metavar="F", help="passes over the data")
-    parser.add_argument("--learning-rate", type=float, metavar="F", help="peak (default: what suits the method)")
     parser.add_argument("--overwrite", action="store_true", help="replace the model folder OUT if there is one")
     parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
 

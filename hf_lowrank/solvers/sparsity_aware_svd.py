@@ -12,7 +12,7 @@ from hf_lowrank.statistics.moments import MatrixStatistics
 _LEAST_WEIGHT = 1e-3
 
 
-class SupportMetric(DiagonalMetric):
+class _SupportMetric(DiagonalMetric):
     """`M = diag(w)` where rows without a weight are not there: what is carried back is zero in them.
 
     Args:
@@ -63,7 +63,7 @@ class SparsityAwareSVD(MetricSVD):
         mean = found[is_there].mean() if bool(is_there.any()) else found.new_zeros(())
         if not mean > 0:
             return identity()
-        return SupportMetric(torch.where(is_there, (found / mean).clamp_min(_LEAST_WEIGHT), 0.0))
+        return _SupportMetric(torch.where(is_there, (found / mean).clamp_min(_LEAST_WEIGHT), 0.0))
 
 
 class ImportanceAwareSVD(SparsityAwareSVD):
@@ -76,6 +76,7 @@ class ImportanceAwareSVD(SparsityAwareSVD):
     needs: frozenset[str] = frozenset({"fisher"})
 
     def row_weights(self, weight: torch.Tensor, statistics: MatrixStatistics | None) -> torch.Tensor:
+        """How much each row of `weight` counts, (O), float64; zero for a row of zeros."""
         if statistics is None or statistics.fisher is None:
             return super().row_weights(weight, statistics)
         return (weight.double().abs() * statistics.fisher.sqrt()).sum(dim=1)

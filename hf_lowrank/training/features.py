@@ -35,7 +35,7 @@ class PaddingCollator:
 
     padding: int = 0
 
-    def __call__(self, features: Sequence[Mapping[str, Any]]) -> Batch:
+    def __call__(self, features: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
         """Pad ids with the padding token, masks with 0 and labels of tokens with the one that is ignored."""
         rows = [{name: torch.as_tensor(value) for name, value in row.items()} for row in features]
         return dict(padded(rows, self.padding))

@@ -16,13 +16,13 @@ from hf_lowrank.loading import find_tokenizer, load_dense
 from hf_lowrank.remote_code.lowrank_model import LowRankMixin
 from hf_lowrank.saving import load_compressed
 from hf_lowrank.solvers import SOLVERS
+from hf_lowrank.training.arguments import make_arguments
 from hf_lowrank.training.best import BestStateCallback
 from hf_lowrank.training.distillation import DistillationTrainer, check_teacher
 from hf_lowrank.training.features import Features, PaddingCollator, has_labels, hold_out, make_features
 
 # Peak of AdamW's learning rate: factors found without data stand far from the dense model and can take large steps.
 _RATE_WITHOUT_DATA, _RATE_WITH_DATA = 1e-3, 5e-4
-_EVALUATIONS = 10
 _BATCH_SIZE = 16
 _EPOCHS = 3
 
@@ -188,24 +188,9 @@ def _arguments(
         if args.eval_strategy == "no":
             args.eval_strategy = type(args.eval_strategy)("epoch")
         return args
-    return TrainingArguments(
-        output_dir=folder,
-        num_train_epochs=settings.epochs,
-        per_device_train_batch_size=settings.batch_size,
-        per_device_eval_batch_size=2 * settings.batch_size,
-        learning_rate=settings.learning_rate or default_learning_rate(small),
-        lr_scheduler_type="cosine",
-        warmup_steps=0.1,
-        weight_decay=0.0,
-        adam_beta2=0.98,
-        eval_on_start=True,
-        eval_strategy="steps",
-        eval_steps=1 / _EVALUATIONS,
-        save_strategy="no",
-        report_to=[],
-        disable_tqdm=True,
-        seed=settings.seed,
-        dataloader_pin_memory=torch.cuda.is_available(),
+    rate = settings.learning_rate or default_learning_rate(small)
+    return make_arguments(
+        folder, batch_size=settings.batch_size, epochs=settings.epochs, learning_rate=rate, seed=settings.seed
     )
 
 

@@ -1,0 +1,37 @@
+"""How a training of ours is done where nothing else is asked for."""
+
+from typing import Any
+
+import torch
+from transformers import TrainingArguments
+
+_EVALUATIONS = 10
+
+
+def make_arguments(folder: str, *, batch_size: int, epochs: float, **options: Any) -> TrainingArguments:
+    """AdamW without decay, warmed up over a tenth, then falling as a cosine; ten evaluations and one before the start.
+
+    Args:
+        folder: Where checkpoints go, if any are asked for.
+        options: More of `TrainingArguments`.
+    """
+    defaults: dict[str, Any] = {
+        "lr_scheduler_type": "cosine",
+        "warmup_steps": 0.1,
+        "weight_decay": 0.0,
+        "adam_beta2": 0.98,
+        "eval_on_start": True,
+        "eval_strategy": "steps",
+        "eval_steps": 1 / _EVALUATIONS,
+        "save_strategy": "no",
+        "report_to": [],
+        "disable_tqdm": True,
+        "dataloader_pin_memory": torch.cuda.is_available(),
+    }
+    return TrainingArguments(
+        output_dir=folder,
+        per_device_train_batch_size=batch_size,
+        per_device_eval_batch_size=2 * batch_size,
+        num_train_epochs=epochs,
+        **{**defaults, **options},
+    )

@@ -1,0 +1,205 @@
+"""`lpaf`: prune a model on its task, factorize what is left, and train the factors with mixed ranks."""
+
+import copy
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainerCallback
+from transformers.trainer_utils import get_last_checkpoint
+
+from hf_lowrank.compression import compress
+from hf_lowrank.errors import InputError
+from hf_lowrank.loading import find_tokenizer, load_dense
+from hf_lowrank.settings import CompressionSettings, make_settings
+from hf_lowrank.training.arguments import make_arguments
+from hf_lowrank.training.best import BestStateCallback
+from hf_lowrank.training.features import Features, PaddingCollator, has_labels, hold_out, make_features
+from hf_lowrank.training.mixed_rank import MixedRankCallback
+from hf_lowrank.training.pruning import FirstOrderPruningCallback
+
+_KEEP = 0.25
+
+
+@dataclass(frozen=True, kw_only=True)
+class LPAFOptions:
+    """How `lpaf` prunes and trains.
+
+    Args:
+        prune_keep: Fraction of the entries pruning keeps; None is the budget's `keep_targets`, or 0.25.
+        importance: `movement`, `magnitude` or `random`; see `FirstOrderPruningCallback`.
+        score_learning_rate: Of movement scores.
+        prune_epochs: Passes over the data while pruning.
+        prune_learning_rate: Peak of the weights' rate while pruning.
+        probability: Of a factorized layer to take its sparse weight at first; 0 trains the factors alone.
+        consistency: Weight of the consistency loss; see `MixedRank`.
+        tune_epochs: Passes over the data with the factors.
+        tune_learning_rate: Peak of the factors' rate.
+        batch_size: Examples a step.
+        max_seq_length: Tokens of an example at most.
+        max_examples: Examples at most, drawn by `seed`.
+        text_column: Column of the text.
+        label_column: Column of the class.
+        seed: Of every draw.
+        work_dir: Folder for checkpoints after every epoch, from which a killed run goes on; None keeps none.
+    """
+
+    prune_keep: float | None = None
+    importance: str = "movement"
+    score_learning_rate: float = 1e-2
+    prune_epochs: float = 3
+    prune_learning_rate: float = 3e-5
+    probability: float = 0.5
+    consistency: float = 0.0
+    tune_epochs: float = 3
+    tune_learning_rate: float = 1e-4
+    batch_size: int = 16
+    max_seq_length: int = 128
+    max_examples: int | None = None
+    text_column: str | None = None
+    label_column: str = "label"
+    seed: int = 0
+    work_dir: str | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("prune_epochs", "tune_epochs", "batch_size", "max_seq_length"):
+            if not getattr(self, name) > 0:
+                raise InputError(f"{name} must be positive, got {getattr(self, name)}.")
+        if not 0 <= self.probability <= 1:
+            raise InputError(f"probability must be between 0 and 1, got {self.probability:g}.")
+
+
+def lpaf(
+    model: PreTrainedModel | str | Path,
+    *,
+    dataset: Any,
+    eval_dataset: Any = None,
+    tokenizer: Any = None,
+    **options: Any,
+) -> Any:
+    """Low-rank prune and factorize: `lpaf("my-bert-on-sst2", dataset="train.tsv", keep_targets=0.25)`.
+
+    1. The model is trained on its task while first-order pruning thins out its matrices, which lowers their rank.
+    2. The sparse matrices are factorized to the budget by `method` (default: `svd`, the plain one).
+    3. The factors are trained on the task; now and then a layer still takes its sparse weight, ever less often. The
+       state with the least loss on held-out examples is kept.
+
+    Args:
+        model: A model fine-tuned on the task, or its folder or Hub id; it is not changed.
+        dataset: Examples with labels; see `make_features`.
+        eval_dataset: Examples to choose by; None sets a tenth of `dataset` aside. Not those a result is reported on.
+        tokenizer: None takes the one saved with the model.
+        options: Fields of `LPAFOptions` and of `CompressionSettings`, a budget among them.
+
+    Returns:
+        A plain compressed model, with what was done in its plan's provenance under `lpaf`.
+
+    Raises:
+        InputError: If the model or an option cannot be used, or the data have no labels.
+
+    Reference: Ren and Zhu, Low-Rank Prune-And-Factorize for Language Model Compression, LREC-COLING 2024. Its row
+    weights, consistency loss and hyper-parameters are not all published; see the docstrings of the parts.
+    """
+    training, settings = _split(options)
+    dense = load_dense(model)
+    tokenizer = tokenizer if tokenizer is not None else find_tokenizer(dense)
+    names = ("max_seq_length", "max_examples", "seed", "text_column", "label_column")
+    of_data: dict[str, Any] = {name: getattr(training, name) for name in names}
+    features = make_features(dense, tokenizer, dataset, **of_data)
+    if not has_labels(features):
+        raise InputError("lpaf trains a model on its task, and the data have no labels. Give labels or label_column.")
+    if eval_dataset is None:
+        features, held_out = hold_out(features, training.seed)
+    else:
+        held_out = make_features(dense, tokenizer, eval_dataset, **of_data)
+    data = (features, held_out, getattr(tokenizer, "pad_token_id", None) or 0)
+    with _folder(training.work_dir) as folder:
+        pruned, ranks = _prune(copy.deepcopy(dense), data, training, settings, folder)
+        small = compress(pruned, settings, calibration=features if settings.looks_at_text else None)
+        chosen = _tune(small, pruned, data, training, folder)
+    small.config.compression["provenance"]["lpaf"] = {
+        **{name: value for name, value in asdict(training).items() if name != "work_dir"},
+        "ranks_after_pruning": {name: asdict(found) for name, found in ranks.items()},
+        "held_out_loss": {"before": chosen.before, "after": chosen.after, "step": chosen.step},
+    }
+    return small.eval()
+
+
+def _split(options: dict[str, Any]) -> tuple[LPAFOptions, CompressionSettings]:
+    """Each option to whom it belongs; what both know, such as the seed, to both."""
+    ours = {field.name for field in fields(LPAFOptions)}
+    theirs = {field.name for field in fields(CompressionSettings)}
+    defaults = {"method": "svd", "refine_passes": 0}
+    settings = make_settings({**defaults, **{k: v for k, v in options.items() if k in theirs or k not in ours}})
+    return LPAFOptions(**{name: value for name, value in options.items() if name in ours}), settings
+
+
+def _prune(
+    model: PreTrainedModel,
+    data: tuple[Features, Features, int],
+    training: LPAFOptions,
+    settings: CompressionSettings,
+    folder: str,
+) -> tuple[PreTrainedModel, dict[str, Any]]:
+    pruning = FirstOrderPruningCallback(
+        training.prune_keep or settings.keep_targets or _KEEP,
+        importance=training.importance,
+        score_learning_rate=training.score_learning_rate,
+        target_modules=settings.target_modules,
+        exclude_modules=settings.exclude_modules,
+    )
+    rates = {"epochs": training.prune_epochs, "learning_rate": training.prune_learning_rate}
+    _train(model, data, [pruning], training, f"{folder}/pruning", eval_on_start=False, eval_strategy="no", **rates)
+    return model.eval(), pruning.ranks
+
+
+def _tune(
+    small: Any, pruned: PreTrainedModel, data: tuple[Features, Features, int], training: LPAFOptions, folder: str
+) -> BestStateCallback:
+    best = BestStateCallback()
+    callbacks: list[TrainerCallback] = [best]
+    if training.probability:
+        mixed = MixedRankCallback(pruned, probability=training.probability, consistency=training.consistency)
+        callbacks = [mixed, best]
+    rates = {"epochs": training.tune_epochs, "learning_rate": training.tune_learning_rate}
+    _train(small, data, callbacks, training, f"{folder}/tuning", **rates)
+    return best
+
+
+def _train(
+    model: Any,
+    data: tuple[Features, Features, int],
+    callbacks: list[TrainerCallback],
+    training: LPAFOptions,
+    folder: str,
+    **options: Any,
+) -> None:
+    uses_cache = getattr(model.config, "use_cache", None)
+    if training.work_dir is not None:
+        options["save_strategy"] = "epoch"
+    trainer = Trainer(
+        model=model,
+        args=make_arguments(folder, batch_size=training.batch_size, seed=training.seed, **options),
+        train_dataset=data[0],
+        eval_dataset=data[1],
+        data_collator=PaddingCollator(data[2]),
+        callbacks=callbacks,
+    )
+    trainer.remove_callback(PrinterCallback)  # standard output is the caller's
+    trainer.train(resume_from_checkpoint=get_last_checkpoint(folder) if Path(folder).is_dir() else None)
+    if uses_cache is not None:
+        model.config.use_cache = uses_cache
+    for parameter in model.parameters():
+        parameter.grad = None
+
+
+@contextmanager
+def _folder(work_dir: str | None) -> Iterator[str]:
+    if work_dir is not None:
+        yield work_dir
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        yield folder

@@ -1,0 +1,101 @@
+"""Prune, factorize, mixed ranks in one call."""
+
+import json
+import shutil
+
+import pytest
+import tiny_models
+import tiny_tokenizers
+import torch
+
+from hf_lowrank import InputError, lpaf, make_report
+from hf_lowrank.cli import main
+from hf_lowrank.saving import load_compressed
+
+WORDS = ["a", "b", "c", "d", "e", "f", "g", "h", "i", "j", "k", "l", "m", "n", "o", "p"]
+ROWS = [{"text": " ".join(WORDS[(i + k) % 16] for k in range(6)), "label": i % 2} for i in range(32)]
+OPTIONS = {"keep_targets": 0.4, "prune_epochs": 2, "tune_epochs": 2, "batch_size": 8, "max_seq_length": 16}
+
+
+def dense_model(head="BertForSequenceClassification"):
+    return tiny_models.build(head, vocab_size=30)
+
+
+def run(model=None, **options):
+    tokenizer = options.pop("tokenizer", tiny_tokenizers.encoder_tokenizer())
+    return lpaf(model or dense_model(), tokenizer=tokenizer, **{"dataset": ROWS, **OPTIONS, **options})
+
+
+@pytest.mark.parametrize("method", ["svd", "sparsity_aware_svd", "importance_aware_svd", "two_sided_svd"])
+def test_a_plain_compressed_model_of_the_size_asked_for_remains(method, tmp_path):
+    dense = dense_model()
+    before = {name: value.clone() for name, value in dense.state_dict().items()}
+
+    small = run(dense, method=method, num_calibration_samples=32)
+    small.save_pretrained(tmp_path)
+    found = small.config.compression["provenance"]["lpaf"]
+
+    assert make_report(small).kept_targets_fraction <= 0.4
+    assert all(torch.equal(before[name], value) for name, value in dense.state_dict().items())
+    assert not any("full_rank" in name or "parametrizations" in name for name in small.state_dict())
+    assert found["held_out_loss"]["after"] <= found["held_out_loss"]["before"]
+    assert all(one["kept"] == pytest.approx(0.4, abs=0.01) for one in found["ranks_after_pruning"].values())
+    inputs = {"input_ids": torch.randint(3, 30, (2, 9))}
+    tiny_models.assert_same_function(small, load_compressed(tmp_path), inputs)
+
+
+def test_language_models_can_be_pruned_on_their_text():
+    texts = [row["text"] for row in ROWS]
+    small = run(dense_model("GPT2LMHeadModel"), dataset=texts, tokenizer=tiny_tokenizers.decoder_tokenizer())
+
+    assert small.can_generate()
+    assert make_report(small).kept_targets_fraction <= 0.4
+
+
+def test_a_killed_run_goes_on_and_ends_bit_identical(tmp_path):
+    whole = run(consistency=0.1, work_dir=str(tmp_path / "whole"))
+    run(consistency=0.1, work_dir=str(tmp_path / "cut"))
+    for name in ("pruning/checkpoint-4", "pruning/checkpoint-8"):
+        assert (tmp_path / "cut" / name).is_dir()
+    shutil.rmtree(tmp_path / "cut" / "tuning" / "checkpoint-8")
+
+    resumed = run(consistency=0.1, work_dir=str(tmp_path / "cut"))
+
+    assert resumed.config.compression == whole.config.compression
+    assert all(torch.equal(value, resumed.state_dict()[name]) for name, value in whole.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"dataset": [row["text"] for row in ROWS]}, "no labels"),
+        ({"probability": 2}, "between 0 and 1"),
+        ({"tune_epochs": 0}, "tune_epochs must be positive"),
+        ({"prune_keep": 3.0}, "keep must be above 0"),
+        ({"keep_targts": 0.5}, "no option 'keep_targts'"),
+        ({"importance": "luck"}, "importance must be one of"),
+        ({"method": "svdd"}, "method must be one of"),
+    ],
+)
+def test_bad_input_is_one_clear_line(options, message):
+    with pytest.raises(InputError, match=message) as caught:
+        run(**options)
+
+    assert "\n" not in str(caught.value)
+
+
+def test_the_command_writes_a_folder_that_loads(tmp_path, capsys):
+    dense_model().save_pretrained(tmp_path / "dense")
+    tiny_tokenizers.encoder_tokenizer().save_pretrained(tmp_path / "dense")
+    (tmp_path / "train.tsv").write_text(
+        "sentence\tlabel\n" + "".join(f"{row['text']}\t{row['label']}\n" for row in ROWS)
+    )
+    options = ["--keep-targets", "0.4", "--prune-epochs", "1", "--tune-epochs", "1", "--batch-size", "8", "--json"]
+    command = ["lpaf", tmp_path / "dense", tmp_path / "out", "--dataset", tmp_path / "train.tsv", *options]
+
+    status = main([str(part) for part in command])
+    found = json.loads(capsys.readouterr().out)
+
+    assert status == 0
+    assert found["lpaf"]["prune_epochs"] == 1.0
+    assert load_compressed(tmp_path / "out").config.compression["provenance"]["lpaf"] == found["lpaf"]
