@@ -144,9 +144,34 @@ def test_statistics_are_read_from_their_file_alone(collect):
 
 @pytest.mark.parametrize("width", [1, 255, 256, 257, 600])
 def test_panels_make_the_whole_symmetric_matrix(width):
-    rows = torch.randn(40, width, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randn(40, width, dtype=torch.float64, generator=generator)
+    weights = torch.rand(40, 1, dtype=torch.float64, generator=generator)
 
     assert torch.allclose(from_panels(dict(gram_panels(rows))), rows.T @ rows, rtol=1e-12)
+    assert torch.allclose(from_panels(dict(gram_panels(rows, weights))), (rows * weights).T @ rows, rtol=1e-12)
+
+
+def test_an_output_moment_is_that_of_gradients_no_longer_than_ten_times_the_mean(collect):
+    model = build("BertModel")
+    matrix = find_matrices(model)[-2]
+    seen = []
+
+    def outlying(gradient):
+        scales = torch.ones(gradient.shape[1], 1)
+        scales[3] = 1e6
+        seen.append(gradient * scales)
+        return seen[-1]
+
+    hook = matrix.module.register_forward_hook(lambda module, inputs, output: output.register_hook(outlying) and None)
+    found = collect(model, [batch_of([30])])[matrix.name].output_moment
+    hook.remove()
+
+    rows = seen[0][0].double()
+    lengths = rows.norm(dim=1, keepdim=True)
+    short = rows * (10 * lengths.mean() / lengths).clamp(max=1)
+    assert short.norm() < 0.5 * rows.norm()
+    assert torch.allclose(found, short.T @ short / 30, rtol=1e-4, atol=1e-6 * float(found.abs().max()))
 
 
 def test_another_file_is_refused(tmp_path):

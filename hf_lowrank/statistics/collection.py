@@ -109,6 +109,7 @@ class _Collector:
         """Run one batch; labels for the gradients are drawn by `draws`."""
         placed = {name: value.to(model.device) for name, value in batch.items()}
         self._real, self._speaking = real_tokens(placed), speaking_places(placed)
+        self._all_real = bool(self._real.all())
         self._input_ids = placed["input_ids"]
         self._last_input: tuple[str, torch.Tensor] | None = None
         said = run(model, placed)
@@ -179,10 +180,10 @@ class _Collector:
         rows = self._rows(gradient)
         lengths = rows.norm(dim=1, keepdim=True)  # (N, 1)
         limit = _LARGEST_GRADIENT * lengths.mean()
-        rows *= lengths.clamp(max=limit) / lengths.clamp_min(torch.finfo(rows.dtype).tiny)
+        scales = lengths.clamp(max=limit) / lengths.clamp_min(torch.finfo(rows.dtype).tiny)
         # An embedding's gradient weights the columns of its table: it is a moment of what goes in, seen from there.
         kind = "input_moment" if matrix.role == "embedding" else "output_moment"
-        self._add_moment(f"{kind}/{matrix.name}", rows)
+        self._add_moment(f"{kind}/{matrix.name}", rows, scales.square())
 
     def _add_fisher(self, name: str, hidden_states: torch.Tensor, gradient: torch.Tensor) -> None:
         gradients, inputs = (values.reshape(*self._real.shape, -1) for values in (gradient, hidden_states))
@@ -192,8 +193,9 @@ class _Collector:
         self.sums.add(f"fisher/{name}", squares)
 
     def _rows(self, values: torch.Tensor) -> torch.Tensor:
-        return values.reshape(*self._real.shape, -1)[self._real].float()  # (B, T, n) or (B T, n) -> a new (N, n)
+        rows = values.reshape(self._real.numel(), -1)  # (B, T, n) or (B T, n) -> (B T, n)
+        return (rows if self._all_real else rows[self._real.flatten()]).float()  # (N, n), a copy only if need be
 
-    def _add_moment(self, key: str, rows: torch.Tensor) -> None:
-        for start, panel in gram_panels(rows):
+    def _add_moment(self, key: str, rows: torch.Tensor, weights: torch.Tensor | None = None) -> None:
+        for start, panel in gram_panels(rows, weights):
             self.sums.add(f"{key}/{start}", panel)

@@ -7,11 +7,16 @@ import torch
 _HEIGHT = 256
 
 
-def gram_panels(rows: torch.Tensor) -> Iterator[tuple[int, torch.Tensor]]:
-    """`X^T X` of (N, n) `X`: the first row of each panel, and the panel up to the diagonal, (h, first row + h)."""
+def gram_panels(rows: torch.Tensor, weights: torch.Tensor | None = None) -> Iterator[tuple[int, torch.Tensor]]:
+    """`X^T X` of (N, n) `X`: the first row of each panel, and the panel up to the diagonal, (h, first row + h).
+
+    Args:
+        weights: (N, 1) in `X^T diag(w) X`, so that no weighted copy of `X` is made.
+    """
     for start in range(0, rows.shape[1], _HEIGHT):
         end = start + _HEIGHT
-        yield start, rows[:, start:end].T @ rows[:, :end]
+        left = rows[:, start:end] if weights is None else rows[:, start:end] * weights
+        yield start, left.T @ rows[:, :end]
 
 
 def from_panels(panels: Mapping[int, torch.Tensor]) -> torch.Tensor:
