@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from hf_lowrank.training.rank_schedule import RankScheduleCallback as RankScheduleCallback
     from hf_lowrank.training.rank_schedule import StableRankPenaltyCallback as StableRankPenaltyCallback
     from hf_lowrank.training.recovery import recover as recover
+    from hf_lowrank.vocabulary import reduce_vocabulary as reduce_vocabulary
 
 # public name -> module that defines it; imported when first asked for
 _HOMES = {
@@ -68,6 +69,7 @@ _HOMES = {
     "StableRankPenaltyCallback": "hf_lowrank.training.rank_schedule",
     "lpaf": "hf_lowrank.training.lpaf",
     "recover": "hf_lowrank.training.recovery",
+    "reduce_vocabulary": "hf_lowrank.vocabulary",
     "push_to_hub": "hf_lowrank.hub",
 }
 

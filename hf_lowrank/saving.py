@@ -27,6 +27,10 @@ _WEIGHTS = (
     ".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".ot", ".onnx", ".ckpt", ".gguf", ".tflite",
     ".mlmodel", ".index.json",
 )  # fmt: skip
+# What slow tokenizers read; a fast one can be made of these again, with another vocabulary.
+_VOCABULARY_FILES = (
+    "vocab.txt", "vocab.json", "merges.txt", "spiece.model", "tokenizer.model", "sentencepiece.bpe.model",
+)  # fmt: skip
 # Folders of a model folder that belong to its tokenizer; those of sentence-transformers are named in modules.json.
 _TOKENIZER_FOLDERS = ("additional_chat_templates",)
 
@@ -58,7 +62,11 @@ def check_output(out: str | Path, overwrite: bool = False, source: str | Path | 
 
 
 def save_folder(
-    model: PreTrainedModel, out: str | Path, side_files_from: str | Path | None = None, overwrite: bool = False
+    model: PreTrainedModel,
+    out: str | Path,
+    side_files_from: str | Path | None = None,
+    overwrite: bool = False,
+    tokenizer: Any = None,
 ) -> Path:
     """Save a model and what belongs to it as one folder, which appears complete or not at all.
 
@@ -68,6 +76,7 @@ def save_folder(
     Args:
         side_files_from: Folder or Hub id whose tokenizer and other files are copied along.
         overwrite: Replace the model folder that is there.
+        tokenizer: Takes the place of the one there.
 
     Returns:
         The folder.
@@ -83,6 +92,10 @@ def save_folder(
         model.save_pretrained(draft)
         if side_files_from is not None:
             _copy_side_files(side_files_from, draft)
+        if tokenizer is not None:
+            for name in _VOCABULARY_FILES:
+                (draft / name).unlink(missing_ok=True)
+            tokenizer.save_pretrained(draft)
         # Weights are written readable by their owner only; a folder to share has one mode throughout.
         mode = (draft / "config.json").stat().st_mode
         for path in draft.glob("*.safetensors"):

@@ -88,6 +88,9 @@ def _add_compress(commands: "argparse._SubParsersAction[_Parser]") -> None:
         "--embeddings",
         help="low_rank, autoencoder or dense; default: low_rank where the budget is the whole model's",
     )
+    choice.add_argument(
+        "--vocabulary", metavar="TEXT", help="file or Hub data set: keep only the tokens it uses (default: keep all)"
+    )
     choice.add_argument("--dtype", help="type to store the weights in, such as bfloat16 (default: as they are)")
     choice.add_argument("--device", help="where to decompose, such as cuda (default: cpu)")
     _add_text(parser)

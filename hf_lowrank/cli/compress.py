@@ -26,6 +26,7 @@ from hf_lowrank.report import CompressionReport, make_report
 from hf_lowrank.saving import check_output, save_folder, side_file_bytes
 from hf_lowrank.settings import CompressionSettings
 from hf_lowrank.targets import ALL_LINEAR
+from hf_lowrank.vocabulary import reduce_vocabulary
 
 _BATCH_SIZE = 8
 # Options that carry the names of the settings.
@@ -45,17 +46,23 @@ def run(arguments: argparse.Namespace) -> int:
         check_output(arguments.out, arguments.overwrite, arguments.model)
     settings = _settings(arguments)
     _check_device(settings.device)
-    dense = load_dense(arguments.model)
+    dense, tokenizer = load_dense(arguments.model), None
+    if arguments.vocabulary is not None:
+        dense, tokenizer = reduce_vocabulary(
+            dense, find_tokenizer(dense), arguments.vocabulary, text_column=arguments.text_column
+        )
     side_bytes = side_file_bytes(arguments.model) if settings.target_size is not None else 0
     for_weights = _without_side_files(settings, side_bytes)
     try:
         if arguments.dry_run:
-            return _print_plan(arguments, dense, for_weights)
-        small = compress(dense, for_weights, calibration=arguments.calibration, progress=progress_bar)
+            return _print_plan(arguments, dense, tokenizer, for_weights)
+        small = compress(
+            dense, for_weights, calibration=arguments.calibration, tokenizer=tokenizer, progress=progress_bar
+        )
     except InputError as error:
         raise _with_side_files(error, side_bytes) from error
     small.config.compression["provenance"]["settings"] = settings.to_dict()
-    folder = save_folder(small, arguments.out, arguments.model, arguments.overwrite)
+    folder = save_folder(small, arguments.out, arguments.model, arguments.overwrite, tokenizer)
     shape = (_BATCH_SIZE, typical_length(dense))
     latency = None
     if not arguments.no_latency:
@@ -104,9 +111,11 @@ def _with_side_files(error: InputError, side_bytes: int) -> InputError:
     return InputError(f"{error} (Besides {tables.megabytes(side_bytes)} of tokenizer and other files.)")
 
 
-def _print_plan(arguments: argparse.Namespace, dense: PreTrainedModel, settings: CompressionSettings) -> int:
+def _print_plan(
+    arguments: argparse.Namespace, dense: PreTrainedModel, tokenizer: Any, settings: CompressionSettings
+) -> int:
     """Print what `compress` would do, from a model without numbers."""
-    decomposer = Decomposer(dense, settings, arguments.calibration, find_tokenizer(dense), progress_bar)
+    decomposer = Decomposer(dense, settings, arguments.calibration, tokenizer or find_tokenizer(dense), progress_bar)
     plan, _ = make_plan(dense, settings, decomposer)
     plan["provenance"] |= {"settings": _settings(arguments).to_dict()}
     config = copy.deepcopy(dense.config)
