@@ -88,9 +88,9 @@ class Decomposer:
 
     def solution(self, matrix: Matrix, spec: Spec) -> Factors | BandedSolution:
         """The numbers of a structure of those sizes; see `ENCODERS`."""
-        if self.autoencodes(matrix):
-            return self._table(matrix).solve(bands_of(*matrix.shape, sizes_of(spec)))
-        return self(matrix).factors(spec["rank"])
+        if not self.autoencodes(matrix):
+            return self(matrix).factors(spec["rank"])
+        return self._table(matrix).solve(bands_of(*matrix.shape, sizes_of(spec)))
 
     def autoencodes(self, matrix: Matrix) -> bool:
         """Whether codes and a decoder take the place of a matrix."""
@@ -206,8 +206,8 @@ class Decomposer:
     def _table(self, matrix: Matrix) -> BandedTable:
         if matrix.name not in self._tables:
             weight = matrix.weight.to(self.settings.device or matrix.weight.device)
-            known = self._known(matrix.members[0], weight.device)
-            self._tables[matrix.name] = make_table(weight, known, self._token_counts)
+            known, objective = self._known(matrix.members[0], weight.device), self.settings.embedding_objective
+            self._tables[matrix.name] = make_table(weight, known, self._token_counts, objective)
         return self._tables[matrix.name]
 
     def _measure(self, matrix: Matrix) -> None:

@@ -8,6 +8,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from hf_lowrank.remote_code.lowrank_dense import dense_kind, dense_shape
+from hf_lowrank.remote_code.lowrank_materialize import Materializing
 from hf_lowrank.remote_code.lowrank_structures import named_shared_parts, named_structures, structure_name
 
 
@@ -42,7 +43,9 @@ class CompressionReport:
     """A compressed model against the dense one it came from; tied parameters are counted once.
 
     Args:
-        size_bytes: Of all parameters in their own types; what the weights file holds.
+        size_bytes: Of all parameters in their own types; what the weights file holds, and memory with structures that
+            decode in each forward pass.
+        materialized_bytes: What memory holds beside that where they decode once; see `set_materialize_`.
         multiply_adds: Of all matrix products with weights, for one token; attention scores not counted.
         provenance: Method, budget and versions, as stored in `config.json`.
     """
@@ -52,6 +55,7 @@ class CompressionReport:
     parameters: int
     dense_size_bytes: int
     size_bytes: int
+    materialized_bytes: int
     dense_multiply_adds: int
     multiply_adds: int
     modules: tuple[ModuleReport, ...]
@@ -93,6 +97,7 @@ def make_report(model: PreTrainedModel) -> CompressionReport:
         parameters=parameters,
         dense_size_bytes=provenance.get("dense_size_bytes", size_bytes + saved * itemsize),
         size_bytes=size_bytes,
+        materialized_bytes=sum(m.materialized_bytes for m in model.modules() if isinstance(m, Materializing)),
         dense_multiply_adds=multiply_adds + saved_multiply_adds,
         multiply_adds=multiply_adds,
         modules=tuple(modules),

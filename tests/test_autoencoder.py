@@ -10,9 +10,11 @@ from tiny_tokenizers import encoder_tokenizer
 from torch.nn import functional as F
 
 from hf_lowrank import compress
+from hf_lowrank.errors import InputError
 from hf_lowrank.remote_code.lowrank_autoencoder import AutoencoderEmbedding
 from hf_lowrank.remote_code.lowrank_banded import BandedAutoencoder, bands_of, sizes_of_bands
 from hf_lowrank.remote_code.lowrank_materialize import Materializing, set_materialize_
+from hf_lowrank.report import make_report
 from hf_lowrank.saving import load_compressed
 from hf_lowrank.solvers.autoencoder import OBJECTIVES, BandedTable, TableObjective
 from hf_lowrank.solvers.metric import moment_metric
@@ -210,6 +212,29 @@ def test_training_reaches_codes_and_decoder_and_keeps_the_tie(tied):
     assert torch.equal(table.to_dense(), head.to_dense()) == tied
 
 
+def test_the_objective_is_chosen_by_name_and_recorded():
+    dense = build("BertModel")
+    found = {
+        name: compress(dense, embeddings="autoencoder", embedding_objective=name, method="svd", rank=8)
+        for name in OBJECTIVES
+    }
+
+    tables = [model.get_input_embeddings().to_dense() for model in found.values()]
+    assert not torch.allclose(*tables)
+    assert all(m.config.plan["provenance"]["settings"]["embedding_objective"] == name for name, m in found.items())
+    with pytest.raises(InputError, match="embedding_objective must be one of loss, direction, got 'nonsense'"):
+        compress(dense, embeddings="autoencoder", embedding_objective="nonsense", rank=8)
+
+
+def test_memory_of_both_modes_is_reported():
+    small = compress(build("BertForMaskedLM"), embeddings="autoencoder", method="svd", rank=8)
+
+    report = make_report(small)
+
+    assert report.size_bytes == sum(p.numel() * p.element_size() for p in small.parameters())
+    assert report.materialized_bytes == VOCABULARY * WIDTH * 4  # the tied head uses the table's
+
+
 # Keeping the decoded weight
 
 
@@ -229,7 +254,7 @@ def test_a_kept_weight_gives_the_same_function_and_its_size_is_told(small):
     set_materialize_(small, "once")
 
     assert largest_difference(outputs(small, inputs), expected) < 1e-5
-    assert kept(small) == [True, True]
+    assert kept(small) == [True, False]  # the tied head uses the table's
     assert small.get_input_embeddings().materialized_bytes == VOCABULARY * WIDTH * 4
     set_materialize_(small, "each_forward")
     assert largest_difference(outputs(small, inputs), expected) == 0.0

@@ -32,9 +32,9 @@ _BATCH_SIZE = 8
 # Options that carry the names of the settings.
 _OPTIONS = (
     "keep_params", "keep_targets", "target_size", "keep_latency", "rank", "method", "allocation", "storage",
-    "target_modules", "exclude_modules", "embeddings", "dtype", "device", "num_calibration_samples",
-    "max_seq_length", "batch_size", "text_column", "seed", "anchored", "refine_block_passes", "refine_passes",
-    "bias_correction", "fast", "cache_dir",
+    "target_modules", "exclude_modules", "embeddings", "embedding_objective", "dtype", "device",
+    "num_calibration_samples", "max_seq_length", "batch_size", "text_column", "seed", "anchored",
+    "refine_block_passes", "refine_passes", "bias_correction", "fast", "cache_dir",
 )  # fmt: skip
 # What no module name holds, but a pattern does.
 _IS_PATTERN = re.compile(r"[\\^$*+?()\[\]{}|]")

@@ -58,6 +58,9 @@ def print_comparison(
     table.add_row(
         "weights", megabytes(dense_bytes), megabytes(report.size_bytes), _share(report.size_bytes, dense_bytes)
     )
+    if report.materialized_bytes:
+        decoded = report.size_bytes + report.materialized_bytes
+        table.add_row("memory, decoded once", megabytes(dense_bytes), megabytes(decoded), _share(decoded, dense_bytes))
     table.add_row(
         "multiply-adds a token",
         f"{report.dense_multiply_adds:,}",

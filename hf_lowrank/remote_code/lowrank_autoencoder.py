@@ -180,9 +180,19 @@ class AutoencoderHead(BandedAutoencoder):
     def places(self) -> torch.Tensor:
         return self._table[0].places if self._table else self.place
 
-    def sources(self) -> list[torch.Tensor]:
-        """Everything that the dense weight depends on, the table's order included."""
-        return [*self.parameters(), self.places]
+    def materialized(self) -> torch.Tensor | None:
+        """The dense weight, where it is kept; a tied head has none beside its table's."""
+        return self._table[0].materialized() if self._table else super().materialized()
+
+    @property
+    def keeps_weight(self) -> bool:
+        """Whether the dense weight is to be kept, by the table where there is one."""
+        return self._table[0].keeps_weight if self._table else super().keeps_weight
+
+    @property
+    def materialized_bytes(self) -> int:
+        """What keeping the dense weight takes besides the numbers that are saved."""
+        return 0 if self._table else super().materialized_bytes
 
     @property
     def in_features(self) -> int:
