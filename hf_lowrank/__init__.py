@@ -22,6 +22,7 @@ from hf_lowrank.version import __version__ as __version__
 if TYPE_CHECKING:
     from hf_lowrank.analysis import analyze as analyze
     from hf_lowrank.analysis_report import Analysis as Analysis
+    from hf_lowrank.cards.callback import CardCallback as CardCallback
     from hf_lowrank.comparison import compare as compare
     from hf_lowrank.comparison_report import Comparison as Comparison
     from hf_lowrank.compression import compress as compress
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
     from hf_lowrank.conversion import convert_storage_ as convert_storage_
     from hf_lowrank.hub import Push as Push
     from hf_lowrank.hub import push_to_hub as push_to_hub
+    from hf_lowrank.inspection import saved_report as saved_report
+    from hf_lowrank.recorded_evaluation import record_evaluation as record_evaluation
     from hf_lowrank.remote_code.lowrank_plan import PlanError as PlanError
     from hf_lowrank.report import CompressionReport as CompressionReport
     from hf_lowrank.report import make_report as make_report
@@ -48,6 +51,7 @@ if TYPE_CHECKING:
 # public name -> module that defines it; imported when first asked for
 _HOMES = {
     "Analysis": "hf_lowrank.analysis_report",
+    "CardCallback": "hf_lowrank.cards.callback",
     "Comparison": "hf_lowrank.comparison_report",
     "CompressionReport": "hf_lowrank.report",
     "CompressionSettings": "hf_lowrank.settings",
@@ -71,6 +75,8 @@ _HOMES = {
     "recover": "hf_lowrank.training.recovery",
     "reduce_vocabulary": "hf_lowrank.vocabulary",
     "push_to_hub": "hf_lowrank.hub",
+    "record_evaluation": "hf_lowrank.recorded_evaluation",
+    "saved_report": "hf_lowrank.inspection",
 }
 
 __all__ = ["InputError", "__version__", *_HOMES]

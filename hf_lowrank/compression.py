@@ -17,6 +17,8 @@ from hf_lowrank.conversion import convert_storage_
 from hf_lowrank.decomposing import Decomposer
 from hf_lowrank.errors import InputError
 from hf_lowrank.loading import find_tokenizer, load_dense
+from hf_lowrank.machine import versions
+from hf_lowrank.origin import find_origin
 from hf_lowrank.planning.plans import make_plan
 from hf_lowrank.planning.sizes import parameter_bytes
 from hf_lowrank.progress import Progress, no_progress
@@ -81,12 +83,7 @@ def compress(
         settings = replace(settings, dtype=str(dtype).removeprefix("torch."))
     decomposer = Decomposer(dense, settings, calibration, tokenizer, progress)
     plan, replaced = make_plan(dense, settings, decomposer)
-    plan["provenance"] |= {
-        "settings": settings.to_dict(),
-        "hf_lowrank": __version__,
-        "dense_size_bytes": dense_bytes,
-        "text": decomposer.described_text(),
-    }
+    plan["provenance"] |= _provenance(dense, settings, decomposer) | {"dense_size_bytes": dense_bytes}
     modules = [member.module for matrix in replaced for member in matrix.members]
     anchors = settings.anchors(has_text=calibration is not None, inplace=inplace)
     passes = settings.passes(has_text=calibration is not None, inplace=inplace)
@@ -99,6 +96,18 @@ def compress(
     _replace_matrices_(small, replaced, plan, decomposer, dtype, frees=is_ours)
     _become_compressed_(small, plan)
     return small.to(dtype) if is_retyped else small
+
+
+def _provenance(dense: PreTrainedModel, settings: CompressionSettings, decomposer: Decomposer) -> dict[str, Any]:
+    """What made a model: kept in its `config.json`, and shown on its card."""
+    config: Any = dense.config
+    return {
+        "settings": settings.to_dict(),
+        "hf_lowrank": __version__,
+        "text": decomposer.described_text(),
+        "versions": versions(),
+        "origin": find_origin(getattr(config, "_name_or_path", ""), getattr(config, "_commit_hash", None)).to_dict(),
+    }
 
 
 def _compress_and_learn_(

@@ -160,7 +160,7 @@ class Decomposer:
         batches = [*self.calibration.batches, *self.calibration.probes]
         source = "synthetic" if self._source is None else "batches"
         if isinstance(self._source, (str, Path)):
-            source = Path(self._source).name
+            source = Path(self._source).name if Path(self._source).exists() else str(self._source)
         elif isinstance(self._source, list) and self._source and isinstance(self._source[0], str):
             source = "texts"
         num_tokens = sum(int(real_tokens(batch).sum()) for batch in batches)

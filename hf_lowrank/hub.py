@@ -15,8 +15,10 @@ from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 from transformers import PreTrainedModel
 
 from hf_lowrank.errors import InputError
+from hf_lowrank.inspection import saved_report
+from hf_lowrank.record import CARD_FILE, card_text, has_own_card
 from hf_lowrank.redaction import without_tokens
-from hf_lowrank.saving import compressed_class, folder_files, one_line, save_folder
+from hf_lowrank.saving import folder_files, one_line, save_folder
 from hf_lowrank.verification import verify
 
 # What the transport of the installed huggingface_hub raises where no answer came.
@@ -88,7 +90,7 @@ def push_to_hub(
     """
     _check(repo_id, revision, create_pr)
     with _folder_of(model) as folder:
-        compressed_class(folder)  # complains where there is none
+        report = saved_report(folder)  # complains where there is none
         files = folder_files(folder)
         sizes = {name: path.stat().st_size for name, path in files.items()}
         if dry_run:
@@ -101,7 +103,10 @@ def push_to_hub(
             repo_id = _patiently(lambda: api.create_repo(repo_id, private=private, exist_ok=True)).repo_id
             if revision is not None and not _PULL_REQUEST.fullmatch(revision):
                 _patiently(lambda: api.create_branch(repo_id, branch=revision, exist_ok=True))
-            commit = _commit(api, repo_id, files, revision, create_pr, commit_message)
+            contents: dict[str, Path | bytes] = dict(files)
+            if not has_own_card(folder):
+                contents[CARD_FILE] = card_text(folder, report, repo_id).encode()
+            commit = _commit(api, repo_id, contents, revision, create_pr, commit_message)
     return Push(repo_id, sizes, commit)
 
 
@@ -157,7 +162,7 @@ def _folder_of(model: PreTrainedModel | str | Path) -> Iterator[Path]:
 def _commit(
     api: HfApi,
     repo_id: str,
-    files: dict[str, Path],
+    contents: dict[str, Path | bytes],
     revision: str | None,
     create_pr: bool,
     message: str | None,
@@ -168,7 +173,7 @@ def _commit(
         # An operation serves one commit; files that are there already are left out of the next try.
         return api.create_commit(
             repo_id,
-            [CommitOperationAdd(name, path) for name, path in files.items()],
+            [CommitOperationAdd(name, content) for name, content in contents.items()],
             commit_message=summary,
             commit_description=description.strip(),
             revision=revision,

@@ -1,15 +1,21 @@
 """One report of a compressed model feeds every table, log and card."""
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 from torch import nn
 from transformers import PreTrainedModel
 
+from hf_lowrank.evaluation import Latency, measure_latency, typical_length
+from hf_lowrank.machine import machine_name
+from hf_lowrank.origin import Origin
 from hf_lowrank.remote_code.lowrank_dense import dense_kind, dense_shape
 from hf_lowrank.remote_code.lowrank_materialize import Materializing
 from hf_lowrank.remote_code.lowrank_structures import named_shared_parts, named_structures, structure_name
+
+# Parts of the provenance that have a place of their own in the report.
+_ELSEWHERE = ("relative_errors", "kept_dense", "training", "recovery", "origin")
 
 
 @dataclass(frozen=True)
@@ -39,6 +45,51 @@ class ModuleReport:
 
 
 @dataclass(frozen=True)
+class LatencyReport:
+    """How long one forward pass took, both models measured side by side.
+
+    Args:
+        machine: What it was measured on.
+    """
+
+    batch_size: int
+    sequence_length: int
+    machine: str
+    dense: Latency
+    compressed: Latency
+
+
+@dataclass(frozen=True)
+class QualityReport:
+    """What the model scored on one set of data.
+
+    Args:
+        dataset: Name of a file, or Hub id of a data set.
+        config: Of a Hub data set; `split` likewise.
+        is_on_hub: Whether `dataset` is a Hub id.
+        sha256: Of the file.
+        metric: The score that counts, one of `scores`.
+        options: Of the task, so that the numbers can be had again.
+        scores: Of the compressed model; with a dense one beside it, agreement with that too.
+        dense_scores: Empty where the dense model was not evaluated.
+        date: When, as `2026-11-21`.
+    """
+
+    task: str
+    dataset: str
+    config: str | None
+    split: str | None
+    is_on_hub: bool
+    sha256: str | None
+    metric: str
+    higher_is_better: bool
+    options: dict[str, Any]
+    scores: dict[str, float]
+    dense_scores: dict[str, float]
+    date: str
+
+
+@dataclass(frozen=True)
 class CompressionReport:
     """A compressed model against the dense one it came from; tied parameters are counted once.
 
@@ -47,7 +98,12 @@ class CompressionReport:
             decode in each forward pass.
         materialized_bytes: What memory holds beside that where they decode once; see `set_materialize_`.
         multiply_adds: Of all matrix products with weights, for one token; attention scores not counted.
-        provenance: Method, budget and versions, as stored in `config.json`.
+        provenance: Method, budget, text and versions, as stored in `config.json`.
+        training: What was trained after compression, one entry a run; empty if nothing was.
+        origin: The dense model.
+        tags: Of the user, for the card.
+        latency: None until it is measured.
+        quality: What was evaluated, in that order.
     """
 
     architecture: str
@@ -60,6 +116,11 @@ class CompressionReport:
     multiply_adds: int
     modules: tuple[ModuleReport, ...]
     provenance: dict[str, Any]
+    training: tuple[dict[str, Any], ...] = ()
+    origin: Origin = field(default_factory=Origin)
+    tags: tuple[str, ...] = ()
+    latency: LatencyReport | None = None
+    quality: tuple[QualityReport, ...] = ()
 
     @property
     def kept_fraction(self) -> float:
@@ -75,6 +136,31 @@ class CompressionReport:
         """Plain JSON."""
         fractions = {"kept_fraction": self.kept_fraction, "kept_targets_fraction": self.kept_targets_fraction}
         return {**asdict(self), **fractions}
+
+    @classmethod
+    def from_dict(cls, stored: dict[str, Any]) -> "CompressionReport":
+        """The report that `to_dict` gave.
+
+        Raises:
+            TypeError: If a field is missing; `KeyError` likewise.
+        """
+        known = {each.name: stored[each.name] for each in fields(cls) if each.name in stored}
+        latency = stored["latency"]
+        known |= {
+            "modules": tuple(
+                ModuleReport(**{**module, "shape": tuple(module["shape"])}) for module in stored["modules"]
+            ),
+            "training": tuple(stored["training"]),
+            "origin": Origin.from_dict(stored["origin"]),
+            "tags": tuple(stored["tags"]),
+            "latency": None if latency is None else _latency(latency),
+            "quality": tuple(QualityReport(**entry) for entry in stored["quality"]),
+        }
+        return cls(**known)
+
+
+def _latency(stored: dict[str, Any]) -> LatencyReport:
+    return LatencyReport(**{**stored, **{name: Latency(**stored[name]) for name in ("dense", "compressed")}})
 
 
 def make_report(model: PreTrainedModel) -> CompressionReport:
@@ -101,8 +187,18 @@ def make_report(model: PreTrainedModel) -> CompressionReport:
         dense_multiply_adds=multiply_adds + saved_multiply_adds,
         multiply_adds=multiply_adds,
         modules=tuple(modules),
-        provenance={k: v for k, v in provenance.items() if k not in ("relative_errors", "kept_dense")},
+        provenance={key: value for key, value in provenance.items() if key not in _ELSEWHERE},
+        training=(*provenance.get("training", ()), *([provenance["recovery"]] if "recovery" in provenance else [])),
+        origin=Origin.from_dict(provenance.get("origin", {})),
+        tags=tuple(model.model_tags or ()),
     )
+
+
+def compare_latency(dense: Any, compressed: Any, batch_size: int = 8) -> LatencyReport:
+    """Time two models against each other on this machine."""
+    shape = (batch_size, typical_length(dense))
+    times = measure_latency({"dense": dense, "compressed": compressed}, *shape)
+    return LatencyReport(*shape, machine_name(dense.device), times["dense"], times["compressed"])
 
 
 def count_multiply_adds(model: nn.Module) -> int:
@@ -123,7 +219,7 @@ def _replaced(model: PreTrainedModel, provenance: dict[str, Any]) -> list[Module
     errors = provenance.get("relative_errors", {})
     plan = model.config.plan
     base = model.base_model
-    names = [*(plan.get("shared") or {}), *plan["modules"]]
+    names = [*sorted(plan.get("shared") or {}), *sorted(plan["modules"])]
     found: list[tuple[str, Any]] = [(name, base.get_submodule(name)) for name in names]
     if plan.get("output_embeddings") and structure_name(model.get_output_embeddings()):
         found.append(("output_embeddings", model.get_output_embeddings()))
@@ -146,7 +242,7 @@ def _replaced(model: PreTrainedModel, provenance: dict[str, Any]) -> list[Module
 
 def _kept_dense(provenance: dict[str, Any]) -> list[ModuleReport]:
     rows = []
-    for name, (shape, role, note) in provenance.get("kept_dense", {}).items():
+    for name, (shape, role, note) in sorted(provenance.get("kept_dense", {}).items()):
         weights = shape[0] * shape[1]
         products = 0 if role == "embedding" else weights
         rows.append(

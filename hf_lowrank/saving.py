@@ -15,12 +15,16 @@ from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel
 
 from hf_lowrank import remote_code
 from hf_lowrank.architectures import read_config
+from hf_lowrank.cards.metadata import RESULTS_FILE
 from hf_lowrank.errors import InputError
+from hf_lowrank.record import RECORD_FILES, write_record
 from hf_lowrank.remote_code import modeling_lowrank
+from hf_lowrank.remote_code.lowrank_model import LowRankMixin
 from hf_lowrank.remote_code.lowrank_plan import PlanError
+from hf_lowrank.report import make_report
 
 # `save_pretrained` writes these itself; a card is rendered, not copied.
-_SAVED = {"config.json", "generation_config.json", "README.md"}
+_SAVED = {"config.json", "generation_config.json", *RECORD_FILES}
 _NOT_COPIED = _SAVED | {path.name for path in Path(remote_code.__path__[0]).glob("*.py")} | {"trainer_state.json"}
 # Weights in any format, and what a training run leaves.
 _WEIGHTS = (
@@ -31,6 +35,7 @@ _WEIGHTS = (
 _VOCABULARY_FILES = (
     "vocab.txt", "vocab.json", "merges.txt", "spiece.model", "tokenizer.model", "sentencepiece.bpe.model",
 )  # fmt: skip
+_TOKENIZER_FILES = ("tokenizer_config.json", "tokenizer.json", *_VOCABULARY_FILES)
 # Folders of a model folder that belong to its tokenizer; those of sentence-transformers are named in modules.json.
 _TOKENIZER_FOLDERS = ("additional_chat_templates",)
 
@@ -96,6 +101,8 @@ def save_folder(
             for name in _VOCABULARY_FILES:
                 (draft / name).unlink(missing_ok=True)
             tokenizer.save_pretrained(draft)
+        if isinstance(model, LowRankMixin):
+            write_record(draft, make_report(model), target.name)
         # Weights are written readable by their owner only; a folder to share has one mode throughout.
         mode = (draft / "config.json").stat().st_mode
         for path in draft.glob("*.safetensors"):
@@ -162,7 +169,13 @@ def folder_files(folder: Path) -> dict[str, Path]:
         for path in folder.iterdir()
         if path.name in _SAVED or path.name.endswith((".safetensors", ".safetensors.index.json", ".py"))
     ]
-    return dict(sorted(({path.name: path for path in ours} | side_files(folder)).items()))
+    results = {RESULTS_FILE: folder / RESULTS_FILE} if (folder / RESULTS_FILE).is_file() else {}
+    return dict(sorted(({path.name: path for path in ours} | side_files(folder) | results).items()))
+
+
+def tokenizer_files(folder: Path) -> list[Path]:
+    """The files of a model folder that a tokenizer is loaded from."""
+    return [folder / name for name in _TOKENIZER_FILES if (folder / name).is_file()]
 
 
 def side_file_bytes(source: str | Path) -> int:
@@ -204,9 +217,7 @@ def _copy_side_files(source: str | Path, draft: Path) -> None:
 def _name_tokenizer_class(source: str | Path, draft: Path) -> None:
     """Write down the tokenizer's class where only the model type told it: ours is not one transformers knows."""
     file = draft / "tokenizer_config.json"
-    if not any(
-        (draft / name).exists() for name in ("tokenizer_config.json", "tokenizer.json", "vocab.txt", "vocab.json")
-    ):
+    if not tokenizer_files(draft):
         return
     try:
         settings = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}

@@ -18,9 +18,8 @@ from transformers import PreTrainedModel
 from hf_lowrank import verification_child
 from hf_lowrank.architectures import read_config
 from hf_lowrank.errors import InputError
-from hf_lowrank.remote_code.lowrank_model import auto_classes
+from hf_lowrank.heads import auto_class as find_auto_class
 from hf_lowrank.remote_code.lowrank_plan import PlanError
-from hf_lowrank.remote_code.modeling_lowrank import dense_model_class
 from hf_lowrank.saving import compressed_class, load_compressed, one_line
 
 _BATCH, _TOKENS = 2, 12
@@ -60,7 +59,7 @@ def verify(path: str | Path, model: PreTrainedModel | None = None) -> Verificati
     if not folder.is_dir():
         raise InputError(f"{path} is not a folder. Give the folder of a saved compressed model.")
     model_class = compressed_class(folder)
-    auto_class = _auto_class(model_class)
+    auto_class = find_auto_class(model_class)
     try:
         ours = load_compressed(folder)
     except (InputError, PlanError) as error:
@@ -91,13 +90,6 @@ def _problem(answer: dict[str, Any], difference: float) -> str:
     if difference != 0:
         return f"Outputs with and without this library differ by up to {difference:g}."
     return ""
-
-
-def _auto_class(model_class: Any) -> str | None:
-    host: Any = dense_model_class(model_class)
-    heads = auto_classes(host.config_class.model_type)
-    # The shortest name is the plainest: AutoModel rather than AutoModelForTextEncoding.
-    return min((auto for auto, name in heads.items() if name == host.__name__), key=len, default=None)
 
 
 def _ask_child(

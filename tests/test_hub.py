@@ -90,7 +90,9 @@ def test_push_publishes_every_file_in_one_commit(server, folder):
     assert list(repo.messages.values())[1:] == [("Smaller", "By half.")]
     assert set(published(server)) == set(push.files) >= expected | {"1_P/config.json", "modeling_lowrank.py"}
     assert not {"optimizer.pt", ".env", "trainer_state.json"} & set(push.files)
-    assert all(published(server)[name] == (folder / name).read_bytes() for name in push.files)
+    same = {name for name in push.files if published(server)[name] == (folder / name).read_bytes()}
+    assert set(push.files) - same == {"README.md"}  # which names the repository
+    assert f'"{REPO}", trust_remote_code=True' in published(server)["README.md"].decode()
     assert push.url == f"{server.endpoint}/{REPO}/commit/{repo.refs['main']}"
 
 

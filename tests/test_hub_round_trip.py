@@ -6,6 +6,7 @@ import huggingface_hub
 import pytest
 import torch
 from elsewhere import run_elsewhere
+from every_structure import build_every_structure
 from hub_server import HubServer
 from tiny_models import build, family_of, inputs_for, largest_difference, outputs
 from tiny_tokenizers import decoder_tokenizer, encoder_tokenizer
@@ -13,25 +14,16 @@ from transformers import GenerationConfig
 
 import hf_lowrank
 from hf_lowrank import compress, hub, push_to_hub
-from hf_lowrank.remote_code.configuration_lowrank import compressed_config_class
 from hf_lowrank.remote_code.lowrank_structures import STRUCTURES
-from hf_lowrank.remote_code.modeling_lowrank import compressed_model_class
 from hf_lowrank.saving import save_folder
 from hf_lowrank.verification import Verification
 
 # The client's own way to call its transport.
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=<...>':DeprecationWarning")
 
-# saved head -> its auto class, and a module of each kind a structure can replace
-HEADS = {
-    "BertForMaskedLM": (
-        "AutoModelForMaskedLM",
-        {"linear": "encoder.layer.1.output.dense", "embedding": "embeddings.word_embeddings"},
-    ),
-    "GPT2LMHeadModel": ("AutoModelForCausalLM", {"linear": "h.1.mlp.c_proj", "embedding": "wte"}),
-}
+# saved head -> its auto class
+HEADS = {"BertForMaskedLM": "AutoModelForMaskedLM", "GPT2LMHeadModel": "AutoModelForCausalLM"}
 CASES = [(head, structure) for head in HEADS for structure in STRUCTURES]
-SIZE = 5
 
 LOADING = """
 from tiny_models import inputs_for, outputs
@@ -55,14 +47,14 @@ def name_of(head, structure):
 
 
 def drawn(head, structure):
-    """A compressed model with that structure at one place, its numbers random."""
-    dense = build(head)
-    places = HEADS[head][1]
-    spec = {"structure": structure, **dict.fromkeys(STRUCTURES[structure].SIZES, SIZE)}
-    config = dense.config
-    config.__class__ = compressed_config_class(type(config))
-    config.compression = {"format_version": 1, "modules": {places[STRUCTURES[structure].HOSTS]: spec}}
-    return compressed_model_class(type(dense))(config).eval()
+    """A compressed model of that structure with random numbers; an embedding's needs a linear one beside it."""
+    return build_every_structure(
+        head, dict.fromkeys(["low_rank", structure] if is_embedding(structure) else [structure])
+    )
+
+
+def is_embedding(structure):
+    return STRUCTURES[structure].HOSTS == "embedding"
 
 
 @pytest.fixture(scope="module")
@@ -91,14 +83,14 @@ def loaded(server, models, tmp_path_factory):
     folder = tmp_path_factory.mktemp("elsewhere")
     for (head, structure), model in models.items():
         push_to_hub(model, name_of(head, structure), private=structure == "low_rank")
-    cases = [(name_of(*case), case[0], ["AutoModel", HEADS[case[0]][0]]) for case in CASES]
+    cases = [(name_of(*case), case[0], ["AutoModel", HEADS[case[0]]]) for case in CASES]
     run_elsewhere(LOADING, folder, server.environment(), cases=cases, results=str(folder / "results.pt"))
     return torch.load(folder / "results.pt")
 
 
 @pytest.mark.parametrize(("head", "structure"), CASES)
 def test_the_saved_head_downloads_and_computes_the_same(loaded, models, head, structure):
-    found = loaded[name_of(head, structure), HEADS[head][0]]
+    found = loaded[name_of(head, structure), HEADS[head]]
 
     expected = outputs(models[head, structure], inputs_for(head))
 

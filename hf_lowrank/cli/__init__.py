@@ -21,6 +21,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     try:
         arguments = build_parser().parse_args(argv)
+        arguments.given = list(sys.argv[1:] if argv is None else argv)
         return _run(arguments.command, arguments)
     except KeyboardInterrupt:
         return _complain("interrupted; no half-written folder is left.", INTERRUPTED)

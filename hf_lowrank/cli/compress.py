@@ -5,30 +5,30 @@ import copy
 import re
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
+from hf_lowrank.cards.card import shown_command
 from hf_lowrank.cli import tables
 from hf_lowrank.compression import compress
 from hf_lowrank.decomposing import Decomposer
 from hf_lowrank.errors import InputError
-from hf_lowrank.evaluation import Latency, measure_latency, typical_length
 from hf_lowrank.loading import find_tokenizer, load_dense
 from hf_lowrank.planning.budgets import parse_size
 from hf_lowrank.planning.plans import make_plan
 from hf_lowrank.planning.sizes import parameter_bytes
 from hf_lowrank.progress import progress_bar
+from hf_lowrank.record import record_bytes, write_record
 from hf_lowrank.remote_code.configuration_lowrank import compressed_config_class
 from hf_lowrank.remote_code.modeling_lowrank import compressed_model_class
-from hf_lowrank.report import CompressionReport, make_report
+from hf_lowrank.report import CompressionReport, compare_latency, make_report
 from hf_lowrank.saving import check_output, save_folder, side_file_bytes
 from hf_lowrank.settings import CompressionSettings
 from hf_lowrank.targets import ALL_LINEAR
 from hf_lowrank.vocabulary import reduce_vocabulary
+from hf_lowrank.wording import megabytes
 
-_BATCH_SIZE = 8
 # Options that carry the names of the settings.
 _OPTIONS = (
     "keep_params", "keep_targets", "target_size", "keep_latency", "rank", "method", "allocation", "storage",
@@ -51,7 +51,7 @@ def run(arguments: argparse.Namespace) -> int:
         dense, tokenizer = reduce_vocabulary(
             dense, find_tokenizer(dense), arguments.vocabulary, text_column=arguments.text_column
         )
-    side_bytes = side_file_bytes(arguments.model) if settings.target_size is not None else 0
+    side_bytes = side_file_bytes(arguments.model) + record_bytes(dense) if settings.target_size is not None else 0
     for_weights = _without_side_files(settings, side_bytes)
     try:
         if arguments.dry_run:
@@ -61,13 +61,15 @@ def run(arguments: argparse.Namespace) -> int:
         )
     except InputError as error:
         raise _with_side_files(error, side_bytes) from error
-    small.config.compression["provenance"]["settings"] = settings.to_dict()
+    made_by = {"settings": settings.to_dict(), "command": shown_command(arguments.given, arguments.model)}
+    small.config.compression["provenance"] |= made_by
     folder = save_folder(small, arguments.out, arguments.model, arguments.overwrite, tokenizer)
-    shape = (_BATCH_SIZE, typical_length(dense))
-    latency = None
+    report = make_report(small)
     if not arguments.no_latency:
-        latency = measure_latency({"dense": dense, "compressed": small}, *shape)
-    _print_result(arguments, folder, make_report(small), parameter_bytes(dense), latency, shape)
+        # The folder is saved by now: who does not want to wait for this loses nothing.
+        report = replace(report, latency=compare_latency(dense, small))
+        write_record(folder, report)
+    _print_result(arguments, folder, report)
     return 0
 
 
@@ -100,7 +102,7 @@ def _without_side_files(settings: CompressionSettings, side_bytes: int) -> Compr
     if left < 1:
         raise InputError(
             f"target_size={settings.target_size} is out of reach: the tokenizer and other files alone take "
-            f"{tables.megabytes(side_bytes)}. Raise the budget."
+            f"{megabytes(side_bytes)}. Raise the budget."
         )
     return replace(settings, target_size=left)
 
@@ -108,7 +110,7 @@ def _without_side_files(settings: CompressionSettings, side_bytes: int) -> Compr
 def _with_side_files(error: InputError, side_bytes: int) -> InputError:
     if "target_size" not in str(error) or not side_bytes:
         return error
-    return InputError(f"{error} (Besides {tables.megabytes(side_bytes)} of tokenizer and other files.)")
+    return InputError(f"{error} (Besides {megabytes(side_bytes)} of tokenizer and other files.)")
 
 
 def _print_plan(
@@ -117,55 +119,47 @@ def _print_plan(
     """Print what `compress` would do, from a model without numbers."""
     decomposer = Decomposer(dense, settings, arguments.calibration, tokenizer or find_tokenizer(dense), progress_bar)
     plan, _ = make_plan(dense, settings, decomposer)
-    plan["provenance"] |= {"settings": _settings(arguments).to_dict()}
+    plan["provenance"] |= {"settings": _settings(arguments).to_dict(), "dense_size_bytes": parameter_bytes(dense)}
     config = copy.deepcopy(dense.config)
     config.__class__ = compressed_config_class(type(dense.config))
     config.compression = plan
     with torch.device("meta"):
         skeleton = compressed_model_class(type(dense))(config)
-    report = make_report(skeleton.to(settings.torch_dtype or dense.dtype))
+    report = replace(
+        make_report(skeleton.to(settings.torch_dtype or dense.dtype)), dense_size_bytes=parameter_bytes(dense)
+    )
     if arguments.json:
         tables.print_json({"model": arguments.model, "dry_run": True, "plan": plan, "report": report.to_dict()})
         return 0
-    tables.print_comparison(report, parameter_bytes(dense))
+    tables.print_comparison(report)
     tables.print_matrices(report)
     tables.print_modules(report)
     tables.print_line("dry run: nothing was written; errors and latency are known after the real run")
     return 0
 
 
-def _print_result(
-    arguments: argparse.Namespace,
-    folder: Path,
-    report: CompressionReport,
-    dense_bytes: int,
-    latency: dict[str, Latency] | None,
-    shape: tuple[int, int],
-) -> None:
+def _print_result(arguments: argparse.Namespace, folder: Path, report: CompressionReport) -> None:
     size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     if arguments.json:
-        measured: dict[str, Any] | None = None
-        if latency is not None:
-            rows = {name: asdict(value) for name, value in latency.items()}
-            measured = {"batch_size": shape[0], "sequence_length": shape[1], **rows}
         tables.print_json(
             {
                 "model": arguments.model,
                 "out": str(folder),
                 "folder_bytes": size,
-                "dense_size_bytes": dense_bytes,
+                "dense_size_bytes": report.dense_size_bytes,
                 "report": report.to_dict(),
-                "latency": measured,
+                "latency": None if report.latency is None else asdict(report.latency),
             }
         )
         return
     tables.print_line(f"{arguments.model} -> {arguments.out}: {tables.settings_in_words(report)}")
-    tables.print_comparison(report, dense_bytes, latency, f"{shape[0]} x {shape[1]} tokens")
+    tables.print_comparison(report)
     tables.print_matrices(report)
-    tables.print_line(f"saved: {folder}, {tables.megabytes(size)} with tokenizer and code")
+    tables.print_line(f"saved: {folder}, {megabytes(size)} with tokenizer and code")
     tables.print_steps(
         [
             f"hf-lowrank verify {arguments.out}",
+            f"hf-lowrank evaluate {arguments.out} --dense {arguments.model} --task TASK --dataset DATA --record",
             f"hf-lowrank inspect {arguments.out} --modules",
             f"AutoModel.from_pretrained({arguments.out!r}, trust_remote_code=True)  # needs transformers only",
         ]

@@ -10,10 +10,12 @@ from rich.console import Console
 from transformers import AutoTokenizer, PreTrainedConfig
 
 from hf_lowrank.architectures import read_config
+from hf_lowrank.cards.card import REPORT_FILE
 from hf_lowrank.cli import tables
 from hf_lowrank.errors import InputError
 from hf_lowrank.loading import load_dense
 from hf_lowrank.progress import progress_bar
+from hf_lowrank.recorded_evaluation import record_evaluation
 from hf_lowrank.saving import load_compressed, one_line
 from hf_lowrank.tasks import make_task
 from hf_lowrank.tasks.evaluation import evaluate
@@ -27,6 +29,8 @@ _OPTIONS = (
 
 def run(arguments: argparse.Namespace) -> int:
     """Score the model, and the dense one if it is given, and print one table."""
+    if arguments.record and not (Path(arguments.path).is_dir() and _is_compressed(arguments.path)):
+        raise InputError(f"--record needs the folder of a compressed model, got {arguments.path}.")
     given = {name: getattr(arguments, name) for name in _OPTIONS}
     task = make_task(arguments.task, **{name: value for name, value in given.items() if value is not None})
     dtype = getattr(torch, arguments.dtype) if arguments.dtype else None
@@ -42,12 +46,16 @@ def run(arguments: argparse.Namespace) -> int:
         cost=not arguments.no_cost,
         progress=progress_bar,
     )
+    if arguments.record:
+        record_evaluation(arguments.path, evaluation, arguments.dataset)
     if arguments.json:
         about = {"path": arguments.path, "dense_path": arguments.dense, "dataset": arguments.dataset}
         tables.print_json({**about, "evaluation": evaluation.to_dict()})
         return 0
     tables.print_line(f"{arguments.path} on {arguments.dataset}")
     Console(file=sys.stdout, highlight=False).print(evaluation.to_table())
+    if arguments.record:
+        tables.print_line(f"recorded: {arguments.path}/{REPORT_FILE}, and the card")
     return 0
 
 

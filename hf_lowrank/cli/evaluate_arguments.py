@@ -35,6 +35,7 @@ def add_evaluate(commands: Commands) -> None:
     types = ("float32", "bfloat16", "float16")
     parser.add_argument("--dtype", choices=types, help="type to run in (default: as stored)")
     parser.add_argument("--device", help="where to run, such as cuda (default: cpu)")
+    parser.add_argument("--record", action="store_true", help="append the scores to PATH's report and card")
     parser.add_argument("--no-cost", action="store_true", help="do not measure latency and memory")
     parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
 

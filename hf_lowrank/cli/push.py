@@ -4,6 +4,7 @@ import argparse
 
 from hf_lowrank.cli import tables
 from hf_lowrank.hub import Push, push_to_hub
+from hf_lowrank.wording import megabytes
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -33,6 +34,6 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _print_files(push: Push) -> None:
     for name, size in push.files.items():
-        tables.print_line(f"{tables.megabytes(size):>10}  {name}")
-    total = tables.megabytes(sum(push.files.values()))
+        tables.print_line(f"{megabytes(size):>10}  {name}")
+    total = megabytes(sum(push.files.values()))
     tables.print_line(f"{total:>10}  {len(push.files)} files for {push.repo_id}")

@@ -10,13 +10,11 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from hf_lowrank.evaluation import Latency
 from hf_lowrank.planning.budgets import KINDS
 from hf_lowrank.report import CompressionReport, ModuleReport
+from hf_lowrank.wording import megabytes, milliseconds, share, speed_in_words
 
 _NUM_WORST = 3
-# Below this a difference in speed drowns in the noise of two medians.
-_WORTH_SAYING = 1.05
 
 
 def print_json(result: dict[str, Any]) -> None:
@@ -35,19 +33,8 @@ def print_steps(steps: Sequence[str]) -> None:
         print_line(f"{'next:' if index == 0 else '     '} {step}")
 
 
-def print_comparison(
-    report: CompressionReport,
-    dense_bytes: int,
-    latency: dict[str, Latency] | None = None,
-    shape: str = "",
-) -> None:
-    """Print the before/after table.
-
-    Args:
-        dense_bytes: Size of the dense model's weights in their own type.
-        latency: Of `dense` and `compressed`, in this order.
-        shape: What one forward pass was of, such as `8 x 128 tokens`.
-    """
+def print_comparison(report: CompressionReport) -> None:
+    """Print the before/after table."""
     table = Table(box=None, pad_edge=False, header_style="bold")
     table.add_column("")
     for column in ("dense", "compressed", ""):
@@ -56,7 +43,10 @@ def print_comparison(
         "parameters", f"{report.dense_parameters:,}", f"{report.parameters:,}", f"{report.kept_fraction:.1%} kept"
     )
     table.add_row(
-        "weights", megabytes(dense_bytes), megabytes(report.size_bytes), _share(report.size_bytes, dense_bytes)
+        "weights",
+        megabytes(report.dense_size_bytes),
+        megabytes(report.size_bytes),
+        share(report.size_bytes, report.dense_size_bytes),
     )
     if report.materialized_bytes:
         decoded = report.size_bytes + report.materialized_bytes
@@ -65,11 +55,12 @@ def print_comparison(
         "multiply-adds a token",
         f"{report.dense_multiply_adds:,}",
         f"{report.multiply_adds:,}",
-        _share(report.multiply_adds, report.dense_multiply_adds),
+        share(report.multiply_adds, report.dense_multiply_adds),
     )
-    if latency is not None:
-        dense, compressed = latency["dense"], latency["compressed"]
-        table.add_row(f"latency, {shape}", _milliseconds(dense), _milliseconds(compressed), speed_in_words(compressed))
+    if (latency := report.latency) is not None:
+        times = (milliseconds(latency.dense), milliseconds(latency.compressed))
+        shape = f"{latency.batch_size} x {latency.sequence_length} tokens"
+        table.add_row(f"latency, {shape}", *times, speed_in_words(latency.compressed))
     Console(file=sys.stdout, highlight=False).print(table)
 
 
@@ -104,7 +95,7 @@ def print_modules(report: CompressionReport) -> None:
             "{} x {}".format(*module.shape),
             str(module.rank or ""),
             f"{module.parameters:,}",
-            _share(module.parameters, module.dense_parameters),
+            share(module.parameters, module.dense_parameters),
             "" if module.relative_error is None else f"{module.relative_error:.3f}",
         )
     Console(file=sys.stdout, highlight=False).print(table)
@@ -115,25 +106,3 @@ def settings_in_words(report: CompressionReport) -> str:
     shown = (*KINDS, "rank_pattern", "method", "allocation", "dtype")
     given = report.provenance.get("settings", {})
     return ", ".join(f"{name} {given[name]}" for name in shown if name in given)
-
-
-def megabytes(num_bytes: int) -> str:
-    """Bytes in the unit of `--target-size`."""
-    return f"{num_bytes / 1e6:.1f} MB" if num_bytes >= 1e5 else f"{num_bytes / 1e3:.1f} KB"
-
-
-def speed_in_words(compressed: Latency) -> str:
-    """How much faster it is, or that it is not."""
-    if compressed.speed_up >= _WORTH_SAYING:
-        return f"{compressed.speed_up:.2f}x as fast"
-    if compressed.speed_up > 1 / _WORTH_SAYING:
-        return f"memory only: no faster here ({compressed.speed_up:.2f}x)"
-    return f"memory only: slower here ({compressed.speed_up:.2f}x)"
-
-
-def _milliseconds(latency: Latency) -> str:
-    return f"{latency.median * 1e3:.1f} ms"
-
-
-def _share(now: float, before: float) -> str:
-    return f"{now / before:.1%}" if before else ""

@@ -14,8 +14,8 @@ from hf_lowrank.targets import DenseMatrix
 _HEADER_BYTES = 90
 # One module in the plan and its record in `config.json`, without its name.
 _PLAN_BYTES = 150
-# Padding of the safetensors header, generation_config.json, the auto_map.
-_OTHER_BYTES = 4000
+# Padding of the safetensors header, generation_config.json, the auto_map, what made the model.
+_OTHER_BYTES = 5000
 # What a pivoted matrix has beside its weights: a second bias, and where its moved outputs come from and go to. Seldom
 # more than 32 move.
 _EXTRA_TENSORS = 3

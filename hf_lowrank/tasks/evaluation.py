@@ -16,6 +16,7 @@ from hf_lowrank.targets import is_tied
 from hf_lowrank.tasks import make_task
 from hf_lowrank.tasks.base import Task
 from hf_lowrank.tasks.memory import peak_memory
+from hf_lowrank.wording import megabytes, milliseconds
 
 _SHAPE = (8, 128)
 _DENSE, _MODEL, _UNTIED = "dense", "model", "untied"
@@ -80,12 +81,14 @@ class Evaluation:
         for name in self.model.scores:
             table.add_row(name.replace("_", " "), *(_score(side.scores, name) for side in sides))
         table.add_row("parameters", *(f"{side.parameters:,}" for side in sides))
-        table.add_row("weights", *(_megabytes(side.size_bytes) for side in sides))
+        table.add_row("weights", *(megabytes(side.size_bytes) for side in sides))
         shape = f"{self.batch_size} x {self.sequence_length} tokens"
         if self.model.latency is not None:
-            table.add_row(f"latency, {shape}", *(_milliseconds(side.latency) for side in sides))
+            table.add_row(
+                f"latency, {shape}", *("" if side.latency is None else milliseconds(side.latency) for side in sides)
+            )
         if self.model.peak_memory_bytes is not None:
-            table.add_row(f"memory, {shape}", *(_megabytes(side.peak_memory_bytes) for side in sides))
+            table.add_row(f"memory, {shape}", *map(_memory, sides))
         return table
 
 
@@ -168,13 +171,9 @@ def _measure(model: Any, scores: dict[str, float], latency: Latency | None, shap
     )
 
 
+def _memory(side: Measurements) -> str:
+    return "" if side.peak_memory_bytes is None else megabytes(side.peak_memory_bytes)
+
+
 def _score(scores: dict[str, float], name: str) -> str:
     return f"{scores[name]:,.{_DIGITS.get(name, 4)}f}" if name in scores else ""
-
-
-def _megabytes(num_bytes: int | None) -> str:
-    return "" if num_bytes is None else f"{num_bytes / 1e6:.1f} MB"
-
-
-def _milliseconds(latency: Latency | None) -> str:
-    return "" if latency is None else f"{latency.median * 1e3:.1f} ms"

@@ -1,0 +1,45 @@
+"""What a number was measured on and with: the processor, and the versions of the libraries."""
+
+import os
+import platform
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import torch
+
+from hf_lowrank.version import __version__
+
+_CPU_INFO = Path("/proc/cpuinfo")
+LIBRARIES = ("torch", "transformers", "huggingface_hub", "safetensors")
+
+
+def machine_name(device: torch.device | str = "cpu") -> str:
+    """The name of a device as its maker calls it: `AMD EPYC 7B13, 2 cores, 1 thread`."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.get_device_name(device)
+    cores, threads = os.cpu_count() or 1, torch.get_num_threads()
+    return f"{_processor()}, {_count(cores, 'core')}, {_count(threads, 'thread')}"
+
+
+def versions() -> dict[str, str]:
+    """Version of Python and of each library that shapes a result; those that are not installed are left out."""
+    found = {"hf_lowrank": __version__, "python": platform.python_version()}
+    for library in LIBRARIES:
+        try:
+            found[library] = version(library)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def _processor() -> str:
+    try:
+        lines = _CPU_INFO.read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    named = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(named, "") or platform.processor() or platform.machine() or "unknown processor"
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}{'' if number == 1 else 's'}"

@@ -1,0 +1,86 @@
+"""The record of a saved model: one report beside its weights, and the card that is written from it."""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from hf_lowrank.cards.card import KEPT_LINE, REPORT_FILE, make_card
+from hf_lowrank.cards.metadata import RESULTS_FILE, results_file
+from hf_lowrank.errors import InputError
+from hf_lowrank.redaction import without_tokens_inside
+from hf_lowrank.report import CompressionReport
+from hf_lowrank.targets import find_matrices
+
+CARD_FILE = "README.md"
+RECORD_FILES = (REPORT_FILE, CARD_FILE)
+_FORMAT_VERSION = 1
+# A matrix in the report without its name, and the card with everything else.
+_MODULE_BYTES, _OTHER_BYTES = 330, 8000
+
+
+def write_record(folder: Path, report: CompressionReport, name: str | None = None) -> None:
+    """Write a model's report, and from it the card and the evaluation results; a card of the user's stays.
+
+    Args:
+        folder: Of the saved model.
+        name: What the card calls it; None for the name of the folder.
+    """
+    stored = {"format_version": _FORMAT_VERSION, "weights": _fingerprint(folder), **report.to_dict()}
+    text = json.dumps(without_tokens_inside(stored), ensure_ascii=False)
+    (folder / REPORT_FILE).write_text(text + "\n", encoding="utf-8")
+    if not has_own_card(folder):
+        (folder / CARD_FILE).write_text(card_text(folder, report, name or folder.name), encoding="utf-8")
+    results = results_file(report.quality)
+    if results is None:
+        (folder / RESULTS_FILE).unlink(missing_ok=True)
+    else:
+        (folder / RESULTS_FILE).parent.mkdir(exist_ok=True)
+        (folder / RESULTS_FILE).write_text(results, encoding="utf-8")
+
+
+def read_record(folder: Path) -> CompressionReport | None:
+    """The report beside a model's weights; None if there is none, or the weights have changed since.
+
+    Raises:
+        InputError: If it is damaged.
+    """
+    file = folder / REPORT_FILE
+    if not file.is_file():
+        return None
+    try:
+        stored: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        report = CompressionReport.from_dict(stored)
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise InputError(f"{file} is damaged ({type(error).__name__}: {error}). Remove it, or save again.") from error
+    return report if stored["weights"] == _fingerprint(folder) else None
+
+
+def card_text(folder: Path, report: CompressionReport, repo: str) -> str:
+    """The card of the model in a folder, with what the user wrote below its last line."""
+    file = folder / CARD_FILE
+    written = file.read_text(encoding="utf-8") if file.is_file() else ""
+    return str(make_card(report, repo, notes=written.partition(KEPT_LINE)[2]))
+
+
+def has_own_card(folder: Path) -> bool:
+    """Whether the folder has a card that this library did not write."""
+    file = folder / CARD_FILE
+    return file.is_file() and KEPT_LINE not in file.read_text(encoding="utf-8")
+
+
+def record_bytes(model: PreTrainedModel) -> int:
+    """Bytes the record of a model will take, at most."""
+    return _OTHER_BYTES + sum(2 * len(matrix.name) + _MODULE_BYTES for matrix in find_matrices(model))
+
+
+def _fingerprint(folder: Path) -> str:
+    """Of the weights: what was measured with them says nothing of others."""
+    digest = hashlib.sha256()
+    for path in sorted(folder.glob("*.safetensors")):
+        with path.open("rb") as file:
+            while chunk := file.read(1 << 20):
+                digest.update(chunk)
+    return digest.hexdigest()

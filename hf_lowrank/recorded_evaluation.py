@@ -1,0 +1,73 @@
+"""Evaluations that are kept: appended to the record of the model they were made with, and so to its card."""
+
+import hashlib
+import json
+from dataclasses import replace
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+from hf_lowrank.inspection import saved_report
+from hf_lowrank.record import write_record
+from hf_lowrank.report import CompressionReport, QualityReport
+from hf_lowrank.tasks.evaluation import Evaluation
+
+
+def record_evaluation(folder: str | Path, evaluation: Evaluation, dataset: str) -> CompressionReport:
+    """Append an evaluation to the report and the card of a saved model.
+
+    Args:
+        folder: Of the model that was evaluated.
+        dataset: The file or `NAME:CONFIG:SPLIT` it was evaluated on.
+
+    Returns:
+        The report, which is written.
+
+    Raises:
+        InputError: If the folder holds no compressed model, or its record is damaged.
+    """
+    report = with_quality(saved_report(folder), quality_report(evaluation, dataset))
+    write_record(Path(folder), report)
+    return report
+
+
+def quality_report(evaluation: Evaluation, dataset: str) -> QualityReport:
+    """An evaluation for the record.
+
+    Args:
+        dataset: The file or `NAME:CONFIG:SPLIT` it was made on.
+    """
+    file = Path(dataset)
+    is_file = file.is_file()
+    name, config, split = [*dataset.split(":"), "", ""][:3]
+    return QualityReport(
+        task=evaluation.task,
+        dataset=file.name if is_file else name,
+        config=None if is_file else config or None,
+        split=None if is_file else split or None,
+        is_on_hub=not is_file,
+        sha256=hashlib.sha256(file.read_bytes()).hexdigest() if is_file else None,
+        metric=evaluation.metric,
+        higher_is_better=evaluation.higher_is_better,
+        options=evaluation.options,
+        scores=evaluation.model.scores,
+        dense_scores=evaluation.dense.scores if evaluation.dense is not None else {},
+        date=datetime.now(timezone.utc).date().isoformat(),
+    )
+
+
+def with_quality(report: CompressionReport, entry: QualityReport) -> CompressionReport:
+    """The report with one more evaluation, in the place of an earlier one of the same task, data and options."""
+    others = tuple(one for one in report.quality if _subject(one) != _subject(entry))
+    return replace(report, quality=(*others, entry))
+
+
+def _subject(entry: QualityReport) -> tuple[Any, ...]:
+    return (
+        entry.task,
+        entry.dataset,
+        entry.config,
+        entry.split,
+        entry.sha256,
+        json.dumps(entry.options, sort_keys=True),
+    )
