@@ -42,7 +42,8 @@ def quality_report(evaluation: Evaluation, dataset: str) -> QualityReport:
     name, config, split = [*dataset.split(":"), "", ""][:3]
     return QualityReport(
         task=evaluation.task,
-        dataset=file.name if is_file else name,
+        # The folder's name tells which `test.tsv` it was, and nothing of where it lies.
+        dataset="/".join(file.absolute().parts[-2:]) if is_file else name,
         config=None if is_file else config or None,
         split=None if is_file else split or None,
         is_on_hub=not is_file,

@@ -64,7 +64,7 @@ class QualityReport:
     """What the model scored on one set of data.
 
     Args:
-        dataset: Name of a file, or Hub id of a data set.
+        dataset: Name of a file and its folder, or Hub id of a data set.
         config: Of a Hub data set; `split` likewise.
         is_on_hub: Whether `dataset` is a Hub id.
         sha256: Of the file.

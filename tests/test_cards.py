@@ -243,8 +243,8 @@ def test_evaluate_appends_to_the_report_and_the_card(folder, dense, tmp_path, ca
     (entry,) = saved_report(folder).quality  # evaluated twice, kept once
     assert entry.scores == found["model"]["scores"]
     assert entry.dense_scores == found["dense"]["scores"]
-    assert entry.dataset == "texts.txt"
-    assert "perplexity, masked-lm on texts.txt" in (folder / "README.md").read_text()
+    assert entry.dataset == f"{tmp_path.name}/texts.txt"
+    assert f"perplexity, masked-lm on {tmp_path.name}/texts.txt" in (folder / "README.md").read_text()
 
 
 def test_only_the_folder_of_a_compressed_model_keeps_a_record(dense, capsys):

@@ -1,0 +1,39 @@
+"""The cards that are shown are those their stored reports render to, and their numbers those of the reports."""
+
+import json
+from pathlib import Path
+
+import pytest
+from huggingface_hub import ModelCard
+
+from hf_lowrank.cards.card import REPORT_FILE, make_card
+from hf_lowrank.report import CompressionReport
+
+FOLDER = Path(__file__).resolve().parents[1] / "model_cards"
+CARDS = sorted(path.parent for path in FOLDER.glob(f"*/{REPORT_FILE}"))
+each_card = pytest.mark.parametrize("card", CARDS, ids=lambda path: path.name)
+
+
+def report_of(card):
+    return CompressionReport.from_dict(json.loads((card / REPORT_FILE).read_text(encoding="utf-8")))
+
+
+@each_card
+def test_a_card_is_what_its_report_renders_to(card):
+    assert (card / "README.md").read_text(encoding="utf-8") == str(make_card(report_of(card), card.name))
+
+
+@each_card
+def test_a_card_is_of_a_real_run(card):
+    report, data = report_of(card), ModelCard.load(card / "README.md").data
+
+    assert report.latency is not None
+    assert all(entry.dense_scores for entry in report.quality)
+    assert report.quality
+    assert report.provenance["command"].startswith("hf-lowrank compress ")
+    assert (data.base_model, data.license) == (report.origin.base_model, report.origin.license)
+    assert data.license is not None
+
+
+def test_there_are_cards():
+    assert CARDS
