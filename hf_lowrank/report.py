@@ -15,7 +15,8 @@ from hf_lowrank.remote_code.lowrank_materialize import Materializing
 from hf_lowrank.remote_code.lowrank_structures import named_shared_parts, named_structures, structure_name
 
 # Parts of the provenance that have a place of their own in the report.
-_ELSEWHERE = ("relative_errors", "kept_dense", "training", "recovery", "origin")
+_TRAININGS = ("recovery", "lpaf")
+_ELSEWHERE = ("relative_errors", "kept_dense", "training", *_TRAININGS, "origin")
 
 
 @dataclass(frozen=True)
@@ -188,10 +189,20 @@ def make_report(model: PreTrainedModel) -> CompressionReport:
         multiply_adds=multiply_adds,
         modules=tuple(modules),
         provenance={key: value for key, value in provenance.items() if key not in _ELSEWHERE},
-        training=(*provenance.get("training", ()), *([provenance["recovery"]] if "recovery" in provenance else [])),
+        training=_training(provenance),
         origin=Origin.from_dict(provenance.get("origin", {})),
         tags=tuple(model.model_tags or ()),
     )
+
+
+def _training(provenance: dict[str, Any]) -> tuple[dict[str, Any], ...]:
+    """What was trained after compression, without what is told matrix by matrix."""
+    runs = [*provenance.get("training", ()), *(provenance[name] for name in _TRAININGS if name in provenance)]
+    return tuple({name: value for name, value in run.items() if not _is_nested(value)} for run in runs)
+
+
+def _is_nested(value: Any) -> bool:
+    return isinstance(value, dict) and any(isinstance(inner, dict) for inner in value.values())
 
 
 def compare_latency(dense: Any, compressed: Any, batch_size: int = 8) -> LatencyReport:

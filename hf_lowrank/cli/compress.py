@@ -5,6 +5,7 @@ import copy
 import re
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel

@@ -4,7 +4,6 @@ import argparse
 
 from hf_lowrank.cli import tables
 from hf_lowrank.loading import load_dense
-from hf_lowrank.planning.sizes import parameter_bytes
 from hf_lowrank.report import make_report
 from hf_lowrank.saving import check_output, save_folder
 from hf_lowrank.training.lpaf import lpaf
@@ -31,7 +30,7 @@ def run(arguments: argparse.Namespace) -> int:
         return 0
     ranks = found["ranks_after_pruning"].values()
     share = sum(one["rank"] / one["full_rank"] for one in ranks) / len(ranks)
-    tables.print_comparison(report, parameter_bytes(dense))
+    tables.print_comparison(report)
     tables.print_line(f"pruned matrices: {share:.0%} of full rank on average")
     loss = found["held_out_loss"]
     tables.print_line(f"held-out loss: {loss['before']:.4f} factorized -> {loss['after']:.4f} trained")
