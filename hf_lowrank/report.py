@@ -112,7 +112,6 @@ class CompressionReport:
     parameters: int
     dense_size_bytes: int
     size_bytes: int
-    materialized_bytes: int
     dense_multiply_adds: int
     multiply_adds: int
     modules: tuple[ModuleReport, ...]
@@ -122,6 +121,7 @@ class CompressionReport:
     tags: tuple[str, ...] = ()
     latency: LatencyReport | None = None
     quality: tuple[QualityReport, ...] = ()
+    materialized_bytes: int = 0
 
     @property
     def kept_fraction(self) -> float:

@@ -50,7 +50,8 @@ def print_comparison(report: CompressionReport) -> None:
     )
     if report.materialized_bytes:
         decoded = report.size_bytes + report.materialized_bytes
-        table.add_row("memory, decoded once", megabytes(dense_bytes), megabytes(decoded), _share(decoded, dense_bytes))
+        dense = report.dense_size_bytes
+        table.add_row("memory, decoded once", megabytes(dense), megabytes(decoded), share(decoded, dense))
     table.add_row(
         "multiply-adds a token",
         f"{report.dense_multiply_adds:,}",
