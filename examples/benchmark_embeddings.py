@@ -26,6 +26,7 @@ from hf_lowrank import compress
 from hf_lowrank.solvers.metric import identity, row_metric
 from hf_lowrank.solvers.svd import SVD, decompose
 from hf_lowrank.solvers.token_tables import make_table
+from hf_lowrank.solvers.trained_autoencoder import TrainedTable
 from hf_lowrank.solvers.tucker import TuckerRanks, tucker
 from hf_lowrank.statistics.token_counts import count_tokens
 from hf_lowrank.tasks import make_task
@@ -118,6 +119,12 @@ def two_sided(study: Study, compression: float, tied: bool) -> torch.Tensor:
     return _compressed(study, tied, method="two_sided_svd", rank=rank_at(study, compression))
 
 
+def published(study: Study, compression: float) -> torch.Tensor:
+    """A linear autoencoder trained with the published loss and schedule (Balazy et al., RepL4NLP 2021)."""
+    table = TrainedTable(study.table)
+    return table.at_rank(rank_at(study, compression, study.table.shape[1])).product
+
+
 def directions(study: Study, compression: float) -> torch.Tensor:
     """The autoencoder for directions: relative errors, all columns alike."""
     table = make_table(study.table, None, study.counts, "direction")
@@ -161,6 +168,7 @@ METHODS: dict[str, tuple[Callable[..., torch.Tensor], bool]] = {
     "Kronecker sum": (kronecker_sum, False),
     "Tucker, slabs": (tucker_slabs, False),
     "two-sided SVD": (two_sided, True),
+    "autoencoder, published": (published, False),
     "autoencoder, direction": (directions, False),
     "autoencoder": (autoencoder, True),
 }

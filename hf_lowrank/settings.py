@@ -10,8 +10,7 @@ from hf_lowrank.planning.allocation import ALLOCATIONS
 from hf_lowrank.planning.budgets import Budget, make_budget
 from hf_lowrank.remote_code.lowrank_plan import closest_name
 from hf_lowrank.solvers import SOLVERS
-from hf_lowrank.solvers.autoencoder import OBJECTIVES
-from hf_lowrank.solvers.token_tables import TABLE_NEEDS
+from hf_lowrank.solvers.token_tables import EMBEDDING_OBJECTIVES, TABLE_NEEDS
 from hf_lowrank.targets import Patterns
 
 EMBEDDINGS = ("low_rank", "autoencoder", "dense")
@@ -43,8 +42,8 @@ class CompressionSettings:
         exclude_modules: The same, taken away again.
         embeddings: `"low_rank"`, `"autoencoder"` (longer codes for frequent tokens; see `AutoencoderEmbedding`) or
             `"dense"`, overriding the default for the token embedding and the untied head.
-        embedding_objective: What an autoencoder's errors count by: `"loss"` (lowest perplexity) or `"direction"`
-            (lowest cosine error over all rows alike).
+        embedding_objective: What an autoencoder's errors count by: `"loss"` (lowest perplexity), `"direction"`
+            (lowest cosine error over all rows alike) or `"published"` (trained; see `PublishedTraining`).
         dtype: Type of the compressed model's weights, such as `"bfloat16"`; None keeps the model's.
         device: Where to decompose; None is where the weights are.
         num_calibration_samples: Sequences of text to look at.
@@ -111,7 +110,7 @@ class CompressionSettings:
                 raise InputError(f"{name} must be at least 1, got {getattr(self, name)}.")
         if self.embeddings is not None:
             _check_choice("embeddings", self.embeddings, list(EMBEDDINGS))
-        _check_choice("embedding_objective", self.embedding_objective, list(OBJECTIVES))
+        _check_choice("embedding_objective", self.embedding_objective, list(EMBEDDING_OBJECTIVES))
         _ = self.budget
 
     @property

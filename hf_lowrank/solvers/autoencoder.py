@@ -50,11 +50,11 @@ class TableObjective:
     uses_metric: bool = True
 
 
-# `loss` gave the lowest perplexities of those tried; `direction` is lower in cosine error than any SVD of equal size,
-# on all rows alike, and at the same time lower in perplexity.
+# `loss` gave the lowest perplexities of all powers and metrics tried; `direction` is the least cosine error over all
+# rows alike, to second order.
 OBJECTIVES = {
     "loss": TableObjective(),
-    "direction": TableObjective(frequency_power=0.25, is_relative=True, uses_metric=False),
+    "direction": TableObjective(frequency_power=0, is_relative=True, uses_metric=False),
 }
 
 
@@ -89,6 +89,7 @@ class BandedTable:
         weight: (V, D).
         frequencies: How often each token occurs, in any unit, (V); None where nothing is known.
         metric: Of the columns.
+        most_bands: How many bands there may be, 3 at most.
     """
 
     def __init__(
@@ -97,8 +98,10 @@ class BandedTable:
         frequencies: torch.Tensor | None = None,
         metric: Metric | None = None,
         objective: TableObjective = TableObjective(),
+        most_bands: int = _MOST_BANDS,
     ) -> None:
         self._weight = weight
+        self._most_bands = most_bands
         self._metric = metric if metric is not None and objective.uses_metric else identity()
         row_weights = _row_weights(weight, frequencies, objective)
         counts = row_weights if frequencies is None else frequencies.to(row_weights)
@@ -192,7 +195,7 @@ class BandedTable:
     def _best(self, budget: int) -> _Layout:
         """The bands with the least error out of all that can be made at the places, for a number of numbers."""
         inner = range(1, len(self._places) - 1)
-        cuts = (cut for number in range(_MOST_BANDS) for cut in itertools.combinations(inner, number))
+        cuts = (cut for number in range(self._most_bands) for cut in itertools.combinations(inner, number))
         layouts = [self._layout([0, *(self._places[i] for i in cut), self._places[-1]], budget) for cut in cuts]
         return min(layouts, key=lambda layout: layout.error)
 

@@ -4,10 +4,14 @@ import torch
 
 from hf_lowrank.solvers.autoencoder import OBJECTIVES, BandedTable
 from hf_lowrank.solvers.metric import moment_metric
+from hf_lowrank.solvers.trained_autoencoder import TrainedTable
 from hf_lowrank.statistics.moments import MatrixStatistics
 
 # The gradients at an embedding are collected with those at all outputs.
 TABLE_NEEDS = frozenset({"input_moment", "output_moment", "row_weights"})
+
+# What errors count by: in closed form, or by the training that was published.
+EMBEDDING_OBJECTIVES = (*OBJECTIVES, "published")
 
 _SHRINKAGE = 0.1
 
@@ -23,8 +27,10 @@ def make_table(
     Args:
         known: Statistics of the table: how often rows are used, and the metric of its columns.
         counts: How often tokens occur, where more text was counted than the statistics are of, (V).
-        objective: See `OBJECTIVES`.
+        objective: Out of `EMBEDDING_OBJECTIVES`.
     """
+    if objective == "published":
+        return TrainedTable(weight)
     frequencies = counts if counts is not None or known is None else known.row_weights
     if frequencies is not None and (len(frequencies) != len(weight) or not bool(frequencies.any())):
         frequencies = None
