@@ -1,0 +1,166 @@
+r"""What pruning, row weights, mixed ranks and consistency each add: accuracy of a classifier, mean and spread.
+
+    python examples/benchmark_lpaf.py --model my-bert-on-sst2 --train SST-2/train.tsv --test SST-2/dev.tsv \
+        --work-dir build/lpaf
+    python examples/benchmark_lpaf.py --smoke        # a tiny model with random weights, seconds
+
+Every row of the second table makes as many steps in all: the rows without pruning train the dense model as long as
+the others prune it. Nothing is chosen on the test data. Finished cells are kept in the work directory.
+"""
+
+import argparse
+import copy
+import json
+import statistics
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from glue_lpaf import tiny
+from transformers import AutoTokenizer, PrinterCallback, Trainer
+
+from hf_lowrank import FirstOrderPruningCallback, evaluate, lpaf
+from hf_lowrank.loading import load_dense
+from hf_lowrank.training.arguments import make_arguments
+from hf_lowrank.training.features import PaddingCollator, make_features
+
+# row -> options of `lpaf`
+ROWS: dict[str, dict[str, Any]] = {
+    "SVD + fine-tuning": {"prune_keep": 1.0, "probability": 0},
+    "FWSVD + fine-tuning": {"prune_keep": 1.0, "probability": 0, "method": "weighted_svd"},
+    "magnitude-pruned, SVD": {"importance": "magnitude", "probability": 0},
+    "first-order pruned, SVD": {"probability": 0},
+    "... rows by survivors": {"probability": 0, "method": "sparsity_aware_svd"},
+    "... rows by importance": {"probability": 0, "method": "importance_aware_svd"},
+    "... mixed ranks": {},
+    "... mixed ranks, consistency": {"consistency": 1.0},
+}
+
+
+class Study:
+    """One model and task, and the cells that are known.
+
+    Args:
+        options: Of the command line.
+    """
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        self.options = options
+        self.file = Path(options.work_dir) / "cells.json" if options.work_dir else None
+        self.cells: dict[str, Any] = {}
+        if self.file is not None and self.file.is_file():
+            self.cells = json.loads(self.file.read_text(encoding="utf-8"))
+        if options.smoke:
+            torch.manual_seed(0)
+            self.dense, self.tokenizer = tiny()
+            self.train: Any = [{"text": f"{'abcdefgh'[i % 8]} b c", "label": int(i % 8 < 4)} for i in range(32)]
+            self.test: Any = self.train
+        else:
+            self.dense, self.tokenizer = load_dense(options.model), AutoTokenizer.from_pretrained(options.model)
+            self.train, self.test = options.train, options.test
+
+    def accuracy(self, model: Any) -> float:
+        """On the test data."""
+        found = evaluate(model, self.test, "text-classification", tokenizer=self.tokenizer, cost=False)
+        return found.model.scores["accuracy"]
+
+    def cell(self, name: str, make: Any) -> Any:
+        """A number or more, computed once."""
+        if name not in self.cells:
+            self.cells[name] = make()
+            if self.file is not None:
+                self.file.parent.mkdir(parents=True, exist_ok=True)
+                self.file.write_text(json.dumps(self.cells, indent=1), encoding="utf-8")
+        return self.cells[name]
+
+    def pruned(self, importance: str, keep: float, seed: int) -> list[float]:
+        """Accuracy, mean rank and mean 90 %-energy rank (of full rank) of the pruned model."""
+        model, options = copy.deepcopy(self.dense), self.options
+        features = make_features(model, self.tokenizer, self.train, max_examples=options.max_examples, seed=seed)
+        pruning = FirstOrderPruningCallback(keep, importance=importance)
+        arguments = make_arguments(
+            str(Path(options.work_dir or "pruning")), batch_size=16, epochs=options.epochs, seed=seed,
+            learning_rate=3e-5, eval_strategy="no", eval_on_start=False,
+        )  # fmt: skip
+        collator = PaddingCollator(self.tokenizer.pad_token_id)
+        trainer = Trainer(
+            model=model, args=arguments, train_dataset=features, data_collator=collator, callbacks=[pruning]
+        )
+        trainer.remove_callback(PrinterCallback)  # the tables are what is printed
+        trainer.train()
+        ranks = pruning.ranks.values()
+        shares = [[one.rank / one.full_rank for one in ranks], [one.energy_rank / one.full_rank for one in ranks]]
+        return [self.accuracy(model.eval()), *(statistics.mean(share) for share in shares)]
+
+    def compressed(self, row: str, keep: float, seed: int) -> float:
+        """Accuracy of one row of the table at one budget."""
+        options = self.options
+        small = lpaf(
+            self.dense, dataset=self.train, tokenizer=self.tokenizer, keep_targets=keep, seed=seed,
+            max_examples=options.max_examples, prune_epochs=options.epochs, tune_epochs=options.epochs, **ROWS[row],
+        )  # fmt: skip
+        return self.accuracy(small)
+
+
+def main() -> None:
+    """Print both tables."""
+    options = parse()
+    study = Study(options)
+    torch.manual_seed(0)
+    print(f"dense: accuracy {study.cell('dense', partial(study.accuracy, study.dense)):.4f}; seeds {options.seeds}")
+    print(f"\n{'pruned by':<12}{'kept':>6}{'accuracy':>18}{'rank':>8}{'90 % energy':>13}")
+    for keep in options.keep:
+        for how in options.importances:
+            found = [
+                study.cell(f"pruned {how} {keep} {seed}", partial(study.pruned, how, keep, seed))
+                for seed in options.seeds
+            ]
+            accuracy, rank, energy = ([one[index] for one in found] for index in range(3))
+            print(f"{how:<12}{keep:>6.2f}{spread(accuracy):>18}{mean(rank):>8.1%}{mean(energy):>13.1%}", flush=True)
+    print(f"\n{'compressed':<32}" + "".join(f"{f'keep_targets {keep}':>20}" for keep in options.keep))
+    for row in options.rows:
+        cells = []
+        for keep in options.keep:
+            found = [
+                study.cell(f"{row} {keep} {seed}", partial(study.compressed, row, keep, seed))
+                for seed in options.seeds
+            ]
+            cells.append(spread(found))
+        print(f"{row:<32}" + "".join(f"{cell:>20}" for cell in cells), flush=True)
+
+
+def mean(values: list[float]) -> float:
+    """Of all seeds."""
+    return statistics.mean(values)
+
+
+def spread(values: list[float]) -> str:
+    """Mean and standard deviation."""
+    deviation = statistics.stdev(values) if len(values) > 1 else 0.0
+    return f"{mean(values):.4f} ± {deviation:.4f}"
+
+
+def parse() -> argparse.Namespace:
+    """The options."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--model", help="folder or Hub id of a classifier fine-tuned on the task")
+    parser.add_argument("--train", help="examples to train on")
+    parser.add_argument("--test", help="examples to report on")
+    parser.add_argument("--keep", nargs="+", type=float, default=[0.5, 0.25, 0.16])
+    parser.add_argument("--rows", nargs="+", default=list(ROWS), choices=list(ROWS))
+    parser.add_argument("--importances", nargs="*", default=["movement", "magnitude", "random"])
+    parser.add_argument("--epochs", type=float, default=3, help="of pruning, and again of the factors")
+    parser.add_argument("--max-examples", type=int)
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--work-dir", help="keeps the cells that are finished")
+    parser.add_argument("--smoke", action="store_true", help="a tiny model, seconds")
+    options = parser.parse_args()
+    if options.smoke:
+        options.keep, options.seeds, options.epochs = [0.5], [0], 1
+        options.rows, options.importances = ["SVD + fine-tuning", "... mixed ranks"], ["movement"]
+    return options
+
+
+if __name__ == "__main__":
+    main()
