@@ -72,7 +72,11 @@ def analyze(
     model = load_dense(model_or_id)
     tokenizer = tokenizer if tokenizer is not None else find_tokenizer(model)
     study = _Study(model, settings, calibration, tokenizer, progress)
-    return study.analysis(LayerTimes(study.targets, settings[0].storage, progress=progress) if latency else None)
+    return study.analysis(LayerTimes(study.targets, _storages(settings), progress=progress) if latency else None)
+
+
+def _storages(settings: Sequence[CompressionSettings]) -> list[str]:
+    return sorted({one.chosen_storage for one in settings})
 
 
 def planned_report(dense: PreTrainedModel, plan: Plan, dtype: torch.dtype) -> CompressionReport:
@@ -146,7 +150,7 @@ class _Study:
             architecture=type(self._model).__name__,
             method=first.method,
             allocation=first.chosen_allocation,
-            storage=first.storage,
+            storage=" or ".join(_storages(self._settings)),
             budget_kind=first.budget.kind,
             loss_name="predicted damage" if self._runs_model else "energy lost",
             dense=dense,

@@ -29,7 +29,7 @@ from hf_lowrank.tasks.base import Step, Task
 from hf_lowrank.version import __version__
 
 # The standard of 2024, which the data-aware methods here are measured against.
-STANDARD = "whitened_svd:uniform"
+STANDARD = "whitened_svd:uniform:low_rank"
 DENSE = "dense"
 HELD_OUT, OFF_CALIBRATION = "held-out", "off-calibration"
 DEFAULT_BUDGETS = (0.8, 0.6, 0.4)
@@ -139,7 +139,7 @@ class _Entry:
     def resolved(self) -> list[Any]:
         """The method with nothing left to a default."""
         settings = self.settings
-        return [settings.method, settings.chosen_allocation, settings.storage, self.anchors, self.passes]
+        return [settings.method, settings.chosen_allocation, settings.chosen_storage, self.anchors, self.passes]
 
 
 def _entries(settings: ComparisonSettings, shared: dict[str, Any], has_text: bool) -> list[_Entry]:

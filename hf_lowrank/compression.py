@@ -144,7 +144,7 @@ def _compress_and_learn_(
         for member in matrix.members
     }
     small.config.compression = plan
-    convert_storage_(small, settings.storage, settings.torch_dtype)
+    convert_storage_(small, settings.chosen_storage, settings.torch_dtype)
     return small
 
 

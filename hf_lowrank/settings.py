@@ -15,6 +15,8 @@ from hf_lowrank.targets import Patterns
 
 EMBEDDINGS = ("low_rank", "autoencoder", "dense")
 STORAGES = ("low_rank", "pivoted")
+# Up to here, pivoted rows are as fast as two factors of the same size (examples/benchmark_speed.py).
+_LARGEST_PIVOTED_FRACTION = 0.65
 _REFINE_PASSES = 2
 _FAST_SHARE = 4
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
@@ -36,7 +38,8 @@ class CompressionSettings:
         allocation: How the budget is shared among the matrices; see `ALLOCATIONS`. Default: `measured` for a method
             that looks at text (`first_order` with `fast`), `energy` for one that does not.
         storage: Structure that holds a low-rank linear layer: `low_rank` (two factors) or `pivoted` (more rank in the
-            same size, which is better; small matrices take a little longer). A head has two factors in any case.
+            same size). Default: `pivoted` for a `target_size` and for fractions up to 0.65, where it is as fast as two
+            factors of the same size and better; above, two factors are some percent faster.
         target_modules: Names, last parts of names, a regular expression or `"all-linear"`, as in PEFT. Default: the
             linear layers of the blocks, and for `keep_params` and `target_size` the embeddings too.
         exclude_modules: The same, taken away again.
@@ -78,7 +81,7 @@ class CompressionSettings:
     rank_pattern: dict[str, int] = field(default_factory=dict)
     method: str = "two_sided_svd"
     allocation: str | None = None
-    storage: str = "low_rank"
+    storage: str | None = None
     target_modules: Patterns | None = None
     exclude_modules: Patterns | None = None
     embeddings: str | None = None
@@ -102,7 +105,8 @@ class CompressionSettings:
         _check_choice("method", self.method, list(SOLVERS))
         if self.allocation is not None:
             _check_choice("allocation", self.allocation, list(ALLOCATIONS))
-        _check_choice("storage", self.storage, list(STORAGES))
+        if self.storage is not None:
+            _check_choice("storage", self.storage, list(STORAGES))
         if self.dtype is not None:
             _check_choice("dtype", self.dtype, list(DTYPES))
         for name in ("num_calibration_samples", "max_seq_length", "batch_size"):
@@ -128,6 +132,13 @@ class CompressionSettings:
         """The allocation asked for; by default what suits the method, and the time there is."""
         suits = ("first_order" if self.fast else "measured") if SOLVERS[self.method].needs else "energy"
         return self.allocation or suits
+
+    @property
+    def chosen_storage(self) -> str:
+        """The storage asked for; by default what is best among the fastest."""
+        budget = self.budget
+        is_small = budget.kind in ("keep_params", "keep_targets") and budget.value <= _LARGEST_PIVOTED_FRACTION
+        return self.storage or ("pivoted" if is_small or budget.kind == "target_size" else "low_rank")
 
     @property
     def num_samples(self) -> int:

@@ -172,7 +172,7 @@ def test_latency_follows_the_ranks_that_were_timed(dense, monkeypatch):
 
     monkeypatch.setattr(timing, "_time_call", seconds)
 
-    analysis = analyze(dense, method="svd", keep_targets=0.4, latency=True)
+    analysis = analyze(dense, method="svd", keep_targets=0.4, storage="low_rank", latency=True)
 
     planned = [m.planned[0] for m in analysis.matrices if m.planned]
     assert analysis.dense.seconds == sum(1.0 + m.parameters for m in analysis.matrices if m.planned)

@@ -16,7 +16,7 @@ from hf_lowrank.tasks import make_task
 
 TEXTS = [" ".join(LETTERS[number:]) for number in range(20)]
 OTHER = [" ".join(reversed(text.split())) for text in TEXTS]
-METHODS = ["svd", "whitened_svd:uniform", "two_sided_svd:measured:pivoted"]
+METHODS = ["svd", "whitened_svd:uniform:low_rank", "two_sided_svd:measured:pivoted"]
 BUDGETS = [0.6, 0.3]
 
 
@@ -67,10 +67,15 @@ def test_methods_are_compared_at_equal_bytes(dense, result):
 
 def test_scores_are_those_of_evaluating_what_compress_makes(dense, result):
     small = compress(
-        dense, keep_targets=0.3, method="whitened_svd", allocation="uniform", tokenizer=encoder_tokenizer()
+        dense,
+        keep_targets=0.3,
+        method="whitened_svd",
+        allocation="uniform",
+        storage="low_rank",
+        tokenizer=encoder_tokenizer(),
     )
     task = make_task("masked-lm", block_length=16)
-    cell = next(cell for cell in result.cells if (cell.method, cell.budget) == ("whitened_svd:uniform", 0.3))
+    cell = next(cell for cell in result.cells if (cell.method, cell.budget) == ("whitened_svd:uniform:low_rank", 0.3))
 
     for text, data in (("held-out", TEXTS), ("off-calibration", OTHER)):
         alone = task.evaluate(small, encoder_tokenizer(), data)
@@ -110,7 +115,7 @@ def test_nothing_is_relative_to_a_baseline_that_lost_nothing():
 def test_the_standard_is_the_baseline_however_it_is_spelled(dense, result):
     spelled = run(dense, methods=["svd", "whitened_svd:uniform:low_rank:0"], budgets=[0.5])
 
-    assert result.baseline == "whitened_svd:uniform"
+    assert result.baseline == "whitened_svd:uniform:low_rank"
     assert spelled.baseline == "whitened_svd:uniform:low_rank:0"
     assert run(dense, methods=["svd"], budgets=[0.5]).baseline is None
 
@@ -211,13 +216,21 @@ def test_the_command_prints_a_table_or_one_json_object(dense, tmp_path, capsys):
     encoder_tokenizer().save_pretrained(tmp_path / "dense")
     (tmp_path / "test.txt").write_text("\n".join(TEXTS))
     argv = ["compare", str(tmp_path / "dense"), "--dataset", str(tmp_path / "test.txt"), "--task", "masked-lm"]
-    argv += ["--methods", "svd", "whitened_svd:uniform", "--keep-targets", "0.5", "--work-dir", str(tmp_path / "work")]
+    argv += [
+        "--methods",
+        "svd",
+        "whitened_svd:uniform:low_rank",
+        "--keep-targets",
+        "0.5",
+        "--work-dir",
+        str(tmp_path / "work"),
+    ]
 
     assert main(argv) == 0
     table = capsys.readouterr().out
     assert main([*argv, "--json"]) == 0
     result = json.loads(capsys.readouterr().out)["comparison"]
 
-    assert [cell["method"] for cell in result["cells"]] == ["dense", "svd", "whitened_svd:uniform"]
+    assert [cell["method"] for cell in result["cells"]] == ["dense", "svd", "whitened_svd:uniform:low_rank"]
     assert all(f"{cell['scores']['held-out']['perplexity']:,.2f}" in table for cell in result["cells"])
-    assert "g0: that of whitened_svd:uniform" in table
+    assert "g0: that of whitened_svd:uniform:low_rank" in table

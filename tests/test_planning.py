@@ -229,7 +229,7 @@ def test_members_of_one_input_pay_for_their_common_product_once(clock):
         DenseMatrix(name, name, "block", nn.Linear(64, 64, device="meta"), (64, 64)) for name in ("q", "k", "v")
     )
     cpu = [DenseMatrix("x", "x", "block", nn.Linear(64, 64), (64, 64))]
-    times, ranks = timing.LayerTimes(cpu, "low_rank"), np.array([8, 16, 32])
+    times, ranks = timing.LayerTimes(cpu, ["low_rank"]), np.array([8, 16, 32])
 
     joint = times.of_ranks(JointMatrix("j", "j", members), "joint_low_rank", ranks)
     single = times.of_ranks(members[0], "low_rank", ranks)

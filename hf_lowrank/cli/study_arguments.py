@@ -10,7 +10,7 @@ _ANALYZE_EXAMPLES = """examples:
 
 _COMPARE_EXAMPLES = """examples:
   hf-lowrank compare my-bert --dataset test.txt --task masked-lm --calibration train.txt \\
-      --methods svd whitened_svd:uniform two_sided_svd two_sided_svd:measured:pivoted:0 \\
+      --methods svd whitened_svd:uniform:low_rank two_sided_svd two_sided_svd:measured:pivoted:0 \\
       --keep-targets 0.8 0.6 --off-calibration stories.txt --work-dir comparison --plot comparison.html
 
 Killed, it goes on where it was when started again with the same --work-dir."""

@@ -50,11 +50,11 @@ def make_account(
         return Account(WeightPrice(1), whole, whole - num_dense, math.floor(budget.value * whole))
     if budget.kind == "keep_latency":
         length = typical_length(model)
-        times = LayerTimes(matrices, settings.storage, _BATCH_SIZE * length, progress)
+        times = LayerTimes(matrices, [settings.chosen_storage], _BATCH_SIZE * length, progress)
         seconds = measure_latency({"dense": model}, _BATCH_SIZE, length)["dense"].median
         layers = sum(times.of_dense(matrix) for matrix in matrices)
         return Account(times, seconds, max(seconds - layers, 0.0), budget.value * seconds)
     itemsize = (settings.torch_dtype or model.dtype).itemsize
     whole = parameter_bytes(model) * itemsize // model.dtype.itemsize
-    fixed = whole - num_dense * itemsize + overhead_bytes(model, matrices, settings.storage)
+    fixed = whole - num_dense * itemsize + overhead_bytes(model, matrices, settings.chosen_storage)
     return Account(WeightPrice(itemsize), whole, fixed, budget.value)

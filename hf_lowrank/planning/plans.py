@@ -213,7 +213,7 @@ def _structure(matrix: DenseMatrix, settings: CompressionSettings) -> str:
         return "autoencoder_embedding" if matrix.role == "embedding" else "autoencoder_head"
     if matrix.kind == "embedding":
         return "low_rank_embedding"
-    return "low_rank" if matrix.role == "head" else settings.storage
+    return "low_rank" if matrix.role == "head" else settings.chosen_storage
 
 
 def _out_of_reach(settings: CompressionSettings, account: Account, least: float) -> str:

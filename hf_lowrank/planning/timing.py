@@ -2,7 +2,7 @@
 
 import statistics
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -38,20 +38,20 @@ class LayerTimes:
     the ranks that were timed, time is a straight line in the multiply-adds, and more of them are never faster.
 
     Args:
-        storage: What holds a low-rank linear matrix; two factors are timed in any case, for members of one input.
+        storages: What may hold a low-rank linear matrix; two factors are timed in any case, for members of one input.
         num_tokens: In one call.
     """
 
     def __init__(
         self,
         matrices: Sequence[DenseMatrix],
-        storage: str,
+        storages: Iterable[str],
         num_tokens: int = NUM_TOKENS,
         progress: Progress = no_progress,
     ) -> None:
         first = {matrix.shape: matrix for matrix in matrices if matrix.kind == "linear"}
         layers = {(shape, "dense"): [(m.num_weights, _dense_layer(m))] for shape, m in first.items()}
-        for structure in {_PAIR, storage}:
+        for structure in {_PAIR, *storages}:
             layers |= {(shape, structure): _timed_layers(matrix, structure) for shape, matrix in first.items()}
         medians = _take_turns(layers, num_tokens, progress)
         self._dense = {shape: medians[shape, "dense"][0] for shape in first}
