@@ -42,6 +42,7 @@ class Study:
     Args:
         counts: How often each token occurs in the calibration text, (V).
         fisher: Sum of the squared gradients of each row of the table on some of that text, (V).
+        cache: Folder where statistics are kept from one compression to the next.
     """
 
     name: str
@@ -51,6 +52,7 @@ class Study:
     steps: Sequence[Step]
     counts: torch.Tensor
     fisher: torch.Tensor
+    cache: Path
 
     @property
     def table(self) -> torch.Tensor:
@@ -143,7 +145,7 @@ def _compressed(study: Study, tied: bool, **options: Any) -> torch.Tensor:
     name = next(n for n, module in model.base_model.named_modules() if module is model.get_input_embeddings())
     small = compress(
         model, target_modules=[name], calibration=study.calibration, tokenizer=study.tokenizer,
-        text_column="text", refine_passes=0, **options,
+        text_column="text", refine_passes=0, cache_dir=str(study.cache / ("tied" if tied else "untied")), **options,
     )  # fmt: skip
     return small.get_input_embeddings().to_dense().detach()
 
@@ -225,22 +227,23 @@ def row_fisher(model: PreTrainedModel, steps: Sequence[Step]) -> torch.Tensor:
     return found
 
 
-def language_study(data: Path, models: Path, name: str, task_name: str, length: int, blocks: int) -> Study:
+def language_study(name: str, task_name: str, length: int, blocks: int, arguments: argparse.Namespace) -> Study:
     """A language model on the test set of WikiText-2."""
+    data, models = arguments.data, arguments.models
     model_class = BertForMaskedLM if task_name == "masked-lm" else GPT2LMHeadModel
     model = model_class.from_pretrained(models / name, dtype=torch.float32).eval()
     tokenizer = AutoTokenizer.from_pretrained(models / name)
     corpus = data / "lm-corpus" / "train.jsonl"
-    task = make_task(task_name, block_length=length, max_examples=blocks)
+    task = make_task(task_name, block_length=length, max_examples=arguments.blocks or blocks)
     steps = task.steps(tokenizer, detokenized(data / "wikitext-2-raw" / "wiki.test.raw"), 32, model)
     seen = make_task(task_name, block_length=length, max_examples=blocks, text_column="text")
     counts = count_tokens(corpus, tokenizer, model.config.vocab_size, "text")
     assert counts is not None
     fisher = row_fisher(model, seen.steps(tokenizer, corpus, 32, model))
-    return Study(name, model, tokenizer, corpus, steps, counts, fisher)
+    return Study(name, model, tokenizer, corpus, steps, counts, fisher, arguments.work_dir / name)
 
 
-def smoke_study(head: str) -> Study:
+def smoke_study(head: str, work_dir: Path) -> Study:
     """Random weights and random token ids: shows that everything runs."""
     torch.manual_seed(0)
     if head == "masked":
@@ -254,7 +257,8 @@ def smoke_study(head: str) -> Study:
     steps = [Step({"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}, None)]
     batches = [{"input_ids": ids, "attention_mask": torch.ones_like(ids)} for _ in range(4)]
     counts = torch.bincount(ids.flatten(), minlength=200).double()
-    return Study(f"smoke, {head}", model, None, batches, steps, counts, row_fisher(model, steps))
+    fisher = row_fisher(model, steps)
+    return Study(f"smoke, {head}", model, None, batches, steps, counts, fisher, work_dir / f"smoke-{head}")
 
 
 def print_table(study: Study, methods: Sequence[str]) -> None:
@@ -280,16 +284,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path)
     parser.add_argument("--models", type=Path)
+    parser.add_argument("--work-dir", type=Path, default=Path("build/embeddings"))
     parser.add_argument("--studies", nargs="+", default=["causal", "masked"])
     parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS), metavar="ROW")
+    parser.add_argument("--blocks", type=int, help="of text to report on (default: 256 masked, 200 causal)")
     parser.add_argument("--smoke", action="store_true")
     arguments = parser.parse_args()
-    makers = {
-        "masked": lambda: language_study(arguments.data, arguments.models, "minilm-l6-mlm", "masked-lm", 98, 256),
-        "causal": lambda: language_study(arguments.data, arguments.models, "gpt2-mini", "causal-lm", 128, 200),
-    }
+    sizes = {"masked": ("minilm-l6-mlm", "masked-lm", 98, 256), "causal": ("gpt2-mini", "causal-lm", 128, 200)}
     for name in arguments.studies:
-        print_table(smoke_study(name) if arguments.smoke else makers[name](), arguments.methods)
+        small = smoke_study(name, arguments.work_dir) if arguments.smoke else None
+        print_table(small or language_study(*sizes[name], arguments), arguments.methods)
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from hf_lowrank import compress
+from hf_lowrank.cli import main
 from hf_lowrank.errors import InputError
 from hf_lowrank.saving import load_compressed, save_folder
 from hf_lowrank.vocabulary import reduce_vocabulary
@@ -177,3 +178,20 @@ def test_a_tokenizer_that_is_not_fast_is_refused():
 
     with pytest.raises(InputError, match="dict is no fast tokenizer"):
         reduce_vocabulary(dense, {}, KEPT)
+
+
+def test_the_command_reduces_compresses_and_saves_what_loads(tmp_path, capsys):
+    dense, tokenizer = pair("WordPiece")
+    dense.save_pretrained(tmp_path / "dense")
+    tokenizer.save_pretrained(tmp_path / "dense")
+    (tmp_path / "texts.txt").write_text("\n".join(KEPT), encoding="utf-8")
+    command = ["compress", tmp_path / "dense", tmp_path / "out", "--rank", 5, "--method", "svd", "--no-latency"]
+    command += ["--embeddings", "autoencoder", "--vocabulary", tmp_path / "texts.txt"]
+
+    status = main([str(argument) for argument in command])
+
+    model, loaded = load_compressed(tmp_path / "out"), AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert status == 0, capsys.readouterr().err
+    assert type(model.get_input_embeddings()).__name__ == "AutoencoderEmbedding"
+    assert model.get_input_embeddings().num_embeddings == len(loaded) < len(tokenizer)
+    assert names(loaded, KEPT[0]) == names(tokenizer, KEPT[0])
