@@ -69,6 +69,10 @@ def analyze(
     if not budgets:
         raise InputError(f"{kind} names no budget. Give at least one fraction.")
     settings = [make_settings({**options, kind: budget}) for budget in budgets]
+    if settings[0].tensor_method is not None:
+        raise InputError(
+            f"analyze looks at ranks of single matrices, and method={settings[0].method} has none. Use compare for it."
+        )
     model = load_dense(model_or_id)
     tokenizer = tokenizer if tokenizer is not None else find_tokenizer(model)
     study = _Study(model, settings, calibration, tokenizer, progress)

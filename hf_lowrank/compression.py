@@ -1,7 +1,7 @@
 """Dense model -> compressed model and back: the only file that knows both sides."""
 
 import copy
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from hf_lowrank.block_refinement import refine_blocks_
 from hf_lowrank.conversion import convert_storage_
 from hf_lowrank.decomposing import Decomposer
 from hf_lowrank.errors import InputError
+from hf_lowrank.filling import load_numbers_, relative_error
 from hf_lowrank.loading import find_tokenizer, load_dense
 from hf_lowrank.machine import versions
 from hf_lowrank.origin import find_origin
@@ -37,8 +38,9 @@ from hf_lowrank.remote_code.lowrank_structures import (
 from hf_lowrank.remote_code.modeling_lowrank import compressed_model_class, dense_model_class
 from hf_lowrank.settings import CompressionSettings, make_settings
 from hf_lowrank.solvers.factors import Factors
-from hf_lowrank.solvers.storage import DECODERS, ENCODERS, StateDict, sizes_beside_rank
+from hf_lowrank.solvers.storage import DECODERS, ENCODERS, sizes_beside_rank
 from hf_lowrank.targets import OUTPUT_EMBEDDINGS, JointMatrix, Matrix
+from hf_lowrank.tensors.compression import make_tensor_plan, replace_by_tensors_
 from hf_lowrank.version import __version__
 
 _NARROW = (torch.float16, torch.bfloat16)
@@ -82,7 +84,7 @@ def compress(
         dense = copy.deepcopy(dense).float()  # gradients leave the range of 16 bits
         settings = replace(settings, dtype=str(dtype).removeprefix("torch."))
     decomposer = Decomposer(dense, settings, calibration, tokenizer, progress)
-    plan, replaced = make_plan(dense, settings, decomposer)
+    plan, replaced = plan_model(dense, settings, decomposer)
     plan["provenance"] |= _provenance(dense, settings, decomposer) | {"dense_size_bytes": dense_bytes}
     modules = [member.module for matrix in replaced for member in matrix.members]
     anchors = settings.anchors(has_text=calibration is not None, inplace=inplace)
@@ -93,7 +95,7 @@ def compress(
     is_ours = inplace or dense is not model
     small: Any = dense if is_ours else _copy_sharing(dense, modules)
     is_retyped = small.dtype != dtype  # asked now: the first parameter may be a factor soon, already of that type
-    _replace_matrices_(small, replaced, plan, decomposer, dtype, frees=is_ours)
+    _replacer(settings)(small, replaced, plan, decomposer, dtype, frees=is_ours)
     _become_compressed_(small, plan)
     return small.to(dtype) if is_retyped else small
 
@@ -108,6 +110,23 @@ def _provenance(dense: PreTrainedModel, settings: CompressionSettings, decompose
         "versions": versions(),
         "origin": find_origin(getattr(config, "_name_or_path", ""), getattr(config, "_commit_hash", None)).to_dict(),
     }
+
+
+def plan_model(
+    model: PreTrainedModel, settings: CompressionSettings, decomposer: Decomposer
+) -> tuple[Plan, Sequence[Matrix]]:
+    """The plan for a dense model by any method, and the matrices it replaces.
+
+    Raises:
+        InputError: If nothing matches, a weight is not finite, or the budget is out of reach.
+    """
+    if settings.tensor_method is None:
+        return make_plan(model, settings, decomposer)
+    return make_tensor_plan(model, settings, decomposer)
+
+
+def _replacer(settings: CompressionSettings) -> Callable[..., None]:
+    return _replace_matrices_ if settings.tensor_method is None else replace_by_tensors_
 
 
 def _compress_and_learn_(
@@ -139,7 +158,7 @@ def _compress_and_learn_(
         refined = refine_(small, dense, text, passes=passes, learning_rate=rate, seed=seed, progress=progress)
         record["refinement"] = asdict(refined)
     plan["provenance"]["relative_errors"] = {
-        member.name: _relative_error(member.weight, small.get_submodule(member.path))
+        member.name: relative_error(member.weight, small.get_submodule(member.path))
         for matrix in matrices
         for member in matrix.members
     }
@@ -200,7 +219,7 @@ def _replace_matrices_(
             spec = plan["shared"][matrix.name]
             factors = decomposer(matrix).factors(spec["rank"])
             part = build_shared_part([member.module for member in matrix.members], spec, device="meta")
-            _load_(part, {"down.weight": factors.down.to(dtype)}, matrix.members[0].module)
+            load_numbers_(part, {"down.weight": factors.down.to(dtype)}, matrix.members[0].module)
             parent, _, leaf = matrix.path.rpartition(".")
             model.get_submodule(parent).add_module(leaf, part.train(model.training))
             parts = factors.up.split([member.shape[0] for member in matrix.members])
@@ -213,8 +232,8 @@ def _replace_matrices_(
             state = ENCODERS[spec["structure"]](factors, decomposer.bias(member, factors), dtype)
             spec |= sizes_beside_rank(state)
             structure = build_structure(member.module, spec, device="meta", shared=part)
-            _load_(structure, state, member.module)
-            errors[member.name] = _relative_error(member.weight, structure)
+            load_numbers_(structure, state, member.module)
+            errors[member.name] = relative_error(member.weight, structure)
             replace_(model, member.path, structure)
             if frees:
                 member.module.register_parameter("weight", None)
@@ -224,23 +243,6 @@ def _replace_matrices_(
 def _specs(plan: Plan) -> dict[str, Spec]:
     """The spec of every replaced matrix by its name."""
     return {**plan["modules"], OUTPUT_EMBEDDINGS: plan.get("output_embeddings")}
-
-
-def _load_(structure: nn.Module, state: StateDict, dense: Any) -> None:
-    """Give a structure its numbers, where the dense module's are, and train of it what was trained there."""
-    placed = {name: value.to(dense.weight.device).contiguous() for name, value in state.items()}
-    structure.load_state_dict(placed, strict=True, assign=True)
-    for name, parameter in structure.named_parameters():
-        host = dense.bias if name.endswith("bias") else dense.weight
-        parameter.requires_grad_(host.requires_grad)
-
-
-def _relative_error(weight: torch.Tensor, structure: Any) -> float:
-    wide = torch.promote_types(weight.dtype, torch.float32)
-    norm = torch.linalg.norm(weight.to(wide))
-    with torch.no_grad():
-        difference = torch.linalg.norm(structure.to_dense().to(wide).sub_(weight))
-    return float(difference / norm) if norm > 0 else 0.0
 
 
 def _become_compressed_(model: PreTrainedModel, plan: Plan) -> None:

@@ -67,7 +67,7 @@ class Decomposer:
         self._source = source
         self._tokenizer = tokenizer
         self.progress = progress
-        self._solver = SOLVERS[settings.method]
+        self._solver = SOLVERS.get(settings.method, SOLVERS["svd"])  # which a tensor method does not ask for
         self._measures = ALLOCATIONS[settings.chosen_allocation].errors == "probes"
         self._tables: dict[str, BandedTable] = {}
 
@@ -78,7 +78,7 @@ class Decomposer:
         if not self._solver.fits_each_rank or isinstance(matrix, JointMatrix):
             return found
         weight = matrix.weight.to(self.settings.device or matrix.weight.device)
-        return self._solver.fitted(found, weight, self._known(matrix, weight.device))
+        return self._solver.fitted(found, weight, self.known(matrix, weight.device))
 
     def sizes(self, matrix: Matrix, rank: int) -> dict[str, int]:
         """What a spec says of a matrix of that rank; for an autoencoder, the best sizes that cost as much."""
@@ -98,7 +98,7 @@ class Decomposer:
 
     def output_metric(self, matrix: DenseMatrix) -> Metric:
         """What the solver holds errors at the outputs of one matrix to cost; it is where the matrix is."""
-        return self._solver.metrics(self._known(matrix, matrix.weight.device))[0]
+        return self._solver.metrics(self.known(matrix, matrix.weight.device))[0]
 
     def bias(self, matrix: DenseMatrix, factors: Factors) -> torch.Tensor | None:
         """The bias that goes with the factors of a matrix: its own, or the one with the least error beside them.
@@ -109,7 +109,7 @@ class Decomposer:
         if own is None:
             return None
         bias: torch.Tensor = own.detach().clone()
-        known = self._known(matrix, bias.device) if self.settings.bias_correction else None
+        known = self.known(matrix, bias.device) if self.settings.bias_correction else None
         if known is None or known.input_mean is None:
             return bias
         mean = known.input_mean
@@ -168,12 +168,13 @@ class Decomposer:
 
     def _decompose(self, matrix: Matrix) -> Decomposition:
         weights = [member.weight.to(self.settings.device or member.weight.device) for member in matrix.members]
-        known = [self._known(member, weights[0].device) for member in matrix.members]
+        known = [self.known(member, weights[0].device) for member in matrix.members]
         if isinstance(matrix, JointMatrix):
             return self._solver.decompose_jointly(weights, known)
         return self._solver.decompose(weights[0], known[0])
 
-    def _known(self, matrix: DenseMatrix, device: torch.device) -> MatrixStatistics | None:
+    def known(self, matrix: DenseMatrix, device: torch.device) -> MatrixStatistics | None:
+        """What the text says about one matrix; None where the method looks at none."""
         known = self._statistics.get(matrix.name) if self._statistics is not None else None
         return None if known is None else known.to(device)
 
@@ -184,10 +185,9 @@ class Decomposer:
             store_decomposition(self._decompose(matrix), self._stored(matrix).path)
 
     def _stored(self, matrix: Matrix) -> StoredDecomposition:
-        identity = self._identity if self._solver.needs else self._model_identity
+        identity = self._identity if self.settings.needs else self._model_identity
         path = self._folder / f"decompositions-{self.settings.method}-{identity}" / f"{matrix.name}.safetensors"
-        weight: Any = matrix.members[0].module.weight
-        return StoredDecomposition(path, torch.device(self.settings.device or weight.device))
+        return StoredDecomposition(path, torch.device(self.settings.device or matrix.members[0].weight.device))
 
     def _changes(self, matrix: Matrix, rank: int) -> Changes:
         """What the weights become at that rank, each to be made when it is needed."""
@@ -206,7 +206,7 @@ class Decomposer:
     def _table(self, matrix: Matrix) -> BandedTable:
         if matrix.name not in self._tables:
             weight = matrix.weight.to(self.settings.device or matrix.weight.device)
-            known, objective = self._known(matrix.members[0], weight.device), self.settings.embedding_objective
+            known, objective = self.known(matrix.members[0], weight.device), self.settings.embedding_objective
             self._tables[matrix.name] = make_table(weight, known, self._token_counts, objective)
         return self._tables[matrix.name]
 
@@ -242,7 +242,7 @@ class Decomposer:
     @property
     def _watched(self) -> list[DenseMatrix]:
         """Those that statistics are wanted of."""
-        if self._solver.needs or self.settings.bias_correction:
+        if (self.settings.tensor_method or self._solver).needs or self.settings.bias_correction:
             return self._matrices
         return [matrix for matrix in self._matrices if self.autoencodes(matrix)]
 

@@ -98,6 +98,7 @@ class CompressionReport:
         size_bytes: Of all parameters in their own types; what the weights file holds, and memory with structures that
             decode in each forward pass.
         materialized_bytes: What memory holds beside that where they decode once; see `set_materialize_`.
+        embedding_parameters: Of them those of the token embedding; `dense_embedding_parameters` is what they were.
         multiply_adds: Of all matrix products with weights, for one token; attention scores not counted.
         provenance: Method, budget, text and versions, as stored in `config.json`.
         training: What was trained after compression, one entry a run; empty if nothing was.
@@ -122,6 +123,8 @@ class CompressionReport:
     latency: LatencyReport | None = None
     quality: tuple[QualityReport, ...] = ()
     materialized_bytes: int = 0
+    dense_embedding_parameters: int = 0
+    embedding_parameters: int = 0
 
     @property
     def kept_fraction(self) -> float:
@@ -133,10 +136,16 @@ class CompressionReport:
         """Parameters that stayed, as a fraction of those of the matrices that were candidates."""
         return sum(m.parameters for m in self.modules) / max(sum(m.dense_parameters for m in self.modules), 1)
 
+    @property
+    def kept_encoder_fraction(self) -> float:
+        """The same of all but the token embedding, as papers that compress an encoder count."""
+        dense = self.dense_parameters - self.dense_embedding_parameters
+        return (self.parameters - self.embedding_parameters) / max(dense, 1)
+
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON."""
-        fractions = {"kept_fraction": self.kept_fraction, "kept_targets_fraction": self.kept_targets_fraction}
-        return {**asdict(self), **fractions}
+        fractions = ("kept_fraction", "kept_encoder_fraction", "kept_targets_fraction")
+        return {**asdict(self), **{name: getattr(self, name) for name in fractions}}
 
     @classmethod
     def from_dict(cls, stored: dict[str, Any]) -> "CompressionReport":
@@ -174,6 +183,7 @@ def make_report(model: PreTrainedModel) -> CompressionReport:
     itemsize = next(model.parameters()).element_size()
     # A tied head is the embedding's second use: its multiply-adds count, its parameters do not.
     saved = sum(m.dense_parameters - m.parameters for m in modules)
+    embedding: Any = model.get_input_embeddings()
     multiply_adds = count_multiply_adds(model)
     saved_multiply_adds = sum(
         _dense_multiply_adds(structure) - structure.multiply_adds() for structure in _multiplying(model)
@@ -192,6 +202,8 @@ def make_report(model: PreTrainedModel) -> CompressionReport:
         training=_training(provenance),
         origin=Origin.from_dict(provenance.get("origin", {})),
         tags=tuple(model.model_tags or ()),
+        dense_embedding_parameters=embedding.num_embeddings * embedding.embedding_dim,
+        embedding_parameters=sum(p.numel() for p in embedding.parameters()),
     )
 
 

@@ -1,5 +1,6 @@
 """What `compress` can be asked for, in one place for Python, the command line and the record in `config.json`."""
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
@@ -10,6 +11,8 @@ from hf_lowrank.planning.allocation import ALLOCATIONS
 from hf_lowrank.planning.budgets import Budget, make_budget
 from hf_lowrank.remote_code.lowrank_plan import closest_name
 from hf_lowrank.solvers import SOLVERS
+from hf_lowrank.solvers.stacking import GROUPS
+from hf_lowrank.solvers.tensor_methods import TENSOR_METHODS, TensorMethod
 from hf_lowrank.solvers.token_tables import EMBEDDING_OBJECTIVES, TABLE_NEEDS
 from hf_lowrank.targets import Patterns
 
@@ -24,7 +27,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 @dataclass(frozen=True, kw_only=True)
 class CompressionSettings:
-    """How to compress. Exactly one of the five budgets must be given.
+    """How to compress. Exactly one of the six budgets must be given, none where the method's name holds its ranks.
 
     Args:
         keep_params: Fraction of the whole model's parameters that stay, tied ones counted once.
@@ -32,14 +35,17 @@ class CompressionSettings:
         target_size: Size on disk of everything `save_pretrained` writes: `"100MB"`, `"95MiB"` or bytes.
         keep_latency: Fraction of the whole model's latency that stays, as measured here: of 8 x 128 tokens, on the
             machine and with the threads `compress` runs on. Only linear layers are replaced.
-        rank: The rank of every replaced matrix.
+        rank: The rank of every replaced matrix; of a tensor method, each of its ranks but the bank's.
+        ranks: The ranks of a tensor method: (left, right) of all, or (bank, left, right) of `tucker`.
         rank_pattern: Rank by module name or last part of it; these matrices are outside the budget's sharing.
-        method: Solver that finds the numbers; see `SOLVERS`.
+        method: Solver that finds the numbers; see `SOLVERS`, and `TENSOR_METHODS` for those that take the matrices of
+            all layers together.
         allocation: How the budget is shared among the matrices; see `ALLOCATIONS`. Default: `measured` for a method
             that looks at text (`first_order` with `fast`), `energy` for one that does not.
         storage: Structure that holds a low-rank linear layer: `low_rank` (two factors) or `pivoted` (more rank in the
             same size). Default: `pivoted` for a `target_size` and for fractions up to 0.65, where it is as fast as two
             factors of the same size and better; above, two factors are some percent faster.
+        group: Matrices of the blocks that a tensor method takes: `attention`, `feed_forward` or `both`.
         target_modules: Names, last parts of names, a regular expression or `"all-linear"`, as in PEFT. Default: the
             linear layers of the blocks, and for `keep_params` and `target_size` the embeddings too.
         exclude_modules: The same, taken away again.
@@ -78,10 +84,12 @@ class CompressionSettings:
     target_size: str | int | None = None
     keep_latency: float | None = None
     rank: int | None = None
+    ranks: Sequence[int] | None = None
     rank_pattern: dict[str, int] = field(default_factory=dict)
     method: str = "two_sided_svd"
     allocation: str | None = None
     storage: str | None = None
+    group: str = "both"
     target_modules: Patterns | None = None
     exclude_modules: Patterns | None = None
     embeddings: str | None = None
@@ -102,7 +110,8 @@ class CompressionSettings:
     cache_dir: str | None = None
 
     def __post_init__(self) -> None:
-        _check_choice("method", self.method, list(SOLVERS))
+        _check_choice("method", self.method, [*SOLVERS, *TENSOR_METHODS])
+        _check_choice("group", self.group, list(GROUPS))
         if self.allocation is not None:
             _check_choice("allocation", self.allocation, list(ALLOCATIONS))
         if self.storage is not None:
@@ -116,11 +125,42 @@ class CompressionSettings:
             _check_choice("embeddings", self.embeddings, list(EMBEDDINGS))
         _check_choice("embedding_objective", self.embedding_objective, list(EMBEDDING_OBJECTIVES))
         _ = self.budget
+        if self.tensor_method is not None:
+            self._check_suits_tensors()
+        elif self.ranks is not None:
+            raise InputError(f"ranks belong to the methods {', '.join(TENSOR_METHODS)}, got method={self.method}.")
+
+    def _check_suits_tensors(self) -> None:
+        learning = ["anchored", "refine_block_passes", "refine_passes", "bias_correction", "fast"]
+        given = [name for name in ["rank_pattern", "keep_latency", "allocation", *learning] if getattr(self, name)]
+        given += ["storage"] * (self.storage not in (None, "low_rank")) + ["embeddings"] * (
+            self.embeddings not in (None, "dense")
+        )
+        if given:
+            raise InputError(
+                f"{given[0]} does not go with method={self.method}, which takes the matrices of the blocks together. "
+                "Leave it out."
+            )
 
     @property
     def budget(self) -> Budget:
         """The one budget that was given."""
-        return make_budget(self.keep_params, self.keep_targets, self.target_size, self.keep_latency, self.rank)
+        method = self.tensor_method
+        ranks = self.ranks or (None if method is None else method.ranks)
+        sizes = (self.keep_params, self.keep_targets, self.target_size)
+        return make_budget(*sizes, self.keep_latency, self.rank, ranks)
+
+    @property
+    def tensor_method(self) -> TensorMethod | None:
+        """The tensor method asked for; None for a solver of one matrix after the other."""
+        return TENSOR_METHODS.get(self.method)
+
+    @property
+    def given_ranks(self) -> Sequence[int] | None:
+        """The ranks of a tensor method, where they and not a size were given."""
+        if self.rank is not None:
+            return self.rank, self.rank
+        return self.ranks or (None if self.tensor_method is None else self.tensor_method.ranks)
 
     @property
     def torch_dtype(self) -> torch.dtype | None:
@@ -130,7 +170,8 @@ class CompressionSettings:
     @property
     def chosen_allocation(self) -> str:
         """The allocation asked for; by default what suits the method, and the time there is."""
-        suits = ("first_order" if self.fast else "measured") if SOLVERS[self.method].needs else "energy"
+        looks = self.needs and self.tensor_method is None
+        suits = ("first_order" if self.fast else "measured") if looks else "energy"
         return self.allocation or suits
 
     @property
@@ -167,13 +208,16 @@ class CompressionSettings:
     @property
     def needs(self) -> frozenset[str]:
         """Kinds of statistics; see `hf_lowrank.statistics.collection.KINDS`."""
+        if self.tensor_method is not None:
+            return self.tensor_method.needs
         for_tables = TABLE_NEEDS if self.embeddings == "autoencoder" else frozenset()
         return SOLVERS[self.method].needs | for_tables | ({"input_moment"} if self.bias_correction else set())
 
     @property
     def roles(self) -> set[str]:
         """Which matrices are candidates when `target_modules` does not say."""
-        with_embeddings = self.budget.is_whole_model if self.embeddings is None else self.embeddings != "dense"
+        is_whole_model = self.budget.is_whole_model and self.tensor_method is None
+        with_embeddings = is_whole_model if self.embeddings is None else self.embeddings != "dense"
         return {"block", "embedding", "head"} if with_embeddings else {"block"}
 
     def to_dict(self) -> dict[str, Any]:

@@ -225,7 +225,7 @@ BAD_INPUT = {
         ["compress", "{dense}", "{out}", *BUDGET, "--allocation", "x"],
         r"allocation must be one of",
     ),
-    "no budget": (["compress", "{dense}", "{out}"], r"one of the arguments --keep-params --keep-targets"),
+    "no budget": (["compress", "{dense}", "{out}"], r"Exactly one budget is needed out of keep_params"),
     "two budgets": (["compress", "{dense}", "{out}", *BUDGET, "--rank", "2"], r"--rank: not allowed with argument"),
     "budget out of reach": (
         ["compress", "{dense}", "{out}", "--keep-params", "0.01"],

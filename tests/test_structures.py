@@ -19,7 +19,7 @@ from hf_lowrank.remote_code.lowrank_structures import (
     structure_name,
 )
 
-SIZE = 5
+SIZE = 4
 TOLERANCES = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 0.05}
 LINEARS = [name for name, structure in STRUCTURES.items() if structure.HOSTS == "linear"]
 EMBEDDINGS = [name for name, structure in STRUCTURES.items() if structure.HOSTS == "embedding"]
@@ -138,8 +138,10 @@ def test_multiply_adds_are_those_of_its_matrix_products(name):
     structure = drawn(name)
     one_token = inputs_of(structure).flatten(0, -2)[:1] if structure.HOSTS == "linear" else torch.tensor([1])
 
-    with FlopCounterMode(display=False) as counter:
-        structure(one_token)
+    with torch.no_grad():
+        structure(one_token)  # forms what no token changes
+        with FlopCounterMode(display=False) as counter:
+            structure(one_token)
 
     assert counter.get_total_flops() == 2 * sum(part.multiply_adds() for part in whole(structure))
 
@@ -214,7 +216,7 @@ def test_a_module_of_the_wrong_kind_is_named(name):
 @each_structure
 def test_a_random_start_has_the_standard_deviation_asked_for(name):
     host = nn.Embedding(300, 200) if STRUCTURES[name].HOSTS == "embedding" else nn.Linear(200, 300)
-    structure = build(name, host, 40)
+    structure = build(name, host, 20)
 
     for part in whole(structure):
         part.reset_parameters(std=0.02)

@@ -79,6 +79,7 @@ def _add_compress(commands: "argparse._SubParsersAction[_Parser]") -> None:
         "--rank-pattern", metavar="NAME=R", nargs="+", action="extend", default=[], type=_name_and_rank
     )
     choice.add_argument("--method", help="how the factors are found; svd looks at no text (default: two_sided_svd)")
+    choice.add_argument("--group", help="what a tensor method takes: attention, feed_forward or both (default: both)")
     choice.add_argument("--allocation", help="how the budget is shared (default: what suits the method)")
     choice.add_argument("--storage", help="low_rank (two factors) or pivoted (more rank in the same size)")
     names = "names, last parts of names, all-linear, or one regular expression"
@@ -134,7 +135,9 @@ def _add_text(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_budget(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("budget, exactly one").add_mutually_exclusive_group(required=True)
+    group = parser.add_argument_group(
+        "budget, exactly one (none with a method that names its ranks)"
+    ).add_mutually_exclusive_group()
     group.add_argument(
         "--keep-params", type=float, metavar="F", help="fraction of the whole model's parameters that stay"
     )
@@ -142,6 +145,9 @@ def _add_budget(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--target-size", metavar="SIZE", help="size of the whole folder, such as 100MB or 95MiB")
     group.add_argument("--keep-latency", type=float, metavar="F", help="fraction of the model's latency that stays")
     group.add_argument("--rank", type=int, metavar="N", help="rank of every replaced matrix")
+    group.add_argument(
+        "--ranks", type=int, metavar="N", nargs="+", help="ranks of a tensor method, such as 72 384 384"
+    )
 
 
 def _add_inspect(commands: "argparse._SubParsersAction[_Parser]") -> None:

@@ -12,12 +12,11 @@ from transformers import PreTrainedModel
 
 from hf_lowrank.cards.card import shown_command
 from hf_lowrank.cli import tables
-from hf_lowrank.compression import compress
+from hf_lowrank.compression import compress, plan_model
 from hf_lowrank.decomposing import Decomposer
 from hf_lowrank.errors import InputError
 from hf_lowrank.loading import find_tokenizer, load_dense
 from hf_lowrank.planning.budgets import parse_size
-from hf_lowrank.planning.plans import make_plan
 from hf_lowrank.planning.sizes import parameter_bytes
 from hf_lowrank.progress import progress_bar
 from hf_lowrank.record import record_bytes, write_record
@@ -32,8 +31,8 @@ from hf_lowrank.wording import megabytes
 
 # Options that carry the names of the settings.
 _OPTIONS = (
-    "keep_params", "keep_targets", "target_size", "keep_latency", "rank", "method", "allocation", "storage",
-    "target_modules", "exclude_modules", "embeddings", "embedding_objective", "dtype", "device",
+    "keep_params", "keep_targets", "target_size", "keep_latency", "rank", "ranks", "method", "group", "allocation",
+    "storage", "target_modules", "exclude_modules", "embeddings", "embedding_objective", "dtype", "device",
     "num_calibration_samples", "max_seq_length", "batch_size", "text_column", "seed", "anchored",
     "refine_block_passes", "refine_passes", "bias_correction", "fast", "cache_dir",
 )  # fmt: skip
@@ -119,7 +118,7 @@ def _print_plan(
 ) -> int:
     """Print what `compress` would do, from a model without numbers."""
     decomposer = Decomposer(dense, settings, arguments.calibration, tokenizer or find_tokenizer(dense), progress_bar)
-    plan, _ = make_plan(dense, settings, decomposer)
+    plan, _ = plan_model(dense, settings, decomposer)
     plan["provenance"] |= {"settings": _settings(arguments).to_dict(), "dense_size_bytes": parameter_bytes(dense)}
     config = copy.deepcopy(dense.config)
     config.__class__ = compressed_config_class(type(dense.config))

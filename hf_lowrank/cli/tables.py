@@ -42,6 +42,7 @@ def print_comparison(report: CompressionReport) -> None:
     table.add_row(
         "parameters", f"{report.dense_parameters:,}", f"{report.parameters:,}", f"{report.kept_fraction:.1%} kept"
     )
+    _add_parts(table, report)
     table.add_row(
         "weights",
         megabytes(report.dense_size_bytes),
@@ -65,10 +66,22 @@ def print_comparison(report: CompressionReport) -> None:
     Console(file=sys.stdout, highlight=False).print(table)
 
 
+def _add_parts(table: Table, report: CompressionReport) -> None:
+    """Rows for what papers count: all but the token embedding, and the replaced matrices alone."""
+    targets = [module for module in report.modules if module.structure != "dense"]
+    before, now = sum(m.dense_parameters for m in targets), sum(m.parameters for m in targets)
+    rest = report.dense_parameters - report.dense_embedding_parameters, report.parameters - report.embedding_parameters
+    for name, sizes in (("outside the token embedding", rest), ("in the replaced matrices", (before, now))):
+        table.add_row(f"  {name}", f"{sizes[0]:,}", f"{sizes[1]:,}", f"{share(sizes[1], sizes[0])} kept")
+
+
 def print_matrices(report: CompressionReport) -> None:
     """Print how many matrices were replaced, which were left dense and why, and where the error is largest."""
     dense = [module for module in report.modules if module.structure == "dense"]
-    print_line(f"matrices: {len(report.modules) - len(dense)} replaced, {len(dense)} left dense")
+    shared = [module for module in report.modules if not module.dense_parameters]
+    num_replaced = len(report.modules) - len(dense) - len(shared)
+    parts = f" with {len(shared)} shared parts" if shared else ""
+    print_line(f"matrices: {num_replaced} replaced{parts}, {len(dense)} left dense")
     for note, count in Counter(module.note for module in dense).items():
         print_line(f"          {count} dense: {note}")
     if worst := worst_modules(report):

@@ -1,11 +1,13 @@
 """The size a user asks for, in exactly one of four units."""
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from hf_lowrank.errors import InputError
 
-KINDS = ("keep_params", "keep_targets", "target_size", "keep_latency", "rank")
+KINDS = ("keep_params", "keep_targets", "target_size", "keep_latency", "rank", "ranks")
 _UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
@@ -16,8 +18,8 @@ class Budget:
     Args:
         kind: `keep_params` (fraction of the whole model's parameters that stay), `keep_targets` (fraction of the
             parameters of the replaced matrices), `target_size` (bytes on disk), `keep_latency` (fraction of the whole
-            model's measured latency that stays) or `rank`.
-        value: The fraction, the bytes or the rank.
+            model's measured latency that stays), `rank`, or `ranks` of a tensor method.
+        value: The fraction, the bytes or the rank; of several ranks the largest.
     """
 
     kind: str
@@ -35,6 +37,7 @@ def make_budget(
     target_size: str | int | None = None,
     keep_latency: float | None = None,
     rank: int | None = None,
+    ranks: Sequence[int] | None = None,
 ) -> Budget:
     """The one budget that was given.
 
@@ -43,7 +46,7 @@ def make_budget(
     """
     given = {
         kind: value
-        for kind, value in zip(KINDS, (keep_params, keep_targets, target_size, keep_latency, rank), strict=True)
+        for kind, value in zip(KINDS, (keep_params, keep_targets, target_size, keep_latency, rank, ranks), strict=True)
         if value is not None
     }
     if len(given) != 1:
@@ -51,7 +54,9 @@ def make_budget(
         raise InputError(f"Exactly one budget is needed out of {', '.join(KINDS)}; got {found}.")
     ((kind, value),) = given.items()
     if kind == "target_size":
-        return Budget(kind, parse_size(value))
+        return Budget(kind, parse_size(value))  # type: ignore[arg-type]  # ranks are not sizes
+    if kind == "ranks":
+        return Budget(kind, max(_checked_ranks(value)))
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise InputError(f"{kind} must be a number, got {value!r}.")
     if kind == "rank":
@@ -60,6 +65,13 @@ def make_budget(
     elif not 0 < value <= 1:
         raise InputError(f"{kind} must be a fraction above 0 and at most 1 (what stays, not what goes), got {value}.")
     return Budget(kind, value)
+
+
+def _checked_ranks(ranks: Any) -> Sequence[int]:
+    is_sequence = isinstance(ranks, Sequence) and not isinstance(ranks, str) and len(ranks) > 0
+    if not is_sequence or any(isinstance(r, bool) or not isinstance(r, int) or r < 1 for r in ranks):
+        raise InputError(f"ranks must be whole numbers of at least 1, got {ranks!r}.")
+    return ranks  # type: ignore[no-any-return]  # checked
 
 
 def parse_size(size: str | int | float) -> int:

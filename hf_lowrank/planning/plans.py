@@ -91,7 +91,7 @@ def make_plan(
     fixed_specs = _specs_for_pattern(candidates, settings)
     fixed = [matrix for matrix in candidates if matrix.name in fixed_specs]
     free = [matrix for matrix in candidates if matrix.name not in fixed_specs]
-    _check_finite(candidates)
+    check_finite(candidates)
     if settings.rank is not None:
         chosen = _ranks_for_rank(free, settings.rank, settings)
     else:
@@ -113,10 +113,11 @@ def make_plan(
             modules[matrix.name] = {"structure": spec["structure"], **source.sizes(matrix, spec["rank"])}
     modules = {matrix.name: modules[matrix.name] for matrix in candidates if matrix.name in modules}
     kept = {m.name: [list(m.shape), m.role, _why_dense(m, settings)] for m in free if m.name not in modules}
-    return _as_plan(modules, shared, kept), replaced
+    return as_plan(modules, shared, kept), replaced
 
 
-def _as_plan(specs: dict[str, Spec], shared: dict[str, Spec], kept_dense: dict[str, Any]) -> Plan:
+def as_plan(specs: dict[str, Spec], shared: dict[str, Spec], kept_dense: dict[str, Any]) -> Plan:
+    """The plan of these specs, with its record of what stays dense and why."""
     plan: Plan = {
         "format_version": FORMAT_VERSION,
         "modules": {name: spec for name, spec in specs.items() if name != OUTPUT_EMBEDDINGS},
@@ -144,7 +145,7 @@ def _ranks_for_budget(
     curves = curves_of(matrices)
     least = sum(float(curve.costs.min()) for curve in curves)
     if available < least:
-        raise InputError(_out_of_reach(settings, account, spent + least))
+        raise InputError(out_of_reach(settings, account, spent + least))
     if allocation.errors == "none":
         return _chosen_ranks(curves, allocation.choose(curves, available))
     units = _joint_or_separate(matrices, available, curves_of, source)
@@ -216,7 +217,8 @@ def _structure(matrix: DenseMatrix, settings: CompressionSettings) -> str:
     return "low_rank" if matrix.role == "head" else settings.chosen_storage
 
 
-def _out_of_reach(settings: CompressionSettings, account: Account, least: float) -> str:
+def out_of_reach(settings: CompressionSettings, account: Account, least: float) -> str:
+    """What to say where not even the smallest replacement, of cost `least`, fits the budget."""
     budget = settings.budget
     smallest = account.fixed + least
     if budget.kind == "target_size":
@@ -256,7 +258,8 @@ def _check_rank(matrix: DenseMatrix, rank: int) -> None:
         )
 
 
-def _check_finite(matrices: Sequence[DenseMatrix]) -> None:
+def check_finite(matrices: Sequence[DenseMatrix]) -> None:
+    """Raise `InputError` at a weight that is not in memory, or not finite."""
     for matrix in matrices:
         weight: Any = matrix.module.weight
         if weight.device.type == "meta":

@@ -44,7 +44,7 @@ def validate_plan(plan: Plan, structures: dict[str, Any], shared_parts: dict[str
 
     Args:
         structures: Name of each known structure with its class, whose `SIZES` are the fields a spec must have and
-            whose `OPTIONAL_SIZES` those it may have.
+            whose `OPTIONAL_SIZES` and `OPTIONS` (with the words allowed), if any, those it may have besides.
         shared_parts: The same for what structures can share.
 
     Raises:
@@ -78,8 +78,9 @@ def _validate_spec(name: str, spec: Spec, structures: dict[str, Any]) -> None:
     if not isinstance(spec, dict) or spec.get("structure") not in structures:
         found = spec.get("structure") if isinstance(spec, dict) else spec
         raise PlanError(f"{name}: structure must be one of {', '.join(sorted(structures))}, got {found!r}.")
-    sizes = sizes_of(spec)
     structure = structures[spec["structure"]]
+    options = getattr(structure, "OPTIONS", {})
+    sizes = {key: value for key, value in sizes_of(spec).items() if key not in options}
     expected = set(structure.SIZES)
     if set(sizes) - set(getattr(structure, "OPTIONAL_SIZES", ())) != expected:
         raise PlanError(
@@ -89,6 +90,9 @@ def _validate_spec(name: str, spec: Spec, structures: dict[str, Any]) -> None:
     for size, value in sizes.items():
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise PlanError(f"{name}: {size} must be a whole number of at least 1, got {value!r}.")
+    for option in set(spec) & set(options):
+        if spec[option] not in options[option]:
+            raise PlanError(f"{name}: {option} must be one of {', '.join(options[option])}, got {spec[option]!r}.")
 
 
 def _validate_reference(name: str, spec: Spec, structures: dict[str, Any], parts: dict[str, Any]) -> None:
@@ -101,8 +105,8 @@ def _validate_reference(name: str, spec: Spec, structures: dict[str, Any], parts
         raise PlanError(f"{name}: {spec['structure']} shares nothing, got shared={spec['shared']!r}.")
 
 
-def sizes_of(spec: Spec) -> dict[str, int]:
-    """The sizes in a spec, without what it is and what it shares."""
+def sizes_of(spec: Spec) -> dict[str, Any]:
+    """The sizes and options in a spec, without what it is and what it shares."""
     return {key: value for key, value in spec.items() if key not in ("structure", "shared")}
 
 

@@ -8,6 +8,7 @@ A structure is a module class with
     multiply_adds()                for one token
     to_dense()                     the weight it stands for, (O, I)
     reset_parameters(std)          a random start whose weight has standard deviation `std`
+It may have `OPTIONS`: fields its spec can hold besides, each with the words allowed, the default first.
 One that holds any matrix of a given rank by itself also counts its numbers without the bias,
 `num_weights(O, I, rank=R)`. A linear one also gives the bias it stands for (`dense_bias`). An embedding names the
 linear structure of a head tied to it (`TIED_HEAD`, `tied_head_sizes`) and which of the head's parameters are which of
@@ -33,6 +34,8 @@ from .lowrank_joint import JointLinear, SharedDown
 from .lowrank_linear import LowRankEmbedding, LowRankLinear
 from .lowrank_pivoted import PivotedLinear
 from .lowrank_plan import Plan, PlanError, Spec, closest_name, members_of, sizes_of, validate_plan
+from .lowrank_tensor_train import CentralCore, SharedTensorTrainLinear, TensorTrainLinear
+from .lowrank_tucker import BankedTuckerLinear, TuckerBank, TuckerBasis, TuckerLinear
 
 STRUCTURES: dict[str, Any] = {
     "low_rank": LowRankLinear,
@@ -41,10 +44,17 @@ STRUCTURES: dict[str, Any] = {
     "joint_low_rank": JointLinear,
     "autoencoder_embedding": AutoencoderEmbedding,
     "autoencoder_head": AutoencoderHead,
+    "tucker": TuckerLinear,
+    "banked_tucker": BankedTuckerLinear,
+    "tensor_train": TensorTrainLinear,
+    "shared_tensor_train": SharedTensorTrainLinear,
 }
 
 SHARED_PARTS: dict[str, Any] = {
     "shared_down": SharedDown,
+    "tucker_basis": TuckerBasis,
+    "tucker_bank": TuckerBank,
+    "central_core": CentralCore,
 }
 
 

@@ -1,0 +1,33 @@
+"""The methods that decompose matrices of many layers together, by name."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class TensorMethod:
+    """A method of this kind.
+
+    Args:
+        kind: Row of `hf_lowrank.tensors.KINDS`.
+        needs: Kinds of statistics it looks at; see `hf_lowrank.statistics.collection.KINDS`.
+        ranks: Its ranks where the name says them: then it takes no budget.
+    """
+
+    kind: str
+    needs: frozenset[str] = frozenset()
+    ranks: tuple[int, ...] | None = None
+
+
+# `tucker-III-d` and `tucker-IV-l-d` are the models of Ren et al. (ICLR 2022): l matrices in the bank, d wide.
+TENSOR_METHODS: dict[str, TensorMethod] = {
+    "tucker": TensorMethod("tucker"),
+    "whitened_tucker": TensorMethod("tucker", needs=frozenset({"input_moment"})),
+    "tensor_train": TensorMethod("tensor_train"),
+    "whitened_tensor_train": TensorMethod("tensor_train", needs=frozenset({"input_moment"})),
+    "shared_tensor_train": TensorMethod("shared_tensor_train"),
+    "tucker-III-64": TensorMethod("tucker", ranks=(64, 64)),
+    "tucker-III-384": TensorMethod("tucker", ranks=(384, 384)),
+    "tucker-IV-72-384": TensorMethod("tucker", ranks=(72, 384, 384)),
+    "tucker-IV-36-256": TensorMethod("tucker", ranks=(36, 256, 256)),
+    "tucker-IV-36-128": TensorMethod("tucker", ranks=(36, 128, 128)),
+}

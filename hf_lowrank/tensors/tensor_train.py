@@ -1,0 +1,135 @@
+"""Tensor trains of a model: one a matrix, or one central core for the same matrix of all layers."""
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from hf_lowrank.errors import InputError
+from hf_lowrank.remote_code.lowrank_plan import Plan
+from hf_lowrank.remote_code.lowrank_tensor_train import check_train_ranks, factor_shape
+from hf_lowrank.solvers.tensor_train import TensorTrain, cut_spectra, ranks_for, shared_tensor_trains, tensor_train
+from hf_lowrank.targets import DenseMatrix
+from hf_lowrank.tensors.problem import Solved, Specs, TensorProblem
+
+_HALVINGS = 40
+_SHRINKAGE = 0.01
+
+Group = Sequence[DenseMatrix]
+Ranks = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class TensorTrainKind:
+    """Trains of three cores.
+
+    Args:
+        shares: Whether matrices of one name and shape in different layers have their central core in common.
+    """
+
+    shares: bool = False
+
+    def specs(self, problem: TensorProblem, ranks: Sequence[int]) -> tuple[Specs, Specs]:
+        """Specs with the same ranks for every matrix."""
+        if len(ranks) != 2:
+            raise InputError(f"ranks of a tensor train are two (left, right), got {len(ranks)}.")
+        for matrix in problem.matrices:
+            try:
+                check_train_ranks(ranks[0], ranks[1], *matrix.shape)
+            except ValueError as error:
+                raise InputError(f"{matrix.name}: {error} Choose one within.") from error
+        groups = self._groups(problem.matrices)
+        return self._as_specs(groups, [(ranks[0], ranks[1])] * len(groups))
+
+    def specs_within(self, problem: TensorProblem, budget: float) -> tuple[Specs, Specs] | None:
+        """One relative tolerance for all matrices, the least one that fits."""
+        groups = self._groups(problem.matrices)
+        spectra = [_mean_spectra(problem, group) for group in groups]
+        if self.least(problem) > budget:
+            return None
+        low, high = 0.0, 2**0.5  # at the latter every rank is 1
+        for _ in range(_HALVINGS):
+            middle = (low + high) / 2
+            ranks = [ranks_for(values, middle) for values in spectra]
+            low, high = (low, middle) if self._num_weights(groups, ranks) <= budget else (middle, high)
+        return self._as_specs(groups, [ranks_for(values, high) for values in spectra])
+
+    def least(self, problem: TensorProblem) -> int:
+        """Stored numbers at ranks of 1."""
+        groups = self._groups(problem.matrices)
+        return self._num_weights(groups, [(1, 1)] * len(groups))
+
+    def solve(self, problem: TensorProblem, plan: Plan) -> Iterable[Solved]:
+        """One matrix, or one central core with its members, at a time."""
+        for group in problem.progress(self._groups(problem.matrices), "decomposing"):
+            weights = [problem.weight(matrix) for matrix in group]
+            spec = plan["modules"][group[0].name]
+            part = spec.get("shared")
+            sizes = spec if part is None else plan["shared"][part]
+            ranks = sizes["left_rank"], sizes["right_rank"]
+            if part is not None:
+                trains = shared_tensor_trains(weights, ranks)
+                members = {matrix.name: _outer(train) for matrix, train in zip(group, trains, strict=True)}
+                yield Solved(members, part, {"central": trains[0].central})
+                continue
+            moment = None if problem.moment is None else _shrunk(problem.moment(group[0])[0])
+            train = tensor_train(weights[0], ranks, (None, moment))
+            yield Solved({group[0].name: {**_outer(train), "central": train.central}}, None, {})
+
+    def _groups(self, matrices: Sequence[DenseMatrix]) -> list[Group]:
+        if not self.shares:
+            return [[matrix] for matrix in matrices]
+        groups: dict[tuple[str, tuple[int, int]], list[DenseMatrix]] = {}
+        for matrix in matrices:
+            groups.setdefault((_part_name(matrix), matrix.shape), []).append(matrix)
+        return list(groups.values())
+
+    def _as_specs(self, groups: Sequence[Group], ranks: Sequence[Ranks]) -> tuple[Specs, Specs]:
+        modules: Specs = {}
+        shared: Specs = {}
+        for group, (left, right) in zip(groups, ranks, strict=True):
+            sizes = {"left_rank": left, "right_rank": right}
+            if self.shares:
+                part = _part_name(group[0])
+                part = part if part not in shared else f"{part}_{group[0].shape[0]}_{group[0].shape[1]}"
+                shared[part] = {"structure": "central_core", **sizes}
+                modules |= {matrix.name: {"structure": "shared_tensor_train", "shared": part} for matrix in group}
+            else:
+                modules[group[0].name] = {"structure": "tensor_train", **sizes}
+        return modules, shared
+
+    @staticmethod
+    def _num_weights(groups: Sequence[Group], ranks: Sequence[Ranks]) -> int:
+        total = 0
+        for group, (left, right) in zip(groups, ranks, strict=True):
+            first, central, last = (o * i for o, i in zip(*map(factor_shape, group[0].shape), strict=True))
+            total += len(group) * (first * left + right * last) + left * central * right
+        return total
+
+
+def _shrunk(moment: torch.Tensor) -> torch.Tensor:
+    """A moment (I, I) pulled towards the identity, so that inputs never seen count a little too."""
+    mean = moment.diagonal().mean() * torch.eye(len(moment), dtype=moment.dtype, device=moment.device)
+    return (1 - _SHRINKAGE) * moment + _SHRINKAGE * mean
+
+
+def _outer(train: TensorTrain) -> dict[str, torch.Tensor]:
+    return {"first": train.first, "last": train.last}
+
+
+def _part_name(matrix: DenseMatrix) -> str:
+    """Its name without the number of its layer, as the name of a module: `central_attention_self_query`."""
+    parts = matrix.name.split(".")
+    layer = next(index for index, part in enumerate(parts) if part.isdigit())
+    return "_".join(["central", *parts[layer + 1 :]])
+
+
+def _mean_spectra(problem: TensorProblem, group: Group) -> list[torch.Tensor]:
+    """Root mean square over the group of the singular values at either cut, each matrix of unit norm."""
+    both = []
+    for matrix in group:
+        spectra = cut_spectra(problem.weight(matrix))
+        norm = max(float(spectra[0].norm()), math.ulp(0.0))
+        both.append([(values / norm).square() for values in spectra])
+    return [torch.stack(values).mean(dim=0).sqrt() for values in zip(*both, strict=True)]

@@ -1,0 +1,272 @@
+"""Tensor methods from end to end: sizes as published, the same function after every trip, clear refusals."""
+
+import copy
+import json
+from itertools import product
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny_models import WIDTH, assert_same_function, build, inputs_for
+from transformers import BertConfig, BertModel
+
+from hf_lowrank import analyze, cli, compress, decompress, make_report
+from hf_lowrank.decomposing import Decomposer
+from hf_lowrank.errors import InputError
+from hf_lowrank.planning.tensor_ranks import tucker_ranks
+from hf_lowrank.progress import no_progress
+from hf_lowrank.remote_code.configuration_lowrank import compressed_config_class
+from hf_lowrank.remote_code.modeling_lowrank import compressed_model_class
+from hf_lowrank.settings import CompressionSettings
+from hf_lowrank.solvers.stacking import in_group
+from hf_lowrank.solvers.tensor_methods import TENSOR_METHODS
+from hf_lowrank.solvers.tucker import TuckerRanks
+from hf_lowrank.targets import find_matrices
+from hf_lowrank.tensors import KINDS
+from hf_lowrank.tensors.problem import TensorProblem
+from hf_lowrank.verification import verify
+
+HEADS = ["BertForMaskedLM", "GPT2LMHeadModel", "DistilBertForMaskedLM", "LlamaForCausalLM"]
+FREE = [name for name, method in TENSOR_METHODS.items() if method.ranks is None]
+# As the paper counts them: all but the word embeddings; in millions.
+PUBLISHED = {
+    "tucker-IV-72-384": 12.32,
+    "tucker-III-64": 1.79,
+    "tucker-IV-36-128": 1.90,
+    "tucker-IV-36-256": 3.86,
+    "tucker-III-384": 22.9,
+}
+each_head = pytest.mark.parametrize("head", HEADS)
+each_method = pytest.mark.parametrize("method", FREE)
+
+
+def skeleton(dense, method):
+    """A compressed model of a named size without any numbers."""
+    settings = CompressionSettings(method=method)
+    matrices = in_group(find_matrices(dense), "both")
+    problem = TensorProblem(matrices, dense.config.hidden_size, None, torch.device("meta"), no_progress)
+    modules, shared = KINDS[settings.tensor_method.kind].specs(problem, settings.given_ranks)
+    config = copy.deepcopy(dense.config)
+    config.__class__ = compressed_config_class(type(dense.config))
+    config.compression = {"format_version": 1, "modules": modules, "shared": shared, "provenance": {}}
+    with torch.device("meta"):
+        return compressed_model_class(type(dense))(config)
+
+
+def test_sizes_are_those_published():
+    assert set(PUBLISHED) == {name for name, method in TENSOR_METHODS.items() if method.ranks is not None}
+    with torch.device("meta"):
+        dense = BertModel(BertConfig())
+    words = dense.embeddings.word_embeddings.weight.numel()
+    reports = {method: make_report(skeleton(dense, method)) for method in PUBLISHED}
+
+    for method, millions in PUBLISHED.items():
+        counted = (reports[method].parameters - reports[method].embedding_parameters) / 1e6
+        assert round(counted, 1 if millions == 22.9 else 2) == millions
+        assert round((reports[method].dense_parameters - words) / 1e6, 2) == 86.04
+
+
+def test_ratios_are_those_published():
+    with torch.device("meta"):
+        dense = BertModel(BertConfig())
+    seventh, tiny = (make_report(skeleton(dense, name)) for name in ("tucker-IV-72-384", "tucker-III-64"))
+
+    assert round(1 / seventh.kept_encoder_fraction, 1) == 7.0  # all but the word embeddings
+    assert 1 / tiny.kept_encoder_fraction == pytest.approx(47.9, abs=0.15)
+    assert round(1 / seventh.kept_targets_fraction, 1) == 7.6  # the factors alone
+    assert round(1 / tiny.kept_targets_fraction) == 123
+    assert seventh.kept_fraction > 0.3  # with the word embeddings, which are nearly all of it by then
+
+
+@each_head
+@pytest.mark.parametrize("group", ["attention", "feed_forward", "both"])
+def test_full_ranks_give_the_dense_model(head, group):
+    dense = build(head).double()
+
+    small = compress(dense, method="tucker", ranks=(WIDTH, WIDTH), group=group)
+
+    assert_same_function(dense, small, inputs_for(head), tolerance=1e-10)
+
+
+@each_head
+def test_a_full_bank_gives_the_dense_model(head):
+    dense = build(head).double()
+    blocks = sum(-(-m.shape[0] // WIDTH) * -(-m.shape[1] // WIDTH) for m in find_matrices(dense) if m.role == "block")
+
+    small = compress(dense, method="tucker", ranks=(blocks, WIDTH, WIDTH))
+
+    assert_same_function(dense, small, inputs_for(head), tolerance=1e-10)
+
+
+@each_head
+@each_method
+def test_the_reconstructed_dense_model_computes_the_same(head, method):
+    small = compress(build(head).double(), method=method, keep_targets=0.4)
+
+    assert_same_function(small, decompress(small), inputs_for(head), tolerance=1e-10)
+
+
+@each_method
+@pytest.mark.parametrize("keep", [0.15, 0.3, 0.6])
+def test_a_budget_is_kept_and_used(method, keep):
+    report = make_report(compress(build("BertForMaskedLM"), method=method, keep_targets=keep))
+
+    assert 0.9 * keep < report.kept_targets_fraction <= keep
+
+
+@each_method
+@pytest.mark.parametrize("budget", [{"keep_params": 0.7}, {"target_size": "250KB"}])
+def test_a_budget_of_the_whole_model_is_kept(method, budget, tmp_path):
+    dense = build("BertForMaskedLM", vocab_size=200)
+    small = compress(dense, method=method, **budget)
+
+    if "keep_params" in budget:
+        assert sum(p.numel() for p in small.parameters()) <= 0.7 * sum(p.numel() for p in dense.parameters())
+    else:
+        small.save_pretrained(tmp_path)
+        assert sum(file.stat().st_size for file in tmp_path.iterdir()) <= 250_000
+
+
+@pytest.mark.parametrize(
+    ("head", "method"), [("BertForMaskedLM", "whitened_tucker"), ("GPT2LMHeadModel", "shared_tensor_train")]
+)
+def test_a_saved_model_loads_without_this_library(head, method, tmp_path):
+    small = compress(build(head), method=method, keep_targets=0.4)
+    small.save_pretrained(tmp_path)
+
+    found = verify(tmp_path, small)
+
+    assert found.ok, found.message
+    assert found.max_difference == 0
+    assert sum(v.numel() for v in load_file(tmp_path / "model.safetensors").values()) == sum(
+        p.numel() for p in small.parameters()
+    )
+
+
+@pytest.mark.parametrize("pair", [("tucker", "whitened_tucker"), ("tensor_train", "whitened_tensor_train")])
+def test_whitening_loses_less_of_what_the_matrices_give(pair):
+    dense = build("BertModel")
+    with torch.no_grad():  # inputs of very different size, as real ones are
+        for layer in dense.encoder.layer:
+            for norm in (layer.attention.output.LayerNorm, layer.output.LayerNorm):
+                norm.weight.mul_(torch.logspace(0.5, -1.5, len(norm.weight)))
+    generator = torch.Generator().manual_seed(5)
+    batches = [{"input_ids": torch.randint(3, 97, (8, 24), generator=generator)} for _ in range(4)]
+
+    plain, aware = (
+        lost_of_outputs(dense, compress(dense, method=method, keep_targets=0.4, calibration=batches), batches[0])
+        for method in pair
+    )
+
+    assert aware < 0.8 * plain
+
+
+def lost_of_outputs(dense, small, batch):
+    """Squared error of what every replaced matrix gives, on the dense model's own inputs."""
+    lost = []
+    hooks = [
+        matrix.module.register_forward_hook(
+            lambda module, inputs, output, path=matrix.path: lost.append(
+                float((small.get_submodule(path)(inputs[0]) - output).square().sum())
+            )
+        )
+        for matrix in in_group(find_matrices(dense), "both")
+    ]
+    with torch.no_grad():
+        dense(**batch)
+    for hook in hooks:
+        hook.remove()
+    return sum(lost)
+
+
+def test_the_input_is_left_alone_and_inplace_uses_it():
+    dense = build("BertForMaskedLM")
+    before = copy.deepcopy(dense.state_dict())
+
+    compress(dense, method="tucker", rank=8)
+    assert all(torch.equal(value, before[name]) for name, value in dense.state_dict().items())
+
+    small = compress(dense, method="tucker", rank=8, inplace=True)
+    assert small is dense
+    assert small.config.plan["shared"]["tucker_factors"]["left_rank"] == 8
+
+
+def test_the_dtype_asked_for_is_that_of_every_part():
+    small = compress(build("BertModel"), method="tucker", ranks=(5, 8, 8), dtype="bfloat16")
+
+    assert {p.dtype for p in small.parameters()} == {torch.bfloat16}
+
+
+def test_a_budget_picks_the_ranks_that_keep_most_energy():
+    spectra = np.array([9.0, 1, 0, 0]), np.array([5.0, 3, 1, 1]), np.array([4.0, 4, 1, 1])
+
+    every = [TuckerRanks(*sizes) for sizes in product(range(1, 5), range(1, 5), [1, 2, 3, None])]
+
+    def kept(ranks):
+        sizes = ranks.left, ranks.right, ranks.bank or 4
+        return np.prod([values[:size].sum() for values, size in zip(spectra, sizes, strict=True)])
+
+    for budget in (13, 25, 40, 70):
+        found = tucker_ranks(spectra, budget)
+        affordable = [ranks for ranks in every if ranks.num_weights(4, 4, 4) <= budget]
+
+        assert found in affordable
+        assert kept(found) == max(map(kept, affordable))
+    assert tucker_ranks(spectra, budget=8) is None
+
+
+def test_the_report_counts_shared_parts_once():
+    small = compress(build("BertModel"), method="tucker", ranks=(5, 8, 7))
+    report = make_report(small)
+    rows = {row.name: row for row in report.modules}
+
+    assert rows["tucker_factors"].parameters == WIDTH * (8 + 7) + 5 * 8 * 7
+    assert sum(row.parameters for row in report.modules) == report.parameters - (
+        report.dense_parameters - sum(row.dense_parameters for row in report.modules)
+    )
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"method": "tucker"}, "Exactly one budget"),
+        ({"method": "tucker-III-64", "keep_targets": 0.5}, "Exactly one budget .* got keep_targets, ranks"),
+        ({"method": "tucker-III-64"}, "left rank must be between 1 and 36 for"),
+        ({"method": "tucker", "ranks": (1, 2, 3, 4)}, "two .* or three .* got 4"),
+        ({"method": "tucker", "ranks": (0, 2)}, "whole numbers of at least 1"),
+        ({"method": "tensor_train", "ranks": (99, 2)}, r"left_rank must be between 1 and \d+"),
+        ({"method": "tucker", "keep_targets": 0.001}, r"keep_targets=0.001 is out of reach.*smallest.*0\.00"),
+        ({"method": "svd", "ranks": (3, 3)}, "ranks belong to the methods tucker"),
+        ({"method": "tucker", "rank": 3, "allocation": "energy"}, "allocation does not go with method=tucker"),
+        ({"method": "tucker", "rank": 3, "storage": "pivoted"}, "storage does not go with"),
+        ({"method": "tucker", "rank": 3, "embeddings": "low_rank"}, "embeddings does not go with"),
+        ({"method": "tucker", "rank": 3, "group": "heads"}, "group must be one of attention"),
+    ],
+)
+def test_what_cannot_be_done_is_said(options, message):
+    with pytest.raises(InputError, match=message):
+        compress(build("BertModel"), **options)
+
+
+def test_the_command_line_takes_ranks_and_group(tmp_path, capsys):
+    build("BertModel").save_pretrained(tmp_path / "dense")
+    command = ["compress", str(tmp_path / "dense"), str(tmp_path / "small"), "--method", "tucker", "--group"]
+
+    assert cli.main([*command, "attention", "--ranks", "4", "8", "8", "--json", "--no-latency"]) == 0
+    report = json.loads(capsys.readouterr().out)["report"]
+    assert {row["structure"] for row in report["modules"]} == {"tucker_bank", "banked_tucker"}
+    assert len(report["modules"]) == 1 + 2 * 4
+    assert cli.main([*command, "both", "--keep-targets", "0.3", "--dry-run", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["plan"]["shared"]
+
+
+def test_analysis_of_single_matrices_refuses_a_tensor_method():
+    with pytest.raises(InputError, match=r"has none\. Use compare"):
+        analyze(build("BertModel"), method="tucker", keep_targets=0.5)
+
+
+def test_nothing_is_run_for_a_method_that_looks_at_no_text(monkeypatch):
+    monkeypatch.setattr(Decomposer, "calibration", property(lambda _: pytest.fail("looked at text")))
+
+    compress(build("BertModel"), method="tucker", keep_targets=0.3)
