@@ -70,7 +70,7 @@ def test_a_seed_is_an_order():
 
 
 def test_compress_refines_blocks_before_the_whole_and_keeps_the_record():
-    options = {"keep_targets": 0.4, "calibration": text(), "anchored": True, "refine_passes": 1}
+    options = {"keep_targets": 0.4, "storage": "low_rank", "calibration": text(), "anchored": True, "refine_passes": 1}
     small = compress(build("BertModel"), refine_block_passes=2, **options)
 
     record = small.config.plan["provenance"]

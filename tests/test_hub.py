@@ -59,7 +59,7 @@ def source(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def small(source):
-    return compress(source, keep_params=0.6, method="svd")
+    return compress(source, keep_params=0.6, method="svd", storage="low_rank")
 
 
 @pytest.fixture
