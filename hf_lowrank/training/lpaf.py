@@ -83,7 +83,8 @@ def lpaf(
     """Low-rank prune and factorize: `lpaf("my-bert-on-sst2", dataset="train.tsv", keep_targets=0.25)`.
 
     1. The model is trained on its task while first-order pruning thins out its matrices, which lowers their rank.
-    2. The sparse matrices are factorized to the budget by `method` (default: `svd`, the plain one).
+    2. The sparse matrices are factorized to the budget by `method` (default: `svd`, the plain one) into two factors,
+       which `convert_storage_` can store smaller afterwards.
     3. The factors are trained on the task; now and then a layer still takes its sparse weight, ever less often. The
        state with the least loss on held-out examples is kept.
 
@@ -132,7 +133,7 @@ def _split(options: dict[str, Any]) -> tuple[LPAFOptions, CompressionSettings]:
     """Each option to whom it belongs; what both know, such as the seed, to both."""
     ours = {field.name for field in fields(LPAFOptions)}
     theirs = {field.name for field in fields(CompressionSettings)}
-    defaults = {"method": "svd", "refine_passes": 0}
+    defaults = {"method": "svd", "storage": "low_rank", "refine_passes": 0}
     settings = make_settings({**defaults, **{k: v for k, v in options.items() if k in theirs or k not in ours}})
     return LPAFOptions(**{name: value for name, value in options.items() if name in ours}), settings
 
