@@ -18,6 +18,7 @@ from transformers import AutoModel, AutoTokenizer, BertConfig, BertModel
 
 from hf_lowrank import compress, make_report
 from hf_lowrank.progress import progress_bar
+from hf_lowrank.record import record_bytes
 from hf_lowrank.saving import save_folder, side_file_bytes
 from hf_lowrank.tasks import make_task
 
@@ -28,9 +29,9 @@ def encoder_under(limit: int, model: Any, tokenizer: Any, source: str | None, te
     """Compress, save, and return the bytes of the folder.
 
     Args:
-        source: Folder or Hub id of the tokenizer and other files, which the limit includes.
+        source: Folder or Hub id of the tokenizer and other files, which the limit includes, as it does the card.
     """
-    for_weights = limit - (side_file_bytes(source) if source else 0)
+    for_weights = limit - record_bytes(model) - (side_file_bytes(source) if source else 0)
     small = compress(
         model, target_size=for_weights, embeddings="autoencoder", calibration=text, tokenizer=tokenizer,
         text_column="text" if isinstance(text, Path) else None, progress=progress_bar,
