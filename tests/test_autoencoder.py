@@ -155,7 +155,7 @@ def test_without_text_or_tokenizer_nothing_is_counted():
 
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("head", ["BertForMaskedLM", "GPT2LMHeadModel", "LlamaForCausalLM"])
-@pytest.mark.parametrize("budget", [{"rank": 8}, {"keep_targets": 0.5}])
+@pytest.mark.parametrize("budget", [{"rank": 8}, {"keep_targets": 0.3}])
 def test_a_saved_model_is_the_same_function(head, tied, budget, tmp_path):
     small = compress(build(head, tie_word_embeddings=tied), embeddings="autoencoder", method="svd", **budget)
     small.save_pretrained(tmp_path)

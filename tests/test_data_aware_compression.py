@@ -224,7 +224,7 @@ def test_the_record_says_what_was_looked_at():
 def test_a_16_bit_model_is_watched_in_32_bits_and_stays_16_bits(dtype):
     dense = build("BertForMaskedLM").to(dtype)
 
-    small = compress(dense, target_size="120KB", calibration=text(), fast=True)
+    small = compress(dense, target_size="170KB", calibration=text(), fast=True)
 
     assert {parameter.dtype for parameter in small.parameters()} == {dtype}
     assert {parameter.dtype for parameter in dense.parameters()} == {dtype}

@@ -1,8 +1,8 @@
 """Codes and linear decoders for a token table: bands of rows, and in closed form what each of them keeps.
 
-The best linear autoencoder in the Euclidean norm is the SVD, so what is gained comes from elsewhere. Measured on real
-tables (examples/benchmark_embeddings.py), in this order: longer codes for frequent tokens; rows that count by their
-frequency; columns that count by what errors there do to the loss; a decoder and an offset for each band.
+The best linear autoencoder in the Euclidean norm is the SVD, so what is gained comes from elsewhere: longer codes for
+frequent tokens; rows that count by their frequency; columns that count by what errors there do to the loss; a decoder
+and an offset for each band. All together against plain SVD: examples/benchmark_embeddings.py.
 """
 
 import itertools
