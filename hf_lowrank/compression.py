@@ -16,7 +16,7 @@ from hf_lowrank.block_refinement import refine_blocks_
 from hf_lowrank.conversion import convert_storage_
 from hf_lowrank.decomposing import Decomposer
 from hf_lowrank.errors import InputError
-from hf_lowrank.filling import load_numbers_, relative_error
+from hf_lowrank.filling import place_part_, relative_error, replace_matrix_
 from hf_lowrank.loading import find_tokenizer, load_dense
 from hf_lowrank.machine import versions
 from hf_lowrank.origin import find_origin
@@ -28,8 +28,6 @@ from hf_lowrank.remote_code.configuration_lowrank import compressed_config_class
 from hf_lowrank.remote_code.lowrank_model import LowRankMixin
 from hf_lowrank.remote_code.lowrank_plan import Plan, Spec
 from hf_lowrank.remote_code.lowrank_structures import (
-    build_shared_part,
-    build_structure,
     install_plan_,
     named_shared_parts,
     named_structures,
@@ -213,30 +211,22 @@ def _replace_matrices_(
         dtype: Type to store the factors in.
         frees: Whether nobody needs the dense weights any more.
     """
-    errors = plan["provenance"]["relative_errors"] = {}
+    plan["provenance"]["relative_errors"] = {}
     for matrix in decomposer.progress(matrices, "decomposing"):
         if isinstance(matrix, JointMatrix):
             spec = plan["shared"][matrix.name]
             factors = decomposer(matrix).factors(spec["rank"])
-            part = build_shared_part([member.module for member in matrix.members], spec, device="meta")
-            load_numbers_(part, {"down.weight": factors.down.to(dtype)}, matrix.members[0].module)
-            parent, _, leaf = matrix.path.rpartition(".")
-            model.get_submodule(parent).add_module(leaf, part.train(model.training))
+            down = {"down.weight": factors.down.to(dtype)}
+            part = place_part_(model, matrix.path, spec, down, matrix.members)
             parts = factors.up.split([member.shape[0] for member in matrix.members])
             solved: list[Any] = [Factors(up, factors.down) for up in parts]
         else:
-            spec = _specs(plan)[matrix.name]
-            part, solved = None, [decomposer.solution(matrix, spec)]
+            part, solved = None, [decomposer.solution(matrix, _specs(plan)[matrix.name])]
         for member, factors in zip(matrix.members, solved, strict=True):
             spec = _specs(plan)[member.name]
             state = ENCODERS[spec["structure"]](factors, decomposer.bias(member, factors), dtype)
             spec |= sizes_beside_rank(state)
-            structure = build_structure(member.module, spec, device="meta", shared=part)
-            load_numbers_(structure, state, member.module)
-            errors[member.name] = relative_error(member.weight, structure)
-            replace_(model, member.path, structure)
-            if frees:
-                member.module.register_parameter("weight", None)
+            replace_matrix_(model, member, plan, spec, state, part, frees)
         del factors, solved
 
 

@@ -1,11 +1,49 @@
-"""Giving a structure the numbers a solver has found, and how far they are from the dense weight."""
+"""Putting structures with the numbers a solver has found in the place of matrices, and how far they are from these."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
+from hf_lowrank.remote_code.lowrank_plan import Plan, Spec
+from hf_lowrank.remote_code.lowrank_structures import build_shared_part, build_structure, replace_
 from hf_lowrank.solvers.storage import StateDict
+from hf_lowrank.targets import DenseMatrix
+
+
+def place_part_(
+    model: nn.Module, path: str, spec: Spec, state: StateDict, members: Sequence[DenseMatrix]
+) -> nn.Module:
+    """Put what several matrices will share where `path` of the model says, with its numbers, and return it."""
+    part = build_shared_part([matrix.module for matrix in members], spec, device="meta")
+    load_numbers_(part, state, members[0].module)
+    parent, _, leaf = path.rpartition(".")
+    model.get_submodule(parent).add_module(leaf, part.train(model.training))
+    return part
+
+
+def replace_matrix_(
+    model: nn.Module,
+    matrix: DenseMatrix,
+    plan: Plan,
+    spec: Spec,
+    state: StateDict,
+    part: nn.Module | None,
+    frees: bool,
+) -> None:
+    """Put the structure of `spec` in the place of a matrix, and note its relative error in the plan.
+
+    Args:
+        part: What the structure shares with others, already in its place.
+        frees: Whether nobody needs the dense weight any more.
+    """
+    structure = build_structure(matrix.module, spec, device="meta", shared=part)
+    load_numbers_(structure, state, matrix.module)
+    plan["provenance"]["relative_errors"][matrix.name] = relative_error(matrix.weight, structure)
+    replace_(model, matrix.path, structure)
+    if frees:
+        matrix.module.register_parameter("weight", None)
 
 
 def load_numbers_(structure: nn.Module, state: StateDict, dense: Any) -> None:

@@ -142,7 +142,7 @@ def test_a_sum_that_a_batch_does_not_add_to_stays(tmp_path):
 
 
 def test_no_tensor_outlives_its_batch_and_no_sum_is_held(tmp_path, monkeypatch):
-    sizes = {"hidden_size": 256, "intermediate_size": 1024, "num_attention_heads": 2, "num_hidden_layers": 2}
+    sizes = {"hidden_size": 384, "intermediate_size": 1536, "num_attention_heads": 2, "num_hidden_layers": 2}
     model = build("BertModel", **sizes)
     collect(model, tmp_path / "warm.safetensors")
     commit, alive = RunningSums.commit, []
@@ -161,7 +161,7 @@ def test_no_tensor_outlives_its_batch_and_no_sum_is_held(tmp_path, monkeypatch):
     finally:
         tracemalloc.stop()
 
-    largest_panel = 256 * 1024 * 8
+    largest_panel = 256 * 1536 * 8
     assert found.path.stat().st_size > 12 * largest_panel
-    assert peak < 4 * largest_panel
+    assert peak < 3 * largest_panel
     assert max(alive) - before < 10_000

@@ -1,7 +1,6 @@
 """`hf-lowrank compress MODEL OUT`."""
 
 import argparse
-import copy
 import re
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from hf_lowrank.analysis import planned_report
 from hf_lowrank.cards.card import shown_command
 from hf_lowrank.cli import tables
 from hf_lowrank.compression import compress, plan_model
@@ -20,8 +20,6 @@ from hf_lowrank.planning.budgets import parse_size
 from hf_lowrank.planning.sizes import parameter_bytes
 from hf_lowrank.progress import progress_bar
 from hf_lowrank.record import record_bytes, write_record
-from hf_lowrank.remote_code.configuration_lowrank import compressed_config_class
-from hf_lowrank.remote_code.modeling_lowrank import compressed_model_class
 from hf_lowrank.report import CompressionReport, compare_latency, make_report
 from hf_lowrank.saving import check_output, save_folder, side_file_bytes
 from hf_lowrank.settings import CompressionSettings
@@ -120,14 +118,7 @@ def _print_plan(
     decomposer = Decomposer(dense, settings, arguments.calibration, tokenizer or find_tokenizer(dense), progress_bar)
     plan, _ = plan_model(dense, settings, decomposer)
     plan["provenance"] |= {"settings": _settings(arguments).to_dict(), "dense_size_bytes": parameter_bytes(dense)}
-    config = copy.deepcopy(dense.config)
-    config.__class__ = compressed_config_class(type(dense.config))
-    config.compression = plan
-    with torch.device("meta"):
-        skeleton = compressed_model_class(type(dense))(config)
-    report = replace(
-        make_report(skeleton.to(settings.torch_dtype or dense.dtype)), dense_size_bytes=parameter_bytes(dense)
-    )
+    report = planned_report(dense, plan, settings.torch_dtype or dense.dtype)
     if arguments.json:
         tables.print_json({"model": arguments.model, "dry_run": True, "plan": plan, "report": report.to_dict()})
         return 0

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from transformers import PreTrainedModel
 
 from hf_lowrank.evaluation import measure_latency, typical_length
-from hf_lowrank.planning.prices import Price, WeightPrice
+from hf_lowrank.planning.prices import FilePrice, Price, WeightPrice
 from hf_lowrank.planning.sizes import overhead_bytes, parameter_bytes
 from hf_lowrank.planning.timing import LayerTimes
 from hf_lowrank.progress import Progress
@@ -56,5 +56,5 @@ def make_account(
         return Account(times, seconds, max(seconds - layers, 0.0), budget.value * seconds)
     itemsize = (settings.torch_dtype or model.dtype).itemsize
     whole = parameter_bytes(model) * itemsize // model.dtype.itemsize
-    fixed = whole - num_dense * itemsize + overhead_bytes(model, matrices, settings.chosen_storage)
-    return Account(WeightPrice(itemsize), whole, fixed, budget.value)
+    fixed = whole - num_dense * itemsize + overhead_bytes(model)
+    return Account(FilePrice(itemsize), whole, fixed, budget.value)

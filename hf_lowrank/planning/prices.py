@@ -6,6 +6,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from hf_lowrank.planning.sizes import entry_bytes
 from hf_lowrank.remote_code.lowrank_structures import STRUCTURES
 from hf_lowrank.targets import Matrix
 
@@ -14,6 +15,10 @@ FloatArray = NDArray[np.float64]
 
 class Price(Protocol):
     """What matrices cost."""
+
+    def of_entry(self, matrix: Matrix, structure: str) -> float:
+        """What a matrix costs for being in a structure at all, whatever its rank; part of `of_ranks`."""
+        ...
 
     def of_dense(self, matrix: Matrix) -> float:
         """The cost of a matrix while dense."""
@@ -29,10 +34,14 @@ class WeightPrice:
     """A price on each stored number.
 
     Args:
-        per_weight: 1 for parameters, its bytes for a size on disk.
+        per_weight: 1 for parameters.
     """
 
     per_weight: float
+
+    def of_entry(self, matrix: Matrix, structure: str) -> float:
+        """See `Price`."""
+        return 0.0
 
     def of_dense(self, matrix: Matrix) -> float:
         """See `Price`."""
@@ -42,3 +51,20 @@ class WeightPrice:
         """See `Price`."""
         counted = STRUCTURES[structure].num_weights
         return np.array([counted(*matrix.shape, rank=int(rank)) for rank in ranks], dtype=np.float64) * self.per_weight
+
+
+@dataclass(frozen=True)
+class FilePrice(WeightPrice):
+    """A price on each byte of the saved folder.
+
+    Args:
+        per_weight: Bytes of a number.
+    """
+
+    def of_entry(self, matrix: Matrix, structure: str) -> float:
+        """See `Price`."""
+        return entry_bytes(matrix, structure)
+
+    def of_ranks(self, matrix: Matrix, structure: str, ranks: NDArray[np.int64]) -> FloatArray:
+        """See `Price`."""
+        return super().of_ranks(matrix, structure, ranks) + self.of_entry(matrix, structure)

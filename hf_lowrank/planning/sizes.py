@@ -1,14 +1,13 @@
 """What a saved model will weigh before it is made."""
 
 import json
-from collections.abc import Sequence
 from pathlib import Path
 
 from torch import nn
 from transformers import PreTrainedModel
 
 from hf_lowrank import remote_code
-from hf_lowrank.targets import DenseMatrix
+from hf_lowrank.targets import Matrix
 
 # A tensor's entry in the header of a safetensors file, without its name: type, shape and two offsets.
 _HEADER_BYTES = 90
@@ -16,10 +15,9 @@ _HEADER_BYTES = 90
 _PLAN_BYTES = 150
 # Padding of the safetensors header, generation_config.json, the auto_map, what made the model.
 _OTHER_BYTES = 5000
-# What a pivoted matrix has beside its weights: a second bias, and where its moved outputs come from and go to. On
-# average fewer than 16 move.
-_EXTRA_TENSORS = 3
-_MOVED_BYTES = 2 * 8 * 16
+# What a structure has beside two factors: tensors, and bytes of numbers that are no weights. Pivoted rows have a
+# second bias, and where the moved outputs come from and go to; on average fewer than 16 move.
+_EXTRA = {"pivoted": (3, 2 * 8 * 16)}
 
 
 def parameter_bytes(model: nn.Module) -> int:
@@ -27,15 +25,19 @@ def parameter_bytes(model: nn.Module) -> int:
     return sum(p.numel() * p.element_size() for p in model.parameters())
 
 
-def overhead_bytes(model: PreTrainedModel, matrices: Sequence[DenseMatrix], storage: str) -> int:
+def overhead_bytes(model: PreTrainedModel) -> int:
     """Bytes `save_pretrained` writes beside the numbers: shipped code, configuration, the header of the weights."""
     code = sum(path.stat().st_size for path in Path(remote_code.__path__[0]).glob("*.py"))
     config = len(json.dumps(model.config.to_dict(), indent=2, default=str))
     header = sum(len(name) + _HEADER_BYTES for name in model.state_dict())
-    longest = max(len(name) for name, _ in model.named_modules())
-    replaced = len(matrices) * (2 * (longest + _HEADER_BYTES) + 2 * longest + _PLAN_BYTES)
     buffers = sum(b.numel() * b.element_size() for b in model.buffers())
-    if storage == "pivoted":
-        extra = _MOVED_BYTES + _EXTRA_TENSORS * (longest + _HEADER_BYTES)
-        buffers += extra * sum(matrix.kind == "linear" for matrix in matrices)
-    return code + config + header + replaced + buffers + _OTHER_BYTES
+    return code + config + header + buffers + _OTHER_BYTES
+
+
+def entry_bytes(matrix: Matrix, structure: str) -> int:
+    """Bytes a replaced matrix adds to the header and the configuration, and its numbers that are no weights."""
+    num_tensors, numbers = _EXTRA.get(structure, (0, 0))
+    return sum(
+        numbers + (2 + num_tensors) * (len(member.path) + _HEADER_BYTES) + 2 * len(member.name) + _PLAN_BYTES
+        for member in matrix.members
+    )

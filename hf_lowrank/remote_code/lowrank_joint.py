@@ -10,6 +10,7 @@ from transformers import initialization as init
 
 from .lowrank_dense import dense_shape
 from .lowrank_linear import check_rank, dense_product, factor_std
+from .lowrank_products import state_of
 
 
 class SharedDown(nn.Module):
@@ -103,12 +104,9 @@ class _Held:
 
 
 def _state(hidden_states: torch.Tensor, down: nn.Module) -> tuple[Any, ...]:
-    tensors = [hidden_states, *down.parameters()]
-    # Tensors made in inference mode keep no count of their changes.
-    versions = [0 if tensor.is_inference() else tensor._version for tensor in tensors]
-    kind = hidden_states.device.type
-    modes = torch.is_grad_enabled(), torch.is_inference_mode_enabled(), torch.is_autocast_enabled(kind)
-    return *versions, *(tensor.data_ptr() for tensor in tensors), *modes
+    is_autocast = torch.is_autocast_enabled(hidden_states.device.type)
+    modes = torch.is_grad_enabled(), torch.is_inference_mode_enabled(), is_autocast
+    return *modes, state_of([hidden_states, *down.parameters()])
 
 
 class JointLinear(nn.Module):

@@ -5,6 +5,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from .lowrank_products import state_of
+
 MODES = ("each_forward", "once")
 
 
@@ -52,8 +54,7 @@ class Materializing(nn.Module):
         needs_gradients = torch.is_grad_enabled() and any(source.requires_grad for source in sources)
         if needs_gradients or any(source.is_meta for source in sources):  # or offloaded: nothing is here to be decoded
             return None
-        # Tensors made in inference mode keep no count of their changes.
-        state = tuple((s.data_ptr(), s.dtype, 0 if s.is_inference() else s._version) for s in sources)
+        state = state_of(sources)
         if self._kept is None or self._kept[0] != state:
             self._kept = (state, self.to_dense().detach())
         return self._kept[1]

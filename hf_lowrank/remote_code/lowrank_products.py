@@ -19,6 +19,14 @@ def cheapest_route(costs: dict[str, tuple[int, int]], num_tokens: int, is_kept: 
     return min(totals, key=totals.__getitem__)
 
 
+def state_of(tensors: Sequence[torch.Tensor]) -> tuple[Any, ...]:
+    """What changes whenever one of the tensors does: their places, types and counts of changes.
+
+    Tensors made in inference mode keep no such count.
+    """
+    return tuple((one.data_ptr(), one.dtype, 0 if one.is_inference() else one._version) for one in tensors)
+
+
 class HeldProducts(nn.Module):
     """A module that keeps a product of weights between calls.
 
@@ -78,4 +86,4 @@ class _Product:
 def _state(name: str, weights: Sequence[torch.Tensor]) -> tuple[Any, ...]:
     kind = weights[0].device.type
     autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
-    return name, autocast, *((weight._version, weight.data_ptr()) for weight in weights)
+    return name, autocast, state_of(weights)

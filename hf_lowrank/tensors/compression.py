@@ -8,16 +8,17 @@ from transformers import PreTrainedModel
 
 from hf_lowrank.decomposing import Decomposer
 from hf_lowrank.errors import InputError
-from hf_lowrank.filling import load_numbers_, relative_error
+from hf_lowrank.filling import place_part_, replace_matrix_
 from hf_lowrank.planning.accounts import make_account
 from hf_lowrank.planning.plans import as_plan, candidate_matrices, check_finite, out_of_reach
 from hf_lowrank.remote_code.lowrank_plan import Plan
-from hf_lowrank.remote_code.lowrank_structures import build_shared_part, build_structure, replace_
 from hf_lowrank.settings import CompressionSettings
 from hf_lowrank.solvers.stacking import in_group
+from hf_lowrank.solvers.storage import StateDict
+from hf_lowrank.solvers.tensor_methods import TensorMethod
 from hf_lowrank.targets import DenseMatrix, Matrix
 from hf_lowrank.tensors import KINDS
-from hf_lowrank.tensors.problem import Solved, TensorKind, TensorProblem
+from hf_lowrank.tensors.problem import TensorKind, TensorProblem
 
 
 def make_tensor_plan(
@@ -37,12 +38,13 @@ def make_tensor_plan(
         return as_plan(modules, shared, {}), matrices
     account = make_account(model, settings, matrices, decomposer.progress)
     available, whole = account.limit - account.fixed, sum(account.price.of_dense(matrix) for matrix in matrices)
+    entries = sum(account.price.of_entry(matrix, _method(settings).kind) for matrix in matrices)
     if available >= whole:
         return as_plan({}, {}, {m.name: [list(m.shape), m.role, "worth its full size"] for m in matrices}), []
     per_weight = whole / sum(matrix.num_weights for matrix in matrices)
-    found = kind.specs_within(problem, available / per_weight) if available > 0 else None
+    found = kind.specs_within(problem, (available - entries) / per_weight) if available > entries else None
     if found is None:
-        raise InputError(out_of_reach(settings, account, per_weight * kind.least(problem)))
+        raise InputError(out_of_reach(settings, account, entries + per_weight * kind.least(problem)))
     return as_plan(*found, {}), matrices
 
 
@@ -60,37 +62,26 @@ def replace_by_tensors_(
         dtype: Type to store the numbers in.
         frees: Whether nobody needs the dense weights any more.
     """
-    errors = plan["provenance"]["relative_errors"] = {}
+    plan["provenance"]["relative_errors"] = {}
     by_name = {member.name: member for matrix in matrices for member in matrix.members}
     if not by_name:
         return
     for solved in _kind(decomposer.settings).solve(_problem(model, list(by_name.values()), decomposer), plan):
         members = [by_name[name] for name in solved.members]
-        part = _placed_part(model, solved, members, plan, dtype)
+        part = None
+        if solved.part is not None:
+            spec, state = plan["shared"][solved.part], _stored(solved.part_state, dtype)
+            part = place_part_(model.base_model, solved.part, spec, state, members)
         for matrix in members:
-            structure: Any = build_structure(matrix.module, plan["modules"][matrix.name], "meta", part)
+            state = _stored(solved.members[matrix.name], dtype)
             bias: Any = getattr(matrix.module, "bias", None)
-            state = {name: value.to(dtype) for name, value in solved.members[matrix.name].items()}
             if bias is not None:
                 state["bias"] = bias.detach().clone().to(dtype)
-            load_numbers_(structure, state, matrix.module)
-            errors[matrix.name] = relative_error(matrix.weight, structure)
-            replace_(model, matrix.path, structure)
-            if frees:
-                matrix.module.register_parameter("weight", None)
+            replace_matrix_(model, matrix, plan, plan["modules"][matrix.name], state, part, frees)
 
 
-def _placed_part(
-    model: Any, solved: Solved, members: Sequence[DenseMatrix], plan: Plan, dtype: torch.dtype
-) -> torch.nn.Module | None:
-    if solved.part is None:
-        return None
-    spec = plan["shared"][solved.part]
-    part = build_shared_part([matrix.module for matrix in members], spec, device="meta")
-    load_numbers_(part, {name: value.to(dtype) for name, value in solved.part_state.items()}, members[0].module)
-    place, _, leaf = solved.part.rpartition(".")
-    model.base_model.get_submodule(place).add_module(leaf, part.train(model.training))
-    return part
+def _stored(state: StateDict, dtype: torch.dtype) -> StateDict:
+    return {name: value.to(dtype) for name, value in state.items()}
 
 
 def _problem(model: PreTrainedModel, matrices: Sequence[DenseMatrix], decomposer: Decomposer) -> TensorProblem:
@@ -108,6 +99,9 @@ def _problem(model: PreTrainedModel, matrices: Sequence[DenseMatrix], decomposer
 
 
 def _kind(settings: CompressionSettings) -> TensorKind:
-    method = settings.tensor_method
-    assert method is not None  # asked for tensors only
-    return KINDS[method.kind]
+    return KINDS[_method(settings).kind]
+
+
+def _method(settings: CompressionSettings) -> TensorMethod:
+    assert settings.tensor_method is not None  # asked for tensors only
+    return settings.tensor_method
