@@ -12,7 +12,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from hf_lowrank.remote_code.lowrank_plan import PlanError, validate_plan
 from hf_lowrank.remote_code.lowrank_structures import SHARED_PARTS, STRUCTURES
 from hf_lowrank.remote_code.lowrank_tensor_train import CentralCore, SharedTensorTrainLinear, TensorTrainLinear
-from hf_lowrank.remote_code.lowrank_tucker import BankedTuckerLinear, TuckerBank, TuckerBasis, TuckerLinear
+from hf_lowrank.remote_code.lowrank_tucker import BankedTuckerLinear, TuckerLinear
+from hf_lowrank.remote_code.lowrank_tucker_factors import TuckerBank, TuckerBasis
 
 KIND = {"dtype": torch.float64}
 SHAPES = [(8, 8), (32, 8), (8, 32), (19, 8), (8, 19), (24, 8), (5, 8), (11, 21)]
@@ -77,6 +78,8 @@ def test_every_route_of_tucker_is_the_dense_product(shape, ranks, bank, side, ro
     inputs = torch.randn(2, 3, shape[1], **KIND)
 
     assert_equal(layer(inputs), expected(layer, inputs))
+    with torch.no_grad():  # products are kept
+        assert_equal(layer(inputs), expected(layer, inputs))
 
 
 @pytest.mark.parametrize("route", ["dense", "forward", "backward"])
@@ -94,6 +97,7 @@ def test_every_route_of_a_train_is_the_dense_product(shape, ranks, shared, route
 @each_layer
 def test_the_route_is_the_cheapest_for_the_call(name):
     layer = layers()[name]
+    layer.bias = None
     for num_tokens in (1, 100):
         inputs = torch.randn(num_tokens, layer.in_features, **KIND)
         least = min(num_tokens * token + once for token, once in layer._costs().values())
@@ -103,8 +107,37 @@ def test_the_route_is_the_cheapest_for_the_call(name):
         with torch.no_grad():
             layer(inputs)
             with FlopCounterMode(display=False) as counter:
-                layer(inputs)
+                layer(inputs.clone())
         assert counter.get_total_flops() == 2 * num_tokens * layer.multiply_adds()
+
+
+def two_of_one_basis():
+    first = tucker((8, 8), ranks=(2, 7))
+    second = TuckerLinear(first.shared, 8, 8, **KIND).eval()
+    second.reset_parameters(std=1.0)
+    return first, second
+
+
+def test_what_is_called_with_the_same_input_shares_its_product_with_the_factor():
+    first, second = two_of_one_basis()
+    inputs = torch.randn(100, 8, **KIND)
+    with torch.no_grad():
+        first(inputs), second(inputs.clone())  # what no token changes is kept from here on
+        flops = []
+        for one, other in ((inputs, inputs), (inputs.clone(), inputs.clone())):
+            with FlopCounterMode(display=False) as counter:
+                first(one), second(other)
+            flops.append(counter.get_total_flops())
+
+        assert flops[1] - flops[0] == 2 * 100 * 8 * 2
+        assert_equal(second(inputs), expected(second, inputs))
+        inputs.mul_(2)
+        assert_equal(second(inputs), expected(second, inputs))
+        first.shared.left.add_(1)
+        assert_equal(second(inputs), expected(second, inputs))
+        assert copy.deepcopy(first.shared)._last._known is None
+        del inputs, one, other
+    assert first.shared._last._known is None
 
 
 @pytest.mark.parametrize("num_tokens", [1, 4096])

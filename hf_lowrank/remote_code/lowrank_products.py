@@ -27,6 +27,33 @@ def state_of(tensors: Sequence[torch.Tensor]) -> tuple[Any, ...]:
     return tuple((one.data_ptr(), one.dtype, 0 if one.is_inference() else one._version) for one in tensors)
 
 
+class InputProduct:
+    """A product of an input with a weight, held for whoever asks for the same one next.
+
+    Query, key and value call with the very same tensor, one after the other. Held without gradients only (the graph
+    would keep both), and no longer than the input lives.
+    """
+
+    def __init__(self) -> None:
+        self._known: tuple[weakref.ref[torch.Tensor], weakref.ref[torch.Tensor], tuple[Any, ...], torch.Tensor] | None
+        self._known = None
+
+    def __call__(self, hidden_states: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        """`x @ weight`."""
+        # The compiler finds common products by itself; weights made in inference mode keep no count of their changes.
+        if torch.is_grad_enabled() or torch.compiler.is_compiling() or weight.is_inference():
+            return hidden_states @ weight
+        known = self._known
+        state = torch.is_autocast_enabled(hidden_states.device.type), state_of([hidden_states, weight])
+        if known is None or known[0]() is not hidden_states or known[1]() is not weight or known[2] != state:
+            held = weakref.ref(hidden_states, self._forget), weakref.ref(weight)
+            known = self._known = (*held, state, hidden_states @ weight)
+        return known[3]
+
+    def _forget(self, _: Any) -> None:
+        self._known = None
+
+
 class HeldProducts(nn.Module):
     """A module that keeps a product of weights between calls.
 

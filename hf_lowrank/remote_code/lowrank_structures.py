@@ -35,7 +35,8 @@ from .lowrank_linear import LowRankEmbedding, LowRankLinear
 from .lowrank_pivoted import PivotedLinear
 from .lowrank_plan import Plan, PlanError, Spec, closest_name, members_of, sizes_of, validate_plan
 from .lowrank_tensor_train import CentralCore, SharedTensorTrainLinear, TensorTrainLinear
-from .lowrank_tucker import BankedTuckerLinear, TuckerBank, TuckerBasis, TuckerLinear
+from .lowrank_tucker import BankedTuckerLinear, TuckerLinear
+from .lowrank_tucker_factors import TuckerBank, TuckerBasis
 
 STRUCTURES: dict[str, Any] = {
     "low_rank": LowRankLinear,
