@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
@@ -13,6 +14,7 @@ from transformers import PreTrainedModel
 
 from hf_lowrank.blocks import Walk, block_name, calls_in_order, frozen
 from hf_lowrank.calibration import Calibration
+from hf_lowrank.checkpoint import NOT_KEPT, Checkpoint
 from hf_lowrank.outputs import mean_distance, real_tokens
 from hf_lowrank.progress import Progress, no_progress
 from hf_lowrank.remote_code.lowrank_structures import structure_name
@@ -56,6 +58,7 @@ def anchor_(
     output_metric: OutputMetric,
     calibration: Calibration,
     *,
+    checkpoint: Checkpoint = NOT_KEPT,
     progress: Progress = no_progress,
 ) -> Anchoring:
     """Solve the pairs of factors of `small` again, block by block, to undo what the pairs before them do.
@@ -74,6 +77,7 @@ def anchor_(
             there is left alone.
         matrices: Of `dense`.
         output_metric: What errors at the outputs of a matrix cost.
+        checkpoint: Keeps each finished block, so that none is solved twice.
     """
     solvable = [m for m in matrices if {_structure(small, member) for member in m.members} <= _PAIRS]
     members = [member.path for matrix in solvable for member in matrix.members if block_name(member.path)]
@@ -84,19 +88,24 @@ def anchor_(
         before = mean_distance(small, dense, calibration.probes)
         found = Anchoring(before, before)
         for name in progress(blocks, "anchoring"):
-            block = small.get_submodule(name)
-            kept = {key: value.clone() for key, value in block.state_dict().items()}
-            pair.solve([path for path in paths if block_name(path) == name], solvable, output_metric)
-            distance = mean_distance(small, dense, calibration.probes)
-            if distance < found.after:
-                found.after = distance
-                found.accepted.append(name)
-            else:
-                block.load_state_dict(kept)
-                found.refused.append(name)
+            block, finished = small.get_submodule(name), checkpoint.part(f"anchored-{name}")
+            known = finished.load()
+            if known is None:
+                before_it = _copy(block)
+                pair.solve([path for path in paths if block_name(path) == name], solvable, output_metric)
+                distance = mean_distance(small, dense, calibration.probes)
+                known = {"distance": distance, "state": _copy(block) if distance < found.after else before_it}
+                finished.save(known)
+            block.load_state_dict(known["state"])
+            (found.accepted if known["distance"] < found.after else found.refused).append(name)
+            found.after = min(found.after, known["distance"])
             pair.dense.advance()
             pair.small.advance()
     return found
+
+
+def _copy(block: nn.Module) -> dict[str, torch.Tensor]:
+    return {key: value.clone() for key, value in block.state_dict().items()}
 
 
 def _structure(model: PreTrainedModel, matrix: DenseMatrix) -> str | None:

@@ -8,6 +8,7 @@ from transformers import PreTrainedModel
 
 from hf_lowrank.blocks import Walk, block_name, calls_in_order, frozen, hidden_states
 from hf_lowrank.calibration import Calibration
+from hf_lowrank.checkpoint import NOT_KEPT, Checkpoint
 from hf_lowrank.outputs import mean_distance, real_tokens
 from hf_lowrank.progress import Progress, no_progress
 from hf_lowrank.refinement import Refinement, Training
@@ -22,6 +23,7 @@ def refine_blocks_(
     passes: int,
     learning_rate: float = 1e-3,
     seed: int = 0,
+    checkpoint: Checkpoint = NOT_KEPT,
     progress: Progress = no_progress,
 ) -> dict[str, Refinement]:
     """Train each block of `small`, in order, to return on its own inputs what the dense block returns on its.
@@ -36,6 +38,7 @@ def refine_blocks_(
         passes: Over the calibration batches, for each block.
         learning_rate: Peak of AdamW's.
         seed: Of the order of the batches.
+        checkpoint: Keeps each finished pass of each block.
 
     Returns:
         By block.
@@ -54,6 +57,7 @@ def refine_blocks_(
                 distance=lambda: mean_distance(small, dense, calibration.probes),
                 passes=passes,
                 seed=seed,
+                checkpoint=checkpoint.part(f"refined-{name}"),
                 progress=progress,
             )
             found[name] = training.at(learning_rate, f"refining {name}")

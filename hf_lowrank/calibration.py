@@ -4,6 +4,7 @@ import math
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,9 +14,9 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_PRETRAINING_MAPPING_NAMES,
 )
 
-from hf_lowrank.data import holds_token_ids, load_texts, make_batches, require_tokens, special_frame
+from hf_lowrank.data import fingerprint, holds_token_ids, load_texts, make_batches, require_tokens, special_frame
 from hf_lowrank.errors import InputError
-from hf_lowrank.outputs import IGNORED_LABEL, Batch
+from hf_lowrank.outputs import IGNORED_LABEL, Batch, real_tokens
 from hf_lowrank.remote_code.configuration_lowrank import PREFIX
 from hf_lowrank.settings import CompressionSettings
 
@@ -170,3 +171,14 @@ def _longest_input(model: PreTrainedModel) -> int:
     # RoBERTa keeps two of its positions for padding.
     positions = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
     return int(positions or _UNBOUNDED) - 2
+
+
+def described_text(source: Any, batches: Sequence[Batch]) -> dict[str, Any]:
+    """What a model was watched on, for the record: where it came from, how much it is, and its hash."""
+    name = "synthetic" if source is None else "batches"
+    if isinstance(source, (str, Path)):
+        name = Path(source).name if Path(source).exists() else str(source)
+    elif isinstance(source, list) and source and isinstance(source[0], str):
+        name = "texts"
+    num_tokens = sum(int(real_tokens(batch).sum()) for batch in batches)
+    return {"source": name, "num_tokens": num_tokens, "sha256": fingerprint(batches)}

@@ -141,28 +141,45 @@ def _compress_and_learn_(
     for spec in pairs["modules"].values():
         if spec["structure"] in DECODERS:
             spec["structure"] = "low_rank"
-    settings, record = decomposer.settings, plan["provenance"]
     _replace_matrices_(small, matrices, pairs, decomposer, small.dtype, frees=False)
     _become_compressed_(small, pairs)
-    text, progress = decomposer.calibration, decomposer.progress
-    if anchors:
-        anchored = anchor_(small, dense, matrices, decomposer.output_metric, text, progress=progress)
-        record["anchoring"] = asdict(anchored)
-    if (block_passes := settings.refine_block_passes) > 0:
-        blocks = refine_blocks_(small, dense, text, passes=block_passes, seed=settings.seed, progress=progress)
-        record["block_refinement"] = {name: asdict(refined) for name, refined in blocks.items()}
-    if passes:
-        rate, seed = settings.refine_learning_rate, settings.seed
-        refined = refine_(small, dense, text, passes=passes, learning_rate=rate, seed=seed, progress=progress)
-        record["refinement"] = asdict(refined)
+    plan["provenance"] |= _learn_(small, dense, matrices, decomposer, anchors, passes)
     plan["provenance"]["relative_errors"] = {
         member.name: relative_error(member.weight, small.get_submodule(member.path))
         for matrix in matrices
         for member in matrix.members
     }
     small.config.compression = plan
-    convert_storage_(small, settings.chosen_storage, settings.torch_dtype)
+    convert_storage_(small, decomposer.settings.chosen_storage, decomposer.settings.torch_dtype)
     return small
+
+
+def _learn_(
+    small: PreTrainedModel,
+    dense: PreTrainedModel,
+    matrices: Sequence[Matrix],
+    decomposer: Decomposer,
+    anchors: bool,
+    passes: int,
+) -> dict[str, Any]:
+    """Better pairs of factors by what the dense model does on the text; what each step did."""
+    settings, text, record = decomposer.settings, decomposer.calibration, {}
+    seed, shown = settings.seed, decomposer.progress
+    if anchors:
+        kept = decomposer.checkpoint(small)
+        anchored = anchor_(small, dense, matrices, decomposer.output_metric, text, checkpoint=kept, progress=shown)
+        record["anchoring"] = asdict(anchored)
+    if (block_passes := settings.refine_block_passes) > 0:
+        kept = decomposer.checkpoint(small)
+        blocks = refine_blocks_(small, dense, text, passes=block_passes, seed=seed, checkpoint=kept, progress=shown)
+        record["block_refinement"] = {name: asdict(refined) for name, refined in blocks.items()}
+    if passes:
+        rate, kept = settings.refine_learning_rate, decomposer.checkpoint(small)
+        refined = refine_(
+            small, dense, text, passes=passes, learning_rate=rate, seed=seed, checkpoint=kept, progress=shown
+        )
+        record["refinement"] = asdict(refined)
+    return record
 
 
 def decompress(model: PreTrainedModel) -> Any:

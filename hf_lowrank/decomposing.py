@@ -13,9 +13,9 @@ import torch
 from filelock import FileLock
 from transformers import PreTrainedModel
 
-from hf_lowrank.calibration import Calibration, make_calibration
+from hf_lowrank.calibration import Calibration, described_text, make_calibration
+from hf_lowrank.checkpoint import Checkpoint, weights_digest
 from hf_lowrank.data import fingerprint
-from hf_lowrank.outputs import real_tokens
 from hf_lowrank.planning.allocation import ALLOCATIONS
 from hf_lowrank.planning.curves import measured_errors, predicted_errors, probe_rank, spectral_errors
 from hf_lowrank.planning.plans import candidate_matrices
@@ -157,14 +157,7 @@ class Decomposer:
         """What the model was watched on, for the record; None if it was not."""
         if not self.settings.looks_at_text:
             return None
-        batches = [*self.calibration.batches, *self.calibration.probes]
-        source = "synthetic" if self._source is None else "batches"
-        if isinstance(self._source, (str, Path)):
-            source = Path(self._source).name if Path(self._source).exists() else str(self._source)
-        elif isinstance(self._source, list) and self._source and isinstance(self._source[0], str):
-            source = "texts"
-        num_tokens = sum(int(real_tokens(batch).sum()) for batch in batches)
-        return {"source": source, "num_tokens": num_tokens, "sha256": fingerprint(batches)}
+        return described_text(self._source, [*self.calibration.batches, *self.calibration.probes])
 
     def _decompose(self, matrix: Matrix) -> Decomposition:
         weights = [member.weight.to(self.settings.device or member.weight.device) for member in matrix.members]
@@ -275,6 +268,12 @@ class Decomposer:
                 progress=self.progress,
             )
 
+    def checkpoint(self, small: PreTrainedModel) -> Checkpoint:
+        """Where a computation that starts from `small` keeps what it has finished: in the cache, or nowhere."""
+        if self.settings.cache_dir is None:
+            return Checkpoint()
+        return Checkpoint(self._folder / f"learned-{self.settings.method}-{self._identity}-{weights_digest(small)}")
+
     @cached_property
     def _folder(self) -> Path:
         """Where what is found is kept: the cache, or a folder that goes when this does."""
@@ -294,7 +293,5 @@ class Decomposer:
     def _model_identity(self) -> str:
         """A short hash of the weights and of which matrices are looked at."""
         names = [matrix.name for matrix in self._matrices]
-        digest = hashlib.sha256(f"{__version__} {type(self._model).__name__} {names}".encode())
-        for parameter in self._model.parameters():
-            digest.update(parameter.detach().float().sum(dim=-1).cpu().numpy().tobytes())
-        return digest.hexdigest()[:16]
+        about = f"{__version__} {type(self._model).__name__} {names} {weights_digest(self._model)}"
+        return hashlib.sha256(about.encode()).hexdigest()[:16]

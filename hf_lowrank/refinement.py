@@ -4,6 +4,7 @@ import math
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -12,6 +13,7 @@ from transformers import PreTrainedModel
 
 from hf_lowrank.blocks import block_name, frozen, hidden_states, recorded_outputs
 from hf_lowrank.calibration import Calibration
+from hf_lowrank.checkpoint import NOT_KEPT, Checkpoint
 from hf_lowrank.outputs import Batch, mean_distance, real_tokens, run
 from hf_lowrank.progress import Progress, no_progress
 from hf_lowrank.remote_code.lowrank_structures import named_structures
@@ -47,6 +49,7 @@ def refine_(
     passes: int,
     learning_rate: float = 1e-4,
     seed: int = 0,
+    checkpoint: Checkpoint = NOT_KEPT,
     progress: Progress = no_progress,
 ) -> Refinement:
     """Train the blocks of `small` to do what `dense` does, and keep the pass that does it best on unseen text.
@@ -61,6 +64,7 @@ def refine_(
             has lost little is hurt by a rate that heals another: where the first pass does not help, training starts
             again at a quarter of it.
         seed: Of the order of the batches.
+        checkpoint: Keeps each finished pass, so that none is made twice.
     """
     names = sorted({block_name(name) for name, _ in named_structures(small)} - {""})
     training = Training(
@@ -70,6 +74,7 @@ def refine_(
         distance=lambda: mean_distance(small, dense, calibration.probes),
         passes=passes,
         seed=seed,
+        checkpoint=checkpoint.part("refined"),
         progress=progress,
     )
     trainable = [parameter.requires_grad for parameter in small.parameters()]
@@ -91,6 +96,7 @@ class Training:
         distance: What has to fall, on text that is not trained on.
         passes: Over the batches.
         seed: Of their order.
+        checkpoint: Keeps each finished pass.
     """
 
     parameters: Sequence[nn.Parameter]
@@ -99,37 +105,67 @@ class Training:
     distance: Callable[[], float]
     passes: int
     seed: int
+    checkpoint: Checkpoint
     progress: Progress
 
     def at(self, learning_rate: float, description: str) -> Refinement:
         """Train, and leave the best state; give up after a first pass that does not help."""
-        order = random.Random(self.seed)
-        steps = [
-            index for _ in range(self.passes) for index in order.sample(range(self.num_batches), self.num_batches)
-        ]
+        checkpoint = self.checkpoint.part(f"{self.passes}-{learning_rate:g}-{self.seed}")
+        draw = random.Random(self.seed)
+        orders = [draw.sample(range(self.num_batches), self.num_batches) for _ in range(self.passes)]
         for parameter in self.parameters:
             parameter.requires_grad_(True)
         optimizer = torch.optim.AdamW(self.parameters, lr=learning_rate, weight_decay=0.0, betas=(0.9, 0.98))
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, _Cosine(len(steps)))
-        best = before = self.distance()
-        kept, kept_passes = _copies(self.parameters), 0
-        for step, index in enumerate(self.progress(steps, description), start=1):
-            optimizer.zero_grad()
-            self.loss(index).backward()
-            nn.utils.clip_grad_norm_(self.parameters, _LARGEST_GRADIENT)
-            optimizer.step()
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, _Cosine(self.passes * self.num_batches))
+        state = self._resumed(checkpoint, optimizer, schedule) or self._begun()
+        rest = [index for order in orders[state["passes"] :] for index in order]
+        for step, index in enumerate(self.progress(rest, description) if not _is_over(state) else [], start=1):
+            self._step(index, optimizer)
             schedule.step()
             if step % self.num_batches == 0:
-                distance = self.distance()
-                if distance < best:
-                    best, kept, kept_passes = distance, _copies(self.parameters), step // self.num_batches
-                elif step == self.num_batches:
+                self._note_pass(state)
+                learned = {"parameters": _copies(self.parameters), "optimizer": optimizer.state_dict()}
+                checkpoint.save({**state, **learned, "schedule": schedule.state_dict()})
+                if _is_over(state):
                     break
         with torch.no_grad():
-            for parameter, value in zip(self.parameters, kept, strict=True):
+            for parameter, value in zip(self.parameters, state["kept"], strict=True):
                 parameter.copy_(value)
                 parameter.grad = None
-        return Refinement(before, best, kept_passes, learning_rate)
+        return Refinement(state["before"], state["best"], state["kept_passes"], learning_rate)
+
+    def _begun(self) -> dict[str, Any]:
+        before = self.distance()
+        kept = _copies(self.parameters)
+        return {"passes": 0, "before": before, "best": before, "kept_passes": 0, "kept": kept}
+
+    def _resumed(self, checkpoint: Checkpoint, optimizer: Any, schedule: Any) -> dict[str, Any] | None:
+        state = checkpoint.load()
+        if state is None:
+            return None
+        with torch.no_grad():
+            for parameter, value in zip(self.parameters, state.pop("parameters"), strict=True):
+                parameter.copy_(value)
+        optimizer.load_state_dict(state.pop("optimizer"))
+        schedule.load_state_dict(state.pop("schedule"))
+        return dict(state)
+
+    def _step(self, index: int, optimizer: torch.optim.Optimizer) -> None:
+        optimizer.zero_grad()
+        self.loss(index).backward()
+        nn.utils.clip_grad_norm_(self.parameters, _LARGEST_GRADIENT)
+        optimizer.step()
+
+    def _note_pass(self, state: dict[str, Any]) -> None:
+        state["passes"] += 1
+        distance = self.distance()
+        if distance < state["best"]:
+            state |= {"best": distance, "kept": _copies(self.parameters), "kept_passes": state["passes"]}
+
+
+def _is_over(state: dict[str, Any]) -> bool:
+    """Whether the first pass did not help."""
+    return bool(state["passes"] == 1 and not state["kept_passes"])
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from tiny_models import VOCABULARY, assert_same_function, build, inputs_for
 
 from hf_lowrank import CompressionSettings, InputError, compress, decomposing, make_report
 from hf_lowrank.blocks import find_blocks, recorded_outputs, replayed_outputs
+from hf_lowrank.checkpoint import Checkpoint
 from hf_lowrank.outputs import run
 from hf_lowrank.planning.probes import Probe
 from hf_lowrank.refinement import refine_
@@ -178,6 +179,41 @@ def test_no_matrix_is_decomposed_twice_not_even_after_a_kill(options, tmp_path, 
     assert len(decomposed) == len(set(decomposed))
     assert {m.name for m in find_matrices(build("BertModel")) if m.role == "block"} <= set(decomposed)
     assert_same_function(whole, resumed, inputs_for("BertModel"))
+
+
+@pytest.mark.parametrize("learning", ["refine_block_passes", "anchored", "refine_passes"])
+@pytest.mark.parametrize("num_finished", [0, 1, 2])
+def test_no_block_is_anchored_and_no_pass_is_made_twice_after_a_kill(learning, num_finished, tmp_path, monkeypatch):
+    options = {"keep_targets": 0.5, "calibration": text(), "anchored": False, "refine_passes": 0}
+    options |= {learning: True if learning == "anchored" else 3, "refine_learning_rate": 1e-5}
+    save, saved, lives = Checkpoint.save, [], [1000]
+
+    def dying(self, state):
+        if not lives[0]:
+            raise KeyboardInterrupt
+        lives[0] -= 1
+        saved.append(self._file)
+        save(self, state)
+
+    def compressed(folder):
+        return compress(build("BertModel", num_hidden_layers=3), cache_dir=str(tmp_path / folder), **options)
+
+    monkeypatch.setattr(Checkpoint, "save", dying)
+    whole = compressed("whole")
+    num_steps = len(saved)
+    lives[0] = num_finished
+    with pytest.raises(KeyboardInterrupt):
+        compressed("killed")
+    lives[0] = num_steps - num_finished  # not one more
+    resumed = compressed("killed")
+    lives[0] = 0
+    compressed("killed")
+
+    assert num_steps > num_finished
+    assert_same_function(whole, resumed, inputs_for("BertModel"))
+    made, again = (small.config.compression["provenance"] for small in (whole, resumed))
+    assert made.pop("settings") != again.pop("settings")  # the folder
+    assert made == again
 
 
 def test_of_all_matrices_only_one_is_in_hand_at_a_time(monkeypatch):
