@@ -5,13 +5,15 @@ r"""What pruning, row weights, mixed ranks and consistency each add: accuracy of
     python examples/benchmark_lpaf.py --smoke        # a tiny model with random weights, seconds
 
 Every row of the second table makes as many steps in all: the rows without pruning train the dense model as long as
-the others prune it. Nothing is chosen on the test data. Finished cells are kept in the work directory.
+the others prune it, and rows that prune alike start from the same pruned model. Nothing is chosen on the test data.
+Finished cells and pruned models are kept in the work directory.
 """
 
 import argparse
 import copy
 import json
 import statistics
+import tempfile
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,18 +25,18 @@ from transformers import AutoTokenizer, PrinterCallback, Trainer
 from hf_lowrank import FirstOrderPruningCallback, evaluate, lpaf
 from hf_lowrank.loading import load_dense
 from hf_lowrank.training.arguments import make_arguments
-from hf_lowrank.training.features import PaddingCollator, make_features
+from hf_lowrank.training.features import PaddingCollator, hold_out, make_features
 
-# row -> options of `lpaf`
-ROWS: dict[str, dict[str, Any]] = {
-    "SVD + fine-tuning": {"prune_keep": 1.0, "probability": 0},
-    "FWSVD + fine-tuning": {"prune_keep": 1.0, "probability": 0, "method": "weighted_svd"},
-    "magnitude-pruned, SVD": {"importance": "magnitude", "probability": 0},
-    "first-order pruned, SVD": {"probability": 0},
-    "... rows by survivors": {"probability": 0, "method": "sparsity_aware_svd"},
-    "... rows by importance": {"probability": 0, "method": "importance_aware_svd"},
-    "... mixed ranks": {},
-    "... mixed ranks, consistency": {"consistency": 1.0},
+# row -> what prunes (None: trained as long, and nothing pruned), and options of `lpaf`
+ROWS: dict[str, tuple[str | None, dict[str, Any]]] = {
+    "SVD + fine-tuning": (None, {"probability": 0}),
+    "FWSVD + fine-tuning": (None, {"probability": 0, "method": "weighted_svd"}),
+    "magnitude-pruned, SVD": ("magnitude", {"probability": 0}),
+    "first-order pruned, SVD": ("movement", {"probability": 0}),
+    "... rows by survivors": ("movement", {"probability": 0, "method": "sparsity_aware_svd"}),
+    "... rows by importance": ("movement", {"probability": 0, "method": "importance_aware_svd"}),
+    "... mixed ranks": ("movement", {}),
+    "... mixed ranks, consistency": ("movement", {"consistency": 1.0}),
 }
 
 
@@ -47,10 +49,11 @@ class Study:
 
     def __init__(self, options: argparse.Namespace) -> None:
         self.options = options
-        self.file = Path(options.work_dir) / "cells.json" if options.work_dir else None
-        self.cells: dict[str, Any] = {}
-        if self.file is not None and self.file.is_file():
-            self.cells = json.loads(self.file.read_text(encoding="utf-8"))
+        self._scratch = tempfile.TemporaryDirectory()
+        self.folder = Path(options.work_dir or self._scratch.name)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.file = self.folder / "cells.json"
+        self.cells: dict[str, Any] = json.loads(self.file.read_text(encoding="utf-8")) if self.file.is_file() else {}
         if options.smoke:
             torch.manual_seed(0)
             self.dense, self.tokenizer = tiny()
@@ -69,36 +72,46 @@ class Study:
         """A number or more, computed once."""
         if name not in self.cells:
             self.cells[name] = make()
-            if self.file is not None:
-                self.file.parent.mkdir(parents=True, exist_ok=True)
-                self.file.write_text(json.dumps(self.cells, indent=1), encoding="utf-8")
+            self.file.write_text(json.dumps(self.cells, indent=1), encoding="utf-8")
         return self.cells[name]
 
-    def pruned(self, importance: str, keep: float, seed: int) -> list[float]:
-        """Accuracy, mean rank and mean 90 %-energy rank (of full rank) of the pruned model."""
+    def pruned(self, importance: str | None, keep: float, seed: int) -> tuple[Any, list[float]]:
+        """The pruned model; its accuracy, mean rank and mean 90 %-energy rank (of full rank). Made once."""
+        name = f"pruned {importance} {keep} {seed}" if importance else f"trained {seed}"
+        if name not in self.cells:
+            model, found = self._prune(importance, keep, seed)
+            model.save_pretrained(self.folder / name)
+            self.cell(name, lambda: found)
+        return load_dense(str(self.folder / name)), self.cells[name]
+
+    def _prune(self, importance: str | None, keep: float, seed: int) -> tuple[Any, list[float]]:
         model, options = copy.deepcopy(self.dense), self.options
         features = make_features(model, self.tokenizer, self.train, max_examples=options.max_examples, seed=seed)
-        pruning = FirstOrderPruningCallback(keep, importance=importance)
+        pruning = FirstOrderPruningCallback(keep if importance else 1.0, importance=importance or "movement")
         arguments = make_arguments(
-            str(Path(options.work_dir or "pruning")), batch_size=16, epochs=options.epochs, seed=seed,
+            str(self.folder), batch_size=16, epochs=options.epochs, seed=seed,
             learning_rate=3e-5, eval_strategy="no", eval_on_start=False,
         )  # fmt: skip
-        collator = PaddingCollator(self.tokenizer.pad_token_id)
         trainer = Trainer(
-            model=model, args=arguments, train_dataset=features, data_collator=collator, callbacks=[pruning]
+            model=model,
+            args=arguments,
+            train_dataset=hold_out(features, seed)[0],  # what `lpaf` trains on
+            data_collator=PaddingCollator(self.tokenizer.pad_token_id),
+            callbacks=[pruning],
         )
         trainer.remove_callback(PrinterCallback)  # the tables are what is printed
         trainer.train()
         ranks = pruning.ranks.values()
         shares = [[one.rank / one.full_rank for one in ranks], [one.energy_rank / one.full_rank for one in ranks]]
-        return [self.accuracy(model.eval()), *(statistics.mean(share) for share in shares)]
+        return model, [self.accuracy(model.eval()), *(statistics.mean(share) for share in shares)]
 
     def compressed(self, row: str, keep: float, seed: int) -> float:
         """Accuracy of one row of the table at one budget."""
-        options = self.options
+        importance, options = ROWS[row]
+        start, sizes = self.pruned(importance, keep, seed)[0], self.options
         small = lpaf(
-            self.dense, dataset=self.train, tokenizer=self.tokenizer, keep_targets=keep, seed=seed,
-            max_examples=options.max_examples, prune_epochs=options.epochs, tune_epochs=options.epochs, **ROWS[row],
+            start, dataset=self.train, tokenizer=self.tokenizer, keep_targets=keep, seed=seed,
+            max_examples=sizes.max_examples, prune_epochs=0, tune_epochs=sizes.epochs, **options,
         )  # fmt: skip
         return self.accuracy(small)
 
@@ -112,10 +125,7 @@ def main() -> None:
     print(f"\n{'pruned by':<12}{'kept':>6}{'accuracy':>18}{'rank':>8}{'90 % energy':>13}")
     for keep in options.keep:
         for how in options.importances:
-            found = [
-                study.cell(f"pruned {how} {keep} {seed}", partial(study.pruned, how, keep, seed))
-                for seed in options.seeds
-            ]
+            found = [study.pruned(how, keep, seed)[1] for seed in options.seeds]
             accuracy, rank, energy = ([one[index] for one in found] for index in range(3))
             print(f"{how:<12}{keep:>6.2f}{spread(accuracy):>18}{mean(rank):>8.1%}{mean(energy):>13.1%}", flush=True)
     print(f"\n{'compressed':<32}" + "".join(f"{f'keep_targets {keep}':>20}" for keep in options.keep))

@@ -8,7 +8,7 @@ import tiny_models
 import tiny_tokenizers
 import torch
 
-from hf_lowrank import InputError, lpaf, make_report
+from hf_lowrank import InputError, compress, lpaf, make_report
 from hf_lowrank.cli import main
 from hf_lowrank.saving import load_compressed
 
@@ -44,6 +44,16 @@ def test_a_plain_compressed_model_of_the_size_asked_for_remains(method, tmp_path
     tiny_models.assert_same_function(small, load_compressed(tmp_path), inputs)
 
 
+def test_without_epochs_of_pruning_the_model_is_factorized_as_it_is():
+    dense = dense_model()
+
+    small = run(dense, prune_epochs=0, tune_learning_rate=0.0)
+
+    expected = compress(dense, method="svd", storage="low_rank", keep_targets=0.4)
+    tiny_models.assert_same_function(small, expected, {"input_ids": torch.randint(3, 30, (2, 9))})
+    assert small.config.compression["provenance"]["lpaf"]["ranks_after_pruning"] == {}
+
+
 def test_language_models_can_be_pruned_on_their_text():
     texts = [row["text"] for row in ROWS]
     small = run(dense_model("GPT2LMHeadModel"), dataset=texts, tokenizer=tiny_tokenizers.decoder_tokenizer())
@@ -71,6 +81,7 @@ def test_a_killed_run_goes_on_and_ends_bit_identical(tmp_path):
         ({"dataset": [row["text"] for row in ROWS]}, "no labels"),
         ({"probability": 2}, "between 0 and 1"),
         ({"tune_epochs": 0}, "tune_epochs must be positive"),
+        ({"prune_epochs": -1}, "prune_epochs must not be negative"),
         ({"prune_keep": 3.0}, "keep must be above 0"),
         ({"keep_targts": 0.5}, "no option 'keep_targts'"),
         ({"importance": "luck"}, "importance must be one of"),

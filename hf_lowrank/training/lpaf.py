@@ -32,7 +32,7 @@ class LPAFOptions:
         prune_keep: Fraction of the entries pruning keeps; None is the budget's `keep_targets`, or 0.25.
         importance: `movement`, `magnitude` or `random`; see `FirstOrderPruningCallback`.
         score_learning_rate: Of movement scores.
-        prune_epochs: Passes over the data while pruning.
+        prune_epochs: Passes over the data while pruning; 0 takes the model as it is, pruned before.
         prune_learning_rate: Peak of the weights' rate while pruning.
         probability: Of a factorized layer to take its sparse weight at first; 0 trains the factors alone.
         consistency: Weight of the consistency loss; see `MixedRank`.
@@ -65,7 +65,9 @@ class LPAFOptions:
     work_dir: str | None = None
 
     def __post_init__(self) -> None:
-        for name in ("prune_epochs", "tune_epochs", "batch_size", "max_seq_length"):
+        if self.prune_epochs < 0:
+            raise InputError(f"prune_epochs must not be negative, got {self.prune_epochs:g}.")
+        for name in ("tune_epochs", "batch_size", "max_seq_length"):
             if not getattr(self, name) > 0:
                 raise InputError(f"{name} must be positive, got {getattr(self, name)}.")
         if not 0 <= self.probability <= 1:
@@ -118,7 +120,9 @@ def lpaf(
         held_out = make_features(dense, tokenizer, eval_dataset, **of_data)
     data = (features, held_out, getattr(tokenizer, "pad_token_id", None) or 0)
     with _folder(training.work_dir) as folder:
-        pruned, ranks = _prune(copy.deepcopy(dense), data, training, settings, folder)
+        pruned, ranks = dense, {}
+        if training.prune_epochs:
+            pruned, ranks = _prune(copy.deepcopy(dense), data, training, settings, folder)
         small = compress(pruned, settings, calibration=features if settings.looks_at_text else None)
         chosen = _tune(small, pruned, data, training, folder)
     small.config.compression["provenance"]["lpaf"] = {

@@ -68,7 +68,10 @@ class RankScheduleCallback(TrainerCallback):
         found = [] if model is None else named_structures(model.base_model)
         layers: dict[str, Any] = {name: module for name, module in found if type(module) is LowRankLinear}
         if not layers:
-            raise InputError("There are no low-rank layers whose ranks could fall. Compress the model first.")
+            raise InputError(
+                "There are no layers of two factors whose ranks could fall. Compress the model first, with "
+                'storage="low_rank"; hf_lowrank.convert_storage_ makes its rows pivoted afterwards.'
+            )
         self._layers = [(name, layer, layer.rank, self._rank_of(name, layer)) for name, layer in layers.items()]
         if isinstance(self._target, Mapping) and (unknown := set(self._target) - set(layers)):
             raise InputError(f"target names {min(unknown)!r}, which is no low-rank layer of the model.")
