@@ -9,9 +9,11 @@ is kept is chosen on a part of that which is not trained on.
 
 import argparse
 import time
+from pathlib import Path
 from typing import Any
 
 import torch
+from benchmark_quality import detokenized
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
@@ -38,7 +40,7 @@ def main() -> None:
         options.examples, options.methods = 32, ["svd", "two_sided_svd"]
     else:
         dense, tokenizer = load_dense(options.model, torch.float32), AutoTokenizer.from_pretrained(options.model)
-        texts, test = load_texts(options.train), load_texts(options.test)
+        texts, test = load_texts(options.train), detokenized(Path(options.test))
     task = make_task("causal-lm", max_examples=options.test_blocks)
 
     def perplexity(model: Any) -> float:
@@ -80,7 +82,7 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--model", help="folder or Hub id of a causal language model")
     parser.add_argument("--train", help="text to look at and to train on")
-    parser.add_argument("--test", help="text to report on")
+    parser.add_argument("--test", help="text to report on, in the form of WikiText")
     parser.add_argument("--keep-targets", type=float, default=0.5)
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
     parser.add_argument("--examples", type=int, default=4096, help="sequences of 128 tokens to train on")

@@ -109,7 +109,7 @@ def distil(
     rate = arguments.learning_rate
     for name, steps in (("general", arguments.general_steps), ("task", arguments.task_steps)):
         stage(student, teacher, data[name], tokenizer, steps, rate, **inner)
-    stage(student, teacher, data["task"], tokenizer, arguments.task_steps, rate / 5, losses={"logits": 1.0})
+    stage(student, teacher, data["task"], tokenizer, arguments.task_steps, rate / 2, losses={"logits": 1.0})
     return (time.process_time() - start) / 60
 
 
@@ -158,8 +158,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--keep-targets", type=float, default=1 / 7)
     parser.add_argument("--students", nargs="+", default=["tucker", "tucker, random start", "pairs by SVD"])
     parser.add_argument("--general-steps", type=int, default=100)
-    parser.add_argument("--task-steps", type=int, default=800, help="of each of the two stages on the task")
-    parser.add_argument("--learning-rate", type=float, default=5e-4, help="a fifth of it in the last stage")
+    parser.add_argument("--task-steps", type=int, default=1600, help="of each of the two stages on the task")
+    parser.add_argument("--learning-rate", type=float, default=5e-4, help="half of it in the last stage")
     parser.add_argument("--last-block-only", action="store_true", help="hidden states of the last block only")
     parser.add_argument("--max-seq-length", type=int, default=64)
     parser.add_argument("--out", type=Path, help="folder to save the students in")
