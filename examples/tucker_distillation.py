@@ -5,9 +5,8 @@
 
 `FOLDER` is a fine-tuned classifier (`examples/finetune_classifier.py` makes one), `DATA/glue/SST-2` holds `train.tsv`
 and `dev.tsv` with the columns `sentence` and `label`. The stages are those of Ren et al. (ICLR 2022), the teacher in
-evaluation mode throughout: a general one on plain text (`--text`) and a first one on the task, both by the attention
-scores of the last layer and by hidden states; a second one on the task by the teacher's predictions. The recipe was
-fixed before the development set was looked at, and nothing is chosen on it.
+evaluation mode throughout: a general one on plain text (`--text`) and a first one on the task, both by attention
+scores and by hidden states; a second one on the task by the teacher's predictions. No state is chosen by its score.
 """
 
 import argparse
@@ -32,7 +31,7 @@ from transformers import (
     set_seed,
 )
 
-from hf_lowrank import compress, make_report
+from hf_lowrank import CardCallback, compress, make_report
 from hf_lowrank.data import load_rows
 from hf_lowrank.remote_code.lowrank_structures import named_shared_parts, named_structures
 from hf_lowrank.tasks import make_task
@@ -91,6 +90,7 @@ def stage(
             train_dataset=data,
             data_collator=collator,
             teacher=teacher,
+            callbacks=[CardCallback("SST-2")],
             **options,
         ).train()
 
@@ -194,8 +194,11 @@ def main() -> None:
             flush=True,
         )
         if arguments.out is not None:
-            student.save_pretrained(arguments.out / name.replace(", ", "-").replace(" ", "-"))
-            tokenizer.save_pretrained(arguments.out / name.replace(", ", "-").replace(" ", "-"))
+            folder = arguments.out / name.replace(", ", "-").replace(" ", "-")
+            made_by = f"python examples/tucker_distillation.py --teacher FOLDER --data SST-2 --students {name!r}"
+            student.config.compression["provenance"]["command"] = made_by
+            student.save_pretrained(folder)
+            tokenizer.save_pretrained(folder)
 
 
 if __name__ == "__main__":
