@@ -120,7 +120,8 @@ def lpaf(
         held_out = make_features(dense, tokenizer, eval_dataset, **of_data)
     data = (features, held_out, getattr(tokenizer, "pad_token_id", None) or 0)
     with _folder(training.work_dir) as folder:
-        pruned, ranks = dense, {}
+        pruned: PreTrainedModel = dense
+        ranks: dict[str, Any] = {}
         if training.prune_epochs:
             pruned, ranks = _prune(copy.deepcopy(dense), data, training, settings, folder)
         small = compress(pruned, settings, calibration=features if settings.looks_at_text else None)
