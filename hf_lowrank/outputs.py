@@ -1,6 +1,6 @@
 """What a model says, in a form that two models can be compared in, whatever their head."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +11,8 @@ from transformers import PreTrainedModel
 Batch = Mapping[str, torch.Tensor]
 
 IGNORED_LABEL = -100
+# Of logits, whose softmaxes would otherwise be held several times for a whole batch.
+_ROWS_AT_ONCE = 64
 
 
 @dataclass(frozen=True)
@@ -29,8 +31,8 @@ class Said:
         """How far each row is from the reference's, (N): KL(reference || this), or 1 - cosine."""
         if self.kind == "embedding":
             return 1 - (self.rows * reference.rows).sum(dim=-1)
-        wanted, found = F.log_softmax(reference.rows, dim=-1), F.log_softmax(self.rows, dim=-1)
-        return (wanted.exp() * (wanted - found)).sum(dim=-1)
+        divergence: torch.Tensor = _Divergence.apply(self.rows, reference.rows)  # type: ignore[no-untyped-call]  # torch's
+        return divergence
 
     def random_gradient_loss(self, generator: torch.Generator) -> torch.Tensor:
         """A random scalar whose gradient has the second moment of the Gauss-Newton matrix of `distance`.
@@ -44,6 +46,37 @@ class Said:
         probabilities = F.softmax(self.rows.detach().float(), dim=-1).cpu()
         labels = torch.multinomial(probabilities, 1, generator=generator)[:, 0].to(self.rows.device)
         return F.cross_entropy(self.rows, labels, reduction="sum")
+
+
+class _Divergence(torch.autograd.Function):
+    """KL(wanted || found) of each row of logits, (N, V) twice -> (N), a few rows at a time.
+
+    The gradient, `softmax(found) - softmax(wanted)`, is formed anew: softmaxes of a whole batch, kept for it, would
+    take several times the memory of the logits.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, found: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(found, wanted)
+        rows = []
+        for some, others in _parts(found, wanted):
+            says, should = F.log_softmax(some, dim=-1), F.log_softmax(others, dim=-1)
+            rows.append((should.exp() * (should - says)).sum(dim=-1))
+        return torch.cat(rows)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None]:
+        found, wanted = ctx.saved_tensors
+        gradient = torch.empty_like(found)
+        for (some, others), into, scale in zip(
+            _parts(found, wanted), gradient.split(_ROWS_AT_ONCE), gradients[0].split(_ROWS_AT_ONCE), strict=True
+        ):
+            into.copy_((some.softmax(dim=-1) - others.softmax(dim=-1)) * scale[:, None])
+        return gradient, None
+
+
+def _parts(found: torch.Tensor, wanted: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    return zip(found.split(_ROWS_AT_ONCE), wanted.split(_ROWS_AT_ONCE), strict=True)
 
 
 def run(model: PreTrainedModel, batch: Batch) -> Said:
