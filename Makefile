@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 PIP_INSTALL := $(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt
 INPUTS := pyproject.toml constraints.txt
 
-.PHONY: demo test check style clean
+.PHONY: demo test check style docs clean
 .NOTPARALLEL:
 
 demo: $(VENV)/.demo-installed  ## compress a real model, reload it without this library, compare
@@ -27,6 +27,10 @@ check: $(VENV)/.dev-installed  ## formatting, lint, types
 style: $(VENV)/.dev-installed  ## format and fix in place
 	@$(BIN)/ruff check --fix .
 	@$(BIN)/ruff format .
+
+docs: $(VENV)/.dev-installed  ## write the API reference from the docstrings, and draw the plot from the tables
+	@$(BIN)/python docs/make_reference.py
+	@$(BIN)/python docs/make_plots.py
 
 clean:
 	rm -rf .venv build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

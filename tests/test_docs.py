@@ -1,0 +1,176 @@
+"""Every block of code in README and docs runs, in the order of its page, on tiny models and a Hub on loopback."""
+
+import importlib.util
+import json
+import re
+import shlex
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import huggingface_hub
+import pytest
+from hub_server import HubServer
+from markdown_it import MarkdownIt
+from tiny_files import write_data, write_models
+
+import hf_lowrank
+from hf_lowrank.cli import main
+from hf_lowrank.planning.allocation import ALLOCATIONS
+from hf_lowrank.remote_code.lowrank_structures import STRUCTURES
+from hf_lowrank.solvers import SOLVERS
+from hf_lowrank.solvers.tensor_methods import TENSOR_METHODS
+from hf_lowrank.tasks import TASKS
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+OUTPUT = "text"  # what a block says that shows output, an equation or a listing
+
+
+@dataclass(frozen=True)
+class Block:
+    """Code between fences.
+
+    Args:
+        line: Of its first line in the page.
+    """
+
+    language: str
+    code: str
+    line: int
+
+
+def blocks_of(page):
+    tokens = MarkdownIt("commonmark").parse(page.read_text(encoding="utf-8"))
+    return [Block(token.info, token.content, token.map[0] + 2) for token in tokens if token.type == "fence"]
+
+
+def commands_of(block):
+    lines = block.code.replace("\\\n", " ").splitlines()
+    return [words for line in lines if (words := shlex.split(line, comments=True))]
+
+
+def hf_lowrank_runs(words):
+    assert main(words) == 0, shlex.join(["hf-lowrank", *words])
+
+
+def pip_installs_what_there_is(words):
+    assert words[0] == "install"
+    place, _, extras = words[-1].rstrip("]").partition("[")
+    declared = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    assert place == "."
+    assert all(re.search(rf"^{extra} = \[", declared, re.MULTILINE) for extra in extras.split(",") if extra)
+
+
+def make_has_the_target(words):
+    targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
+    assert words[0] in targets
+
+
+def script_has_the_options(words):
+    text = (ROOT / words[0]).read_text(encoding="utf-8")
+    assert all(f'"{word}"' in text for word in words if word.startswith("--"))
+
+
+# first word of a line -> what is done with the others; scripts are run by the tests of examples
+COMMANDS = {
+    "hf-lowrank": hf_lowrank_runs,
+    "pip": pip_installs_what_there_is,
+    "make": make_has_the_target,
+    "python": script_has_the_options,
+}
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """The folders and files that pages speak of."""
+    folder = tmp_path_factory.mktemp("world")
+    write_models(folder)
+    write_data(folder)
+    return folder
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    """The Hub of this process, on loopback, where we are `me`."""
+    with HubServer() as server:
+        server.users[server.token] = "me"
+        monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", server.endpoint)
+        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_XET", True)
+        monkeypatch.setenv("HF_TOKEN", server.token)
+        monkeypatch.setenv("NO_PROXY", "127.0.0.1,localhost")
+        huggingface_hub.close_session()
+        yield server
+        huggingface_hub.close_session()
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:Use 'content=<...>':DeprecationWarning")  # of huggingface_hub's own transport
+@pytest.mark.filterwarnings("ignore:'pin_memory' argument is set as true:UserWarning")  # of torch, without a GPU
+@each_page
+def test_every_block_of_a_page_runs(page, world, hub, tmp_path, monkeypatch):
+    shutil.copytree(world, tmp_path, dirs_exist_ok=True)
+    monkeypatch.chdir(tmp_path)
+    namespace = {"__name__": "__main__"}
+
+    for block in blocks_of(page):
+        if block.language == "python":
+            code = "\n" * (block.line - 1) + block.code  # errors name the line of the page
+            exec(compile(code, str(page), "exec", dont_inherit=True), namespace)
+        elif block.language == "bash":
+            for first, *others in commands_of(block):
+                COMMANDS[first](others)
+        else:
+            assert block.language == OUTPUT, f"{page.name}:{block.line}: nobody runs {block.language!r}"
+
+
+@each_page
+def test_every_link_within_the_repository_leads_somewhere(page):
+    found = re.findall(r"\]\(([^)#\s]+)(?:#[\w-]+)?\)", page.read_text(encoding="utf-8"))
+
+    assert [link for link in found if "://" not in link and not (page.parent / link).exists()] == []
+
+
+@each_page
+def test_every_script_that_is_named_is_there(page):
+    found = re.findall(r"\b(?:examples|model_cards|docs)/[\w/]+\.py\b", page.read_text(encoding="utf-8"))
+
+    assert [name for name in found if not (ROOT / name).is_file()] == []
+
+
+def script(name):
+    """A script of docs as a module."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / "docs" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_reference_is_what_the_docstrings_say():
+    maker = script("make_reference")
+
+    assert maker.PAGE.read_text(encoding="utf-8") == maker.reference(), "run: make docs"
+
+
+def test_the_reference_holds_every_public_name_structure_and_solver():
+    names = {name.rpartition(".")[2] for group in script("make_reference").CONTENTS.values() for name in group}
+
+    assert set(hf_lowrank.__all__) - {"__version__"} <= names
+    assert {structure.__name__ for structure in STRUCTURES.values()} <= names
+    assert {type(solver).__name__ for solver in SOLVERS.values()} <= names
+
+
+def test_the_picture_has_the_numbers_of_the_tables():
+    maker = script("make_plots")
+    drawn = re.search(r"<dc:description>(.*?)</dc:description>", maker.PICTURE.read_text(encoding="utf-8"))[1]
+    written = maker.read_numbers((maker.DOCS / "results.md").read_text(encoding="utf-8"))
+
+    assert json.loads(drawn) == json.loads(json.dumps(written)), "run: make docs"
+
+
+def test_options_and_methods_are_in_the_guides():
+    pages = "".join(page.read_text(encoding="utf-8") for page in PAGES if page.name != "reference.md")
+
+    assert [name for name in [*SOLVERS, *TENSOR_METHODS, *ALLOCATIONS, *TASKS] if f"`{name}`" not in pages] == []
