@@ -139,8 +139,19 @@ class CompressionReport:
     @property
     def kept_encoder_fraction(self) -> float:
         """The same of all but the token embedding, as papers that compress an encoder count."""
-        dense = self.dense_parameters - self.dense_embedding_parameters
-        return (self.parameters - self.embedding_parameters) / max(dense, 1)
+        before, now = self.parts["outside the token embedding"]
+        return now / max(before, 1)
+
+    @property
+    def parts(self) -> dict[str, tuple[int, int]]:
+        """What papers count, by name: parameters before and now."""
+        replaced = [module for module in self.modules if module.structure != "dense"]
+        outside = (
+            self.dense_parameters - self.dense_embedding_parameters,
+            self.parameters - self.embedding_parameters,
+        )
+        inside = (sum(m.dense_parameters for m in replaced), sum(m.parameters for m in replaced))
+        return {"outside the token embedding": outside, "in the replaced matrices": inside}
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON."""

@@ -13,7 +13,7 @@ from tiny_tokenizers import encoder_tokenizer
 import hf_lowrank
 from hf_lowrank import InputError, compress, evaluate, record_evaluation, saved_report
 from hf_lowrank.cards.card import KEPT_LINE, REPORT_FILE, make_card, shown_command
-from hf_lowrank.cards.citations import PAPERS
+from hf_lowrank.cards.citations import PAPERS, paper_of
 from hf_lowrank.cards.metadata import RESULTS_FILE, results_file
 from hf_lowrank.cards.pictures import rank_picture
 from hf_lowrank.cli import main
@@ -23,6 +23,7 @@ from hf_lowrank.record import read_record, record_bytes, write_record
 from hf_lowrank.report import CompressionReport, LatencyReport, ModuleReport, QualityReport, make_report
 from hf_lowrank.saving import load_compressed, save_folder
 from hf_lowrank.solvers import SOLVERS
+from hf_lowrank.solvers.tensor_methods import TENSOR_METHODS
 
 CARD = "---\nlicense: mit\nlanguage: [en, de]\npipeline_tag: fill-mask\n---\n# dense\n"
 LATENCY = LatencyReport(8, 20, "a machine", Latency(0.02, 0.01, 0.03, 1.0), Latency(0.01, 0.01, 0.02, 2.0))
@@ -181,14 +182,60 @@ def test_evaluation_results_are_of_data_sets_of_the_hub_alone():
     assert results_file([replace(QUALITY, is_on_hub=False), replace(QUALITY, task="agreement")]) is None
 
 
-@pytest.mark.parametrize("method", SOLVERS)
+@pytest.mark.parametrize("method", [*SOLVERS, *TENSOR_METHODS])
 def test_every_method_names_its_paper(report, method):
     settings = {**report.provenance["settings"], "method": method}
 
     text = make_card(replace(report, provenance={**report.provenance, "settings": settings}), "x").text
 
-    assert PAPERS[method].bibtex in text
-    assert PAPERS[method].bibtex.count("{") == PAPERS[method].bibtex.count("}")
+    bibtex = paper_of(method).bibtex
+    assert bibtex in text
+    assert bibtex.count("{") == bibtex.count("}")
+
+
+def test_ways_to_do_a_method_have_its_paper():
+    assert paper_of("tucker-IV-72-384") is paper_of("whitened_tucker") is PAPERS["tucker"]
+    assert paper_of("shared_tensor_train") is not paper_of("whitened_tensor_train") is PAPERS["tensor_train"]
+    assert paper_of("unheard_of") is None
+
+
+STEP = {"before": 0.25, "after": 0.125, "passes": 2, "learning_rate": 1e-4}
+LEARNING = {
+    "anchoring": {"before": 0.5, "after": 0.25, "accepted": ["a", "b"], "refused": ["c"]},
+    "block_refinement": {"a": {**STEP, "before": 0.3, "after": 0.2}, "b": {**STEP, "passes": 0, "after": 0.15}},
+    "refinement": STEP,
+}
+
+
+def test_what_was_learnt_after_the_first_solution_is_on_the_card(report):
+    text = make_card(replace(report, provenance={**report.provenance, **LEARNING}), "x").text
+
+    assert "Anchored: 2 of 3 blocks" in text
+    assert "on text set aside 0.5 -> 0.25." in text
+    assert (
+        "Trained block by block: 1 of 2 blocks gained; distance of the outputs on text set aside 0.3 -> 0.15." in text
+    )
+    assert "2 passes at a rate of 0.0001; distance of the outputs on text set aside 0.25 -> 0.125." in text
+
+
+def test_what_did_not_help_is_said(report):
+    refinement = {**STEP, "passes": 0, "after": 0.25}
+
+    text = make_card(replace(report, provenance={**report.provenance, "refinement": refinement}), "x").text
+
+    assert "no pass helped, so none was kept; distance of the outputs on text set aside 0.25 -> 0.25." in text
+
+
+def test_a_tensor_method_says_what_is_shared_and_counts_as_its_paper_does():
+    tensor = make_report(compress(build("BertForMaskedLM"), method="tucker", ranks=(5, 9, 9), group="attention"))
+    card = make_card(tensor, "x")
+
+    assert "Method `tucker`, budget `ranks=" in card.text
+    assert ", group `attention`; 8 matrices replaced, 0 left dense, 1 shared by several." in card.text
+    assert [row.split(" | ")[0] for row in rows_of(card)][1:3] == [
+        "| ... outside the token embedding",
+        "| ... in the replaced matrices",
+    ]
 
 
 def test_a_report_is_the_same_after_it_is_stored(report):

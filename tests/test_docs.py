@@ -97,6 +97,8 @@ def hub(monkeypatch):
     with HubServer() as server:
         server.users[server.token] = "me"
         monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", server.endpoint)
+        template = server.endpoint + "/{repo_id}/resolve/{revision}/{filename}"  # of the downloads; made at import
+        monkeypatch.setattr(huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
         monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
         monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_XET", True)
         monkeypatch.setenv("HF_TOKEN", server.token)
@@ -109,6 +111,7 @@ def hub(monkeypatch):
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:Use 'content=<...>':DeprecationWarning")  # of huggingface_hub's own transport
 @pytest.mark.filterwarnings("ignore:'pin_memory' argument is set as true:UserWarning")  # of torch, without a GPU
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning", "ignore:fan_in_fan_out")
 @each_page
 def test_every_block_of_a_page_runs(page, world, hub, tmp_path, monkeypatch):
     shutil.copytree(world, tmp_path, dirs_exist_ok=True)

@@ -8,7 +8,8 @@ from typing import Any
 
 from huggingface_hub import ModelCard
 
-from hf_lowrank.cards.citations import PAPERS
+from hf_lowrank.cards.citations import paper_of
+from hf_lowrank.cards.learning import learning_lines
 from hf_lowrank.cards.metadata import card_data
 from hf_lowrank.cards.pictures import LEGEND, rank_picture
 from hf_lowrank.cards.usage import snippet
@@ -33,6 +34,7 @@ def make_card(report: CompressionReport, repo: str, notes: str = "") -> ModelCar
     """
     name = repo.rpartition("/")[2]
     text = _Text(report)
+    paper = paper_of(text.method)
     card = ModelCard.from_template(
         card_data(report, name),
         template_path=str(_TEMPLATE),
@@ -49,7 +51,7 @@ def make_card(report: CompressionReport, repo: str, notes: str = "") -> ModelCar
         picture=rank_picture(report.modules),
         limits=text.limits(),
         method=text.method,
-        bibtex=PAPERS[text.method].bibtex if text.method in PAPERS else "",
+        bibtex="" if paper is None else paper.bibtex,
         kept_line=KEPT_LINE,
         notes=notes.strip(),
     )
@@ -77,7 +79,7 @@ class _Text:
         trained = ", trained on after compression" if report.training else ""
         return (
             f"{link} with **{report.kept_fraction:.1%} of its parameters**, its matrices replaced by smaller ones "
-            f"(method `{self.method}`){trained}. Needs transformers and nothing else; the code it runs is in this "
+            f"(method `{self.method}`){trained}. It loads without hf_lowrank; the code it runs is in this "
             'repository: read it, and pin it with `revision="<commit>"`.'
         )
 
@@ -87,6 +89,7 @@ class _Text:
         work = share(report.multiply_adds, report.dense_multiply_adds)
         rows = [
             ("parameters", _count(report.dense_parameters), _count(report.parameters), f"{report.kept_fraction:.1%}"),
+            *self._parts_rows(),
             ("weights", megabytes(report.dense_size_bytes), megabytes(report.size_bytes), size),
             ("multiply-adds a token", _count(report.dense_multiply_adds), _count(report.multiply_adds), work),
         ]
@@ -95,6 +98,13 @@ class _Text:
             times = (milliseconds(latency.dense), milliseconds(latency.compressed))
             rows.append((name, *times, speed_in_words(latency.compressed)))
         return rows + [_quality_row(entry) for entry in report.quality]
+
+    def _parts_rows(self) -> list[Row]:
+        """For tensor methods what their papers count: all but the token embedding, and the replaced matrices."""
+        if all(module.dense_parameters for module in self.report.modules):
+            return []
+        parts = self.report.parts.items()
+        return [(f"... {name}", _count(old), _count(new), share(new, old)) for name, (old, new) in parts]
 
     def footnote(self) -> str:
         latency = self.report.latency
@@ -109,18 +119,10 @@ class _Text:
 
     def making(self) -> list[str]:
         provenance, settings = self.report.provenance, self.settings
-        budget = ", ".join(f"`{name}={settings[name]}`" for name in KINDS if name in settings)
-        allocation = settings.get("allocation")
-        shared = f", shared by `{allocation}`" if allocation else ""
-        left_dense = sum(module.structure == "dense" for module in self.report.modules)
-        replaced = len(self.report.modules) - left_dense
-        lines = [
-            f"Method `{self.method}`, budget {budget}{shared}; {replaced} matrices replaced, {left_dense} left dense."
-        ]
+        lines = [self._method_line()]
         if text := provenance.get("text"):
             lines.append(_text_line(text))
-        if refinement := provenance.get("refinement"):
-            lines.append("Refined towards the dense model: " + _pairs(refinement) + ".")
+        lines += learning_lines(provenance)
         lines += [f"Trained after compression: {_pairs(run)}." for run in self.report.training]
         seed = settings.get("seed", 0)
         versions = provenance.get("versions", {})
@@ -128,6 +130,17 @@ class _Text:
         if self.report.origin.revision:
             lines.append(f"Dense model at commit `{self.report.origin.revision}`.")
         return lines
+
+    def _method_line(self) -> str:
+        settings, modules = self.settings, self.report.modules
+        given = [f"`{name}={settings[name]}`" for name in KINDS if name in settings]
+        budget = f", budget {given[0]}" if given else ", its sizes as published"
+        details = [f"{name} `{settings[name]}`" for name in ("allocation", "storage", "group") if name in settings]
+        left_dense = sum(module.structure == "dense" for module in modules)
+        parts = sum(not module.dense_parameters for module in modules)
+        counts = f"{len(modules) - left_dense - parts} matrices replaced, {left_dense} left dense"
+        common = f", {parts} shared by several" if parts else ""
+        return f"Method `{self.method}`{budget}{''.join(f', {part}' for part in details)}; {counts}{common}."
 
     def command(self) -> tuple[str, str]:
         """Language and text of what made the model."""

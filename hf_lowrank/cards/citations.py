@@ -90,7 +90,21 @@ PAPERS: dict[str, Paper] = {
     "sparsity_aware_svd": _PRUNE_AND_FACTORIZE,
     "importance_aware_svd": _PRUNE_AND_FACTORIZE,
     "tucker": _EXTREME,
-    "tensor_train": _EXTREME,
+    "tensor_train": Paper(
+        "oseledets2011tensor",
+        "Tensor-Train Decomposition",
+        "Oseledets, Ivan V.",
+        2011,
+        "SIAM Journal on Scientific Computing 33(5)",
+    ),
+    "shared_tensor_train": Paper(
+        "liu2023enhancing",
+        "Enhancing Scalability of Pre-trained Language Models via Efficient Parameter Sharing",
+        "Liu, Peiyu and Gao, Ze-Feng and Chen, Yushuo and Zhao, Wayne Xin and Wen, Ji-Rong",
+        2023,
+        "Findings of the Association for Computational Linguistics: EMNLP",
+        "2303.16753",
+    ),
     "autoencoder": Paper(
         "balazy2021direction",
         "Direction is what you need: Improving Word Embedding Compression in Large Language Models",
@@ -100,3 +114,10 @@ PAPERS: dict[str, Paper] = {
         "2106.08181",
     ),
 }
+
+
+def paper_of(method: str) -> Paper | None:
+    """The paper of a method; `whitened_tucker` and `tucker-III-64` are ways to do `tucker`."""
+    if method in PAPERS:
+        return PAPERS[method]
+    return PAPERS.get(method.partition("-")[0].removeprefix("whitened_"))

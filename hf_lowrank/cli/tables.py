@@ -68,11 +68,8 @@ def print_comparison(report: CompressionReport) -> None:
 
 def _add_parts(table: Table, report: CompressionReport) -> None:
     """Rows for what papers count: all but the token embedding, and the replaced matrices alone."""
-    targets = [module for module in report.modules if module.structure != "dense"]
-    before, now = sum(m.dense_parameters for m in targets), sum(m.parameters for m in targets)
-    rest = report.dense_parameters - report.dense_embedding_parameters, report.parameters - report.embedding_parameters
-    for name, sizes in (("outside the token embedding", rest), ("in the replaced matrices", (before, now))):
-        table.add_row(f"  {name}", f"{sizes[0]:,}", f"{sizes[1]:,}", f"{share(sizes[1], sizes[0])} kept")
+    for name, (before, now) in report.parts.items():
+        table.add_row(f"  {name}", f"{before:,}", f"{now:,}", f"{share(now, before)} kept")
 
 
 def print_matrices(report: CompressionReport) -> None:
