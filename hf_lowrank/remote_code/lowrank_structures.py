@@ -29,6 +29,7 @@ import torch
 from torch import nn
 
 from .lowrank_autoencoder import AutoencoderEmbedding, AutoencoderHead
+from .lowrank_autoencoder_linear import AutoencoderLinear, LinearDecoder, NonlinearAutoencoderLinear, NonlinearDecoder
 from .lowrank_dense import dense_kind
 from .lowrank_joint import JointLinear, SharedDown
 from .lowrank_linear import LowRankEmbedding, LowRankLinear
@@ -45,6 +46,8 @@ STRUCTURES: dict[str, Any] = {
     "joint_low_rank": JointLinear,
     "autoencoder_embedding": AutoencoderEmbedding,
     "autoencoder_head": AutoencoderHead,
+    "autoencoder": AutoencoderLinear,
+    "nonlinear_autoencoder": NonlinearAutoencoderLinear,
     "tucker": TuckerLinear,
     "banked_tucker": BankedTuckerLinear,
     "tensor_train": TensorTrainLinear,
@@ -53,6 +56,8 @@ STRUCTURES: dict[str, Any] = {
 
 SHARED_PARTS: dict[str, Any] = {
     "shared_down": SharedDown,
+    "linear_decoder": LinearDecoder,
+    "nonlinear_decoder": NonlinearDecoder,
     "tucker_basis": TuckerBasis,
     "tucker_bank": TuckerBank,
     "central_core": CentralCore,

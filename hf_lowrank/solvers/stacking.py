@@ -64,6 +64,20 @@ def in_group(matrices: Iterable[DenseMatrix], group: str) -> list[DenseMatrix]:
     return found
 
 
+def by_kind(matrices: Iterable[DenseMatrix]) -> dict[str, list[DenseMatrix]]:
+    """The matrices by what they are in their layers, such as `attention_self_query`: alike in name and in shape."""
+    groups: dict[tuple[str, tuple[int, int]], list[DenseMatrix]] = {}
+    for matrix in matrices:
+        parts = matrix.name.split(".")
+        layer = next(index for index, part in enumerate(parts) if part.isdigit())
+        groups.setdefault(("_".join(parts[layer + 1 :]), matrix.shape), []).append(matrix)
+    kinds = [kind for kind, _ in groups]
+    return {
+        kind if kinds.count(kind) == 1 else f"{kind}_{shape[0]}_{shape[1]}": members
+        for (kind, shape), members in groups.items()
+    }
+
+
 def block_layout(matrix: DenseMatrix, width: int) -> BlockLayout:
     """The layout of one matrix in blocks of the model's width squared.
 

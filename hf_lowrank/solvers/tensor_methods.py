@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+from hf_lowrank.solvers.data_aware_svd import TwoSidedSVD, WeightedSVD
+
 
 @dataclass(frozen=True)
 class TensorMethod:
@@ -25,6 +27,10 @@ TENSOR_METHODS: dict[str, TensorMethod] = {
     "tensor_train": TensorMethod("tensor_train"),
     "whitened_tensor_train": TensorMethod("tensor_train", needs=frozenset({"input_moment"})),
     "shared_tensor_train": TensorMethod("shared_tensor_train"),
+    "autoencoder": TensorMethod("autoencoder", needs=TwoSidedSVD.needs),
+    "separated_autoencoder": TensorMethod("separated_autoencoder", needs=TwoSidedSVD.needs),
+    "offline_autoencoder": TensorMethod("offline_autoencoder"),
+    "fisher_autoencoder": TensorMethod("fisher_autoencoder", needs=WeightedSVD.needs),
     "tucker-III-64": TensorMethod("tucker", ranks=(64, 64)),
     "tucker-III-384": TensorMethod("tucker", ranks=(384, 384)),
     "tucker-IV-72-384": TensorMethod("tucker", ranks=(72, 384, 384)),

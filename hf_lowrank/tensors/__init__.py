@@ -1,5 +1,6 @@
 """From dense matrices to structures that share a tensor: one file a kind, one row of `KINDS` each."""
 
+from hf_lowrank.tensors.autoencoder import AutoencoderKind
 from hf_lowrank.tensors.problem import TensorKind
 from hf_lowrank.tensors.tensor_train import TensorTrainKind
 from hf_lowrank.tensors.tucker import TuckerKind
@@ -8,4 +9,8 @@ KINDS: dict[str, TensorKind] = {
     "tucker": TuckerKind(),
     "tensor_train": TensorTrainKind(),
     "shared_tensor_train": TensorTrainKind(shares=True),
+    "autoencoder": AutoencoderKind("two_sided_svd"),
+    "separated_autoencoder": AutoencoderKind("two_sided_svd", is_separate=True),
+    "offline_autoencoder": AutoencoderKind(None),
+    "fisher_autoencoder": AutoencoderKind("weighted_svd"),
 }

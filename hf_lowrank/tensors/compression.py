@@ -16,9 +16,10 @@ from hf_lowrank.settings import CompressionSettings
 from hf_lowrank.solvers.stacking import in_group
 from hf_lowrank.solvers.storage import StateDict
 from hf_lowrank.solvers.tensor_methods import TensorMethod
+from hf_lowrank.statistics.moments import MatrixStatistics
 from hf_lowrank.targets import DenseMatrix, Matrix
 from hf_lowrank.tensors import KINDS
-from hf_lowrank.tensors.problem import TensorKind, TensorProblem
+from hf_lowrank.tensors.problem import Specs, TensorKind, TensorProblem
 
 
 def make_tensor_plan(
@@ -34,18 +35,23 @@ def make_tensor_plan(
     problem = _problem(model, matrices, decomposer)
     kind = _kind(settings)
     if settings.given_ranks is not None:
-        modules, shared = kind.specs(problem, settings.given_ranks)
-        return as_plan(modules, shared, {}), matrices
+        return _planned(kind.specs(problem, settings.given_ranks), matrices)
     account = make_account(model, settings, matrices, decomposer.progress)
     available, whole = account.limit - account.fixed, sum(account.price.of_dense(matrix) for matrix in matrices)
     entries = sum(account.price.of_entry(matrix, _method(settings).kind) for matrix in matrices)
     if available >= whole:
-        return as_plan({}, {}, {m.name: [list(m.shape), m.role, "worth its full size"] for m in matrices}), []
+        return _planned(({}, {}), matrices)
     per_weight = whole / sum(matrix.num_weights for matrix in matrices)
     found = kind.specs_within(problem, (available - entries) / per_weight) if available > entries else None
     if found is None:
         raise InputError(out_of_reach(settings, account, entries + per_weight * kind.least(problem)))
-    return as_plan(*found, {}), matrices
+    return _planned(found, matrices)
+
+
+def _planned(specs: tuple[Specs, Specs], matrices: Sequence[DenseMatrix]) -> tuple[Plan, list[DenseMatrix]]:
+    """The plan of these specs, and the matrices they are for."""
+    kept = {m.name: [list(m.shape), m.role, "worth its full size"] for m in matrices if m.name not in specs[0]}
+    return as_plan(*specs, kept), [matrix for matrix in matrices if matrix.name in specs[0]]
 
 
 def replace_by_tensors_(
@@ -88,14 +94,14 @@ def _problem(model: PreTrainedModel, matrices: Sequence[DenseMatrix], decomposer
     width = model.config.get_text_config().hidden_size
     device = torch.device(decomposer.settings.device or matrices[0].weight.device)
 
-    def moment(matrix: DenseMatrix) -> tuple[torch.Tensor, int]:
+    def statistics(matrix: DenseMatrix) -> MatrixStatistics:
         found = decomposer.known(matrix, device)
         assert found is not None  # what a method needs is collected for all its matrices
-        assert found.input_moment is not None
-        return found.input_moment, found.num_tokens
+        return found
 
-    looks = bool(decomposer.settings.needs)
-    return TensorProblem(matrices, width, moment if looks else None, device, decomposer.progress)
+    settings = decomposer.settings
+    looks = statistics if settings.needs else None
+    return TensorProblem(matrices, width, looks, device, decomposer.progress, settings.seed)
 
 
 def _kind(settings: CompressionSettings) -> TensorKind:

@@ -9,6 +9,7 @@ import torch
 from hf_lowrank.progress import Progress
 from hf_lowrank.remote_code.lowrank_plan import Plan, Spec
 from hf_lowrank.solvers.storage import StateDict
+from hf_lowrank.statistics.moments import MatrixStatistics
 from hf_lowrank.targets import DenseMatrix
 
 Specs = dict[str, Spec]
@@ -20,20 +21,28 @@ class TensorProblem:
 
     Args:
         width: Hidden size of the model.
-        moment: Second moment `E[x x^T]` of the inputs of a matrix, and of how many tokens; None where the method looks
-            at no text.
+        statistics: What the text says about a matrix; None where the method looks at no text.
         device: Where to decompose.
+        seed: Of every draw.
     """
 
     matrices: Sequence[DenseMatrix]
     width: int
-    moment: Callable[[DenseMatrix], tuple[torch.Tensor, int]] | None
+    statistics: Callable[[DenseMatrix], MatrixStatistics] | None
     device: torch.device
     progress: Progress
+    seed: int = 0
 
     def weight(self, matrix: DenseMatrix) -> torch.Tensor:
         """A weight (O, I) where it is decomposed."""
         return matrix.weight.to(self.device)
+
+    def moment(self, matrix: DenseMatrix) -> tuple[torch.Tensor, int]:
+        """Second moment `E[x x^T]` of the inputs of a matrix, and of how many tokens."""
+        assert self.statistics is not None  # asked for where the method looks at text only
+        found = self.statistics(matrix)
+        assert found.input_moment is not None
+        return found.input_moment, found.num_tokens
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """Tensor trains of a model: one a matrix, or one central core for the same matrix of all layers."""
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -9,6 +9,7 @@ import torch
 from hf_lowrank.errors import InputError
 from hf_lowrank.remote_code.lowrank_plan import Plan
 from hf_lowrank.remote_code.lowrank_tensor_train import check_train_ranks, factor_shape
+from hf_lowrank.solvers.stacking import by_kind
 from hf_lowrank.solvers.tensor_train import TensorTrain, cut_spectra, ranks_for, shared_tensor_trains, tensor_train
 from hf_lowrank.targets import DenseMatrix
 from hf_lowrank.tensors.problem import Solved, Specs, TensorProblem
@@ -45,24 +46,24 @@ class TensorTrainKind:
     def specs_within(self, problem: TensorProblem, budget: float) -> tuple[Specs, Specs] | None:
         """One relative tolerance for all matrices, the least one that fits."""
         groups = self._groups(problem.matrices)
-        spectra = [_mean_spectra(problem, group) for group in groups]
+        spectra = [_mean_spectra(problem, group) for group in groups.values()]
         if self.least(problem) > budget:
             return None
         low, high = 0.0, 2**0.5  # at the latter every rank is 1
         for _ in range(_HALVINGS):
             middle = (low + high) / 2
             ranks = [ranks_for(values, middle) for values in spectra]
-            low, high = (low, middle) if self._num_weights(groups, ranks) <= budget else (middle, high)
+            low, high = (low, middle) if self._num_weights(groups.values(), ranks) <= budget else (middle, high)
         return self._as_specs(groups, [ranks_for(values, high) for values in spectra])
 
     def least(self, problem: TensorProblem) -> int:
         """Stored numbers at ranks of 1."""
         groups = self._groups(problem.matrices)
-        return self._num_weights(groups, [(1, 1)] * len(groups))
+        return self._num_weights(groups.values(), [(1, 1)] * len(groups))
 
     def solve(self, problem: TensorProblem, plan: Plan) -> Iterable[Solved]:
         """One matrix, or one central core with its members, at a time."""
-        for group in problem.progress(self._groups(problem.matrices), "decomposing"):
+        for group in problem.progress(list(self._groups(problem.matrices).values()), "decomposing"):
             weights = [problem.weight(matrix) for matrix in group]
             spec = plan["modules"][group[0].name]
             part = spec.get("shared")
@@ -73,34 +74,28 @@ class TensorTrainKind:
                 members = {matrix.name: _outer(train) for matrix, train in zip(group, trains, strict=True)}
                 yield Solved(members, part, {"central": trains[0].central})
                 continue
-            moment = None if problem.moment is None else _shrunk(problem.moment(group[0])[0])
+            moment = None if problem.statistics is None else _shrunk(problem.moment(group[0])[0])
             train = tensor_train(weights[0], ranks, (None, moment))
             yield Solved({group[0].name: {**_outer(train), "central": train.central}}, None, {})
 
-    def _groups(self, matrices: Sequence[DenseMatrix]) -> list[Group]:
-        if not self.shares:
-            return [[matrix] for matrix in matrices]
-        groups: dict[tuple[str, tuple[int, int]], list[DenseMatrix]] = {}
-        for matrix in matrices:
-            groups.setdefault((_part_name(matrix), matrix.shape), []).append(matrix)
-        return list(groups.values())
+    def _groups(self, matrices: Sequence[DenseMatrix]) -> dict[str, list[DenseMatrix]]:
+        return by_kind(matrices) if self.shares else {matrix.name: [matrix] for matrix in matrices}
 
-    def _as_specs(self, groups: Sequence[Group], ranks: Sequence[Ranks]) -> tuple[Specs, Specs]:
+    def _as_specs(self, groups: Mapping[str, Group], ranks: Sequence[Ranks]) -> tuple[Specs, Specs]:
         modules: Specs = {}
         shared: Specs = {}
-        for group, (left, right) in zip(groups, ranks, strict=True):
+        for (name, group), (left, right) in zip(groups.items(), ranks, strict=True):
             sizes = {"left_rank": left, "right_rank": right}
             if self.shares:
-                part = _part_name(group[0])
-                part = part if part not in shared else f"{part}_{group[0].shape[0]}_{group[0].shape[1]}"
+                part = f"central_{name}"
                 shared[part] = {"structure": "central_core", **sizes}
                 modules |= {matrix.name: {"structure": "shared_tensor_train", "shared": part} for matrix in group}
             else:
-                modules[group[0].name] = {"structure": "tensor_train", **sizes}
+                modules[name] = {"structure": "tensor_train", **sizes}
         return modules, shared
 
     @staticmethod
-    def _num_weights(groups: Sequence[Group], ranks: Sequence[Ranks]) -> int:
+    def _num_weights(groups: Iterable[Group], ranks: Sequence[Ranks]) -> int:
         total = 0
         for group, (left, right) in zip(groups, ranks, strict=True):
             first, central, last = (o * i for o, i in zip(*map(factor_shape, group[0].shape), strict=True))
@@ -116,13 +111,6 @@ def _shrunk(moment: torch.Tensor) -> torch.Tensor:
 
 def _outer(train: TensorTrain) -> dict[str, torch.Tensor]:
     return {"first": train.first, "last": train.last}
-
-
-def _part_name(matrix: DenseMatrix) -> str:
-    """Its name without the number of its layer, as the name of a module: `central_attention_self_query`."""
-    parts = matrix.name.split(".")
-    layer = next(index for index, part in enumerate(parts) if part.isdigit())
-    return "_".join(["central", *parts[layer + 1 :]])
 
 
 def _mean_spectra(problem: TensorProblem, group: Group) -> list[torch.Tensor]:

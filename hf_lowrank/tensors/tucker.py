@@ -82,7 +82,7 @@ def _stack(problem: TensorProblem) -> tuple[torch.Tensor, BlockMetrics | None]:
     """All blocks, and the metrics common to them where the method looks at text."""
     layouts = _layouts(problem)
     stack = stack_blocks([problem.weight(matrix) for matrix in problem.matrices], layouts)
-    if problem.moment is None:
+    if problem.statistics is None:
         return stack, None
     moments, counts = zip(*(problem.moment(matrix) for matrix in problem.matrices), strict=True)
     return stack, _metrics(moments, layouts, max(counts))

@@ -1,0 +1,172 @@
+"""Autoencoders of the rows of matrices: one decoder for the same matrix of all layers, or one a matrix."""
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from hf_lowrank.errors import InputError
+from hf_lowrank.planning.allocation import least_error
+from hf_lowrank.planning.curves import Curve
+from hf_lowrank.planning.prices import FloatArray
+from hf_lowrank.remote_code.lowrank_autoencoder_linear import ROWS, LinearDecoder, row_shape
+from hf_lowrank.remote_code.lowrank_plan import Plan
+from hf_lowrank.solvers import SOLVERS
+from hf_lowrank.solvers.metric import DiagonalMetric, identity
+from hf_lowrank.solvers.row_autoencoder import RowAutoencoder, Rows
+from hf_lowrank.solvers.stacking import by_kind
+from hf_lowrank.targets import DenseMatrix
+from hf_lowrank.tensors.problem import Solved, Specs, TensorProblem
+
+# Rows shorter than the square root of this, beside the longest, count like those.
+_SHORTEST = 1e-12
+
+
+@dataclass(frozen=True)
+class _Group:
+    """Matrices with a decoder in common.
+
+    Args:
+        part: Name of the decoder, as in a plan.
+        rows: Which neurons their rows are the weights of; see `LinearDecoder`.
+    """
+
+    part: str
+    members: Sequence[DenseMatrix]
+    rows: str
+
+    @property
+    def num_weights(self) -> int:
+        """Stored numbers while dense."""
+        return sum(matrix.num_weights for matrix in self.members)
+
+    @property
+    def width(self) -> int:
+        """Length of a row."""
+        return row_shape(self.members[0].module, self.rows)[1]
+
+    def cost(self, rank: int) -> int:
+        """Stored numbers at a code length, lengths of the rows and decoder paid for."""
+        return self.num_weights // self.width * (rank + 1) + LinearDecoder.num_numbers(self.width, rank)
+
+    def rank_within(self, budget: float) -> int:
+        """The longest codes that fit; 0 where none do."""
+        each = self.cost(1) - self.cost(0)
+        return max(0, min(self.width, int((budget - self.cost(0)) // each)))
+
+
+@dataclass(frozen=True)
+class AutoencoderKind:
+    """Codes and lengths for every row, and a linear decoder for the rows of a group.
+
+    Which rows, those of the output neurons or of the input neurons, is decided for each group: whichever loses less in
+    the same number of numbers.
+
+    Args:
+        solver: Row of `SOLVERS` by whose metrics errors count; None looks at no text: errors count relative to the
+            length of the row, which is to keep directions.
+        is_separate: Whether every matrix is a group of its own.
+    """
+
+    solver: str | None
+    is_separate: bool = False
+
+    def specs(self, problem: TensorProblem, ranks: Sequence[int]) -> tuple[Specs, Specs]:
+        """Specs with codes of the same length for all."""
+        if len(set(ranks)) != 1:
+            raise InputError(f"ranks of an autoencoder is one, the length of its codes, got {list(ranks)}.")
+        rank, groups = ranks[0], []
+        for ways in self._groups(problem):
+            bound = min(group.width for group in ways)
+            if not 1 <= rank <= bound:
+                raise InputError(
+                    f"rank must be between 1 and {bound} for {ways[0].part}, got {rank}. Choose one within."
+                )
+            groups.append(self._better(problem, ways, min(group.cost(rank) for group in ways))[0])
+        return _as_specs(groups, [rank] * len(groups))
+
+    def specs_within(self, problem: TensorProblem, budget: float) -> tuple[Specs, Specs] | None:
+        """The code lengths with the least error in all that fit; a group may stay dense."""
+        every = list(self._groups(problem))
+        share = budget / sum(ways[0].num_weights for ways in every)
+        found = [self._better(problem, ways, share * ways[0].num_weights) for ways in every]
+        groups, curves = [group for group, _ in found], [_curve(*pair) for pair in found]
+        if sum(float(curve.costs.min()) for curve in curves) > budget:
+            return None
+        choices = list(zip(groups, curves, least_error(curves, budget), strict=True))
+        chosen = [(group, int(curve.ranks[choice])) for group, curve, choice in choices if choice < curve.dense]
+        return _as_specs([group for group, _ in chosen], [rank for _, rank in chosen])
+
+    def least(self, problem: TensorProblem) -> int:
+        """Stored numbers at codes of one number."""
+        return sum(min(ways[0].num_weights, *(g.cost(1) for g in ways)) for ways in self._groups(problem))
+
+    def solve(self, problem: TensorProblem, plan: Plan) -> Iterable[Solved]:
+        """A decoder and its members at a time."""
+        by_part: dict[str, list[DenseMatrix]] = {}
+        for matrix in problem.matrices:
+            by_part.setdefault(plan["modules"][matrix.name]["shared"], []).append(matrix)
+        for part, members in problem.progress(list(by_part.items()), "decomposing"):
+            spec = plan["shared"][part]
+            found = self._autoencoder(problem, _Group(part, members, spec["rows"])).solve(spec["rank"])
+            numbers = zip(members, found.codes, found.norms, strict=True)
+            states = {matrix.name: {"codes": codes, "norms": norms} for matrix, codes, norms in numbers}
+            yield Solved(states, part, {"basis": found.basis, "offset": found.offset})
+
+    def _groups(self, problem: TensorProblem) -> Iterable[Sequence[_Group]]:
+        """Each group with its rows either way."""
+        kinds = by_kind(problem.matrices)
+        if self.is_separate:
+            kinds = {matrix.name.replace(".", "_"): [matrix] for matrix in problem.matrices}
+        for kind, members in kinds.items():
+            yield [_Group(f"decoder_{kind}", members, rows) for rows in ROWS]
+
+    def _better(self, problem: TensorProblem, ways: Sequence[_Group], budget: float) -> tuple[_Group, FloatArray]:
+        """The rows that lose less in a number of numbers, and their errors at code lengths 1, 2, ..."""
+
+        def loss(pair: tuple[_Group, FloatArray]) -> float:
+            return float(pair[1][max(pair[0].rank_within(budget), 1) - 1])
+
+        return min(((group, self._errors(problem, group)) for group in ways), key=loss)
+
+    def _errors(self, problem: TensorProblem, group: _Group) -> FloatArray:
+        """Of the group at code lengths 1, 2, ..., in a unit that all groups share."""
+        found = self._autoencoder(problem, group)
+        errors: FloatArray = found.errors.cpu().numpy()
+        if self.solver is not None:
+            return errors
+        norm = sum(float(problem.weight(matrix).double().square().sum()) for matrix in group.members) ** 0.5
+        scaled: FloatArray = errors * (norm / max(found.energy, math.ulp(0.0)))
+        return scaled
+
+    def _autoencoder(self, problem: TensorProblem, group: _Group) -> RowAutoencoder:
+        return RowAutoencoder([self._rows(problem, matrix, group.rows) for matrix in group.members])
+
+    def _rows(self, problem: TensorProblem, matrix: DenseMatrix, rows: str) -> Rows:
+        weight = problem.weight(matrix)
+        values = weight if rows == ROWS[0] else weight.T
+        if self.solver is None:
+            squares = values.double().square().sum(dim=1)
+            return Rows(values, DiagonalMetric(1 / squares.clamp_min(_SHORTEST * squares.max())), identity())
+        known = None if problem.statistics is None else problem.statistics(matrix)
+        outputs, inputs = SOLVERS[self.solver].metrics(known)
+        return Rows(values, outputs, inputs) if rows == ROWS[0] else Rows(values, inputs, outputs)
+
+
+def _curve(group: _Group, errors: FloatArray) -> Curve:
+    """What every code length of a group costs and loses, and what staying dense does."""
+    ranks = np.arange(1, group.width + 1)
+    costs = np.array([group.cost(int(rank)) for rank in ranks], dtype=np.float64)
+    is_smaller = costs < group.num_weights
+    ends = np.append(costs[is_smaller], group.num_weights), np.append(errors[is_smaller], 0.0)
+    return Curve(group.members[0], "autoencoder", ranks[is_smaller], *ends)
+
+
+def _as_specs(groups: Sequence[_Group], ranks: Sequence[int]) -> tuple[Specs, Specs]:
+    shared = {
+        group.part: {"structure": "linear_decoder", "rank": rank, "rows": group.rows}
+        for group, rank in zip(groups, ranks, strict=True)
+    }
+    modules = {m.name: {"structure": "autoencoder", "shared": group.part} for group in groups for m in group.members}
+    return modules, shared
