@@ -265,7 +265,7 @@ def _replaced(model: PreTrainedModel, provenance: dict[str, Any]) -> list[Module
             rank=getattr(structure, "rank", None),
             shape=_shape(structure),
             dense_parameters=math.prod(_shape(structure)) if structure_name(structure) else 0,
-            parameters=sum(p.numel() for key, p in structure.named_parameters() if not key.endswith("bias")),
+            parameters=sum(p.numel() for key, p in structure.named_parameters() if not _is_bias(structure, key)),
             dense_multiply_adds=_dense_multiply_adds(structure),
             multiply_adds=structure.multiply_adds(),
             relative_error=errors.get(name),
@@ -283,6 +283,11 @@ def _kept_dense(provenance: dict[str, Any]) -> list[ModuleReport]:
             ModuleReport(name, "dense", None, (shape[0], shape[1]), weights, weights, products, products, None, note)
         )
     return rows
+
+
+def _is_bias(structure: Any, name: str) -> bool:
+    """Whether that is the bias a dense layer had too; the offsets inside a shared part are its own."""
+    return structure_name(structure) is not None and name.endswith("bias")
 
 
 def _shape(structure: Any) -> tuple[int, int]:

@@ -14,6 +14,7 @@ Operator = Callable[[torch.Tensor], torch.Tensor]
 # A sweep that lowers the loss by less than this fraction is the last.
 _TOLERANCE = 3e-3
 _MOST_SWEEPS = 20
+_SWEEPS_TO_LOOK = 2
 _CG_STEPS = 3
 _RIDGE = 1e-13
 
@@ -87,13 +88,29 @@ class RowAutoencoder:
         tails = self._spectrum[0].clamp_min(0).cumsum(0).flip(0)
         return torch.cat([tails[1:], tails.new_zeros(1)])
 
+    def errors_near(self, rank: int) -> torch.Tensor:
+        """The same, all scaled so that the one of `rank` is what a few sweeps reach there, (D)."""
+        if len(self._members) == 1 or not float(self.errors[rank - 1]) > 0:
+            return self.errors
+        *_, loss = self._swept(rank, _SWEEPS_TO_LOOK)
+        return self.errors * (loss / self.errors[rank - 1])
+
     def solve(self, rank: int) -> RowCodes:
         """The best codes of length `rank`, and their decoder."""
+        decoder, codes, _ = self._swept(rank, _MOST_SWEEPS)
+        lengths = decoder[:-1].norm(dim=1).clamp_min(torch.finfo(torch.float64).tiny)
+        scaled = [
+            torch.where(m.norms[:, None] > 0, c * lengths / m.norms[:, None], 0.0) for m, c in self._pairs(codes)
+        ]
+        basis = decoder[:-1] / lengths[:, None]
+        return RowCodes(scaled, [member.norms for member in self._members], basis, decoder[-1])
+
+    def _swept(self, rank: int, most: int) -> tuple[torch.Tensor, list[torch.Tensor], float]:
+        """Decoder (R + 1, D), codes with the lengths multiplied in, and their loss, after at most so many sweeps."""
         _, vectors, offset = self._spectrum
-        basis = self._metric.unroot(vectors[:, -rank:].flip(1)).T
-        decoder = torch.cat([basis, offset[None]])
+        decoder = torch.cat([self._metric.unroot(vectors[:, -rank:].flip(1)).T, offset[None]])
         codes, loss = self._codes(decoder)
-        for _ in range(_MOST_SWEEPS if rank < self._width else 0):
+        for _ in range(most if rank < self._width else 0):
             found = self._decoder(codes, decoder)
             codes_found, loss_found = self._codes(found)
             if not loss_found < loss:
@@ -101,12 +118,7 @@ class RowAutoencoder:
             gained, decoder, codes, loss = loss - loss_found, found, codes_found, loss_found
             if gained < _TOLERANCE * loss or loss < torch.finfo(torch.float32).eps * self.energy:
                 break
-        lengths = decoder[:-1].norm(dim=1).clamp_min(torch.finfo(torch.float64).tiny)
-        scaled = [
-            torch.where(m.norms[:, None] > 0, c * lengths / m.norms[:, None], 0.0) for m, c in self._pairs(codes)
-        ]
-        basis = decoder[:-1] / lengths[:, None]
-        return RowCodes(scaled, [member.norms for member in self._members], basis, decoder[-1])
+        return decoder, codes, loss
 
     def _pairs(self, codes: Sequence[torch.Tensor]) -> "list[tuple[_Member, torch.Tensor]]":
         return list(zip(self._members, codes, strict=True))

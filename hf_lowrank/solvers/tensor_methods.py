@@ -31,6 +31,8 @@ TENSOR_METHODS: dict[str, TensorMethod] = {
     "separated_autoencoder": TensorMethod("separated_autoencoder", needs=TwoSidedSVD.needs),
     "offline_autoencoder": TensorMethod("offline_autoencoder"),
     "fisher_autoencoder": TensorMethod("fisher_autoencoder", needs=WeightedSVD.needs),
+    "nonlinear_autoencoder": TensorMethod("nonlinear_autoencoder"),
+    "separated_nonlinear_autoencoder": TensorMethod("separated_nonlinear_autoencoder"),
     "tucker-III-64": TensorMethod("tucker", ranks=(64, 64)),
     "tucker-III-384": TensorMethod("tucker", ranks=(384, 384)),
     "tucker-IV-72-384": TensorMethod("tucker", ranks=(72, 384, 384)),

@@ -1,6 +1,7 @@
 """From dense matrices to structures that share a tensor: one file a kind, one row of `KINDS` each."""
 
 from hf_lowrank.tensors.autoencoder import AutoencoderKind
+from hf_lowrank.tensors.nonlinear_autoencoder import NonlinearAutoencoderKind
 from hf_lowrank.tensors.problem import TensorKind
 from hf_lowrank.tensors.tensor_train import TensorTrainKind
 from hf_lowrank.tensors.tucker import TuckerKind
@@ -13,4 +14,6 @@ KINDS: dict[str, TensorKind] = {
     "separated_autoencoder": AutoencoderKind("two_sided_svd", is_separate=True),
     "offline_autoencoder": AutoencoderKind(None),
     "fisher_autoencoder": AutoencoderKind("weighted_svd"),
+    "nonlinear_autoencoder": NonlinearAutoencoderKind(None),
+    "separated_nonlinear_autoencoder": NonlinearAutoencoderKind(None, is_separate=True),
 }

@@ -1,21 +1,26 @@
 """Autoencoders of the rows of matrices: one decoder for the same matrix of all layers, or one a matrix."""
 
 import math
+from bisect import bisect_right
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
+import torch
 
 from hf_lowrank.errors import InputError
 from hf_lowrank.planning.allocation import least_error
 from hf_lowrank.planning.curves import Curve
 from hf_lowrank.planning.prices import FloatArray
-from hf_lowrank.remote_code.lowrank_autoencoder_linear import ROWS, LinearDecoder, row_shape
+from hf_lowrank.remote_code.lowrank_autoencoder_linear import ROWS, row_shape
 from hf_lowrank.remote_code.lowrank_plan import Plan
+from hf_lowrank.remote_code.lowrank_structures import SHARED_PARTS
 from hf_lowrank.solvers import SOLVERS
 from hf_lowrank.solvers.metric import DiagonalMetric, identity
 from hf_lowrank.solvers.row_autoencoder import RowAutoencoder, Rows
 from hf_lowrank.solvers.stacking import by_kind
+from hf_lowrank.solvers.storage import StateDict
 from hf_lowrank.targets import DenseMatrix
 from hf_lowrank.tensors.problem import Solved, Specs, TensorProblem
 
@@ -24,17 +29,19 @@ _SHORTEST = 1e-12
 
 
 @dataclass(frozen=True)
-class _Group:
+class Group:
     """Matrices with a decoder in common.
 
     Args:
         part: Name of the decoder, as in a plan.
         rows: Which neurons their rows are the weights of; see `LinearDecoder`.
+        decoder: Row of `SHARED_PARTS`.
     """
 
     part: str
     members: Sequence[DenseMatrix]
     rows: str
+    decoder: str
 
     @property
     def num_weights(self) -> int:
@@ -48,12 +55,12 @@ class _Group:
 
     def cost(self, rank: int) -> int:
         """Stored numbers at a code length, lengths of the rows and decoder paid for."""
-        return self.num_weights // self.width * (rank + 1) + LinearDecoder.num_numbers(self.width, rank)
+        decoder = SHARED_PARTS[self.decoder].num_numbers(self.width, rank)
+        return int(self.num_weights // self.width * (rank + 1) + decoder)
 
     def rank_within(self, budget: float) -> int:
         """The longest codes that fit; 0 where none do."""
-        each = self.cost(1) - self.cost(0)
-        return max(0, min(self.width, int((budget - self.cost(0)) // each)))
+        return bisect_right(range(1, self.width + 1), budget, key=self.cost)
 
 
 @dataclass(frozen=True)
@@ -71,6 +78,8 @@ class AutoencoderKind:
 
     solver: str | None
     is_separate: bool = False
+    decoder: ClassVar[str] = "linear_decoder"
+    structure: ClassVar[str] = "autoencoder"
 
     def specs(self, problem: TensorProblem, ranks: Sequence[int]) -> tuple[Specs, Specs]:
         """Specs with codes of the same length for all."""
@@ -84,7 +93,7 @@ class AutoencoderKind:
                     f"rank must be between 1 and {bound} for {ways[0].part}, got {rank}. Choose one within."
                 )
             groups.append(self._better(problem, ways, min(group.cost(rank) for group in ways))[0])
-        return _as_specs(groups, [rank] * len(groups))
+        return self._as_specs(groups, [rank] * len(groups))
 
     def specs_within(self, problem: TensorProblem, budget: float) -> tuple[Specs, Specs] | None:
         """The code lengths with the least error in all that fit; a group may stay dense."""
@@ -94,9 +103,9 @@ class AutoencoderKind:
         groups, curves = [group for group, _ in found], [_curve(*pair) for pair in found]
         if sum(float(curve.costs.min()) for curve in curves) > budget:
             return None
-        choices = list(zip(groups, curves, least_error(curves, budget), strict=True))
+        choices = list(zip(groups, curves, self._choices(curves, budget), strict=True))
         chosen = [(group, int(curve.ranks[choice])) for group, curve, choice in choices if choice < curve.dense]
-        return _as_specs([group for group, _ in chosen], [rank for _, rank in chosen])
+        return self._as_specs([group for group, _ in chosen], [rank for _, rank in chosen])
 
     def least(self, problem: TensorProblem) -> int:
         """Stored numbers at codes of one number."""
@@ -109,38 +118,47 @@ class AutoencoderKind:
             by_part.setdefault(plan["modules"][matrix.name]["shared"], []).append(matrix)
         for part, members in problem.progress(list(by_part.items()), "decomposing"):
             spec = plan["shared"][part]
-            found = self._autoencoder(problem, _Group(part, members, spec["rows"])).solve(spec["rank"])
-            numbers = zip(members, found.codes, found.norms, strict=True)
-            states = {matrix.name: {"codes": codes, "norms": norms} for matrix, codes, norms in numbers}
-            yield Solved(states, part, {"basis": found.basis, "offset": found.offset})
+            group = Group(part, members, spec["rows"], spec["structure"])
+            codes, norms, decoder = self._solved(problem, group, spec["rank"])
+            numbers = zip(members, codes, norms, strict=True)
+            yield Solved({matrix.name: {"codes": z, "norms": n} for matrix, z, n in numbers}, part, decoder)
 
-    def _groups(self, problem: TensorProblem) -> Iterable[Sequence[_Group]]:
+    def _choices(self, curves: Sequence[Curve], budget: float) -> list[int]:
+        return least_error(curves, budget)
+
+    def _solved(
+        self, problem: TensorProblem, group: Group, rank: int
+    ) -> tuple[list[torch.Tensor], list[torch.Tensor], StateDict]:
+        """Codes and lengths of each member, and the state of the decoder."""
+        found = self._autoencoder(problem, group).solve(rank)
+        return found.codes, found.norms, {"basis": found.basis, "offset": found.offset}
+
+    def _groups(self, problem: TensorProblem) -> Iterable[Sequence[Group]]:
         """Each group with its rows either way."""
         kinds = by_kind(problem.matrices)
         if self.is_separate:
             kinds = {matrix.name.replace(".", "_"): [matrix] for matrix in problem.matrices}
         for kind, members in kinds.items():
-            yield [_Group(f"decoder_{kind}", members, rows) for rows in ROWS]
+            yield [Group(f"decoder_{kind}", members, rows, self.decoder) for rows in ROWS]
 
-    def _better(self, problem: TensorProblem, ways: Sequence[_Group], budget: float) -> tuple[_Group, FloatArray]:
+    def _better(self, problem: TensorProblem, ways: Sequence[Group], budget: float) -> tuple[Group, FloatArray]:
         """The rows that lose less in a number of numbers, and their errors at code lengths 1, 2, ..."""
+        ranks = [max(group.rank_within(budget), 1) for group in ways]
+        found = [(group, self._errors(problem, group, rank), rank) for group, rank in zip(ways, ranks, strict=True)]
+        group, errors, _ = min(found, key=lambda way: float(way[1][way[2] - 1]))
+        return group, errors
 
-        def loss(pair: tuple[_Group, FloatArray]) -> float:
-            return float(pair[1][max(pair[0].rank_within(budget), 1) - 1])
-
-        return min(((group, self._errors(problem, group)) for group in ways), key=loss)
-
-    def _errors(self, problem: TensorProblem, group: _Group) -> FloatArray:
-        """Of the group at code lengths 1, 2, ..., in a unit that all groups share."""
+    def _errors(self, problem: TensorProblem, group: Group, rank: int) -> FloatArray:
+        """Of the group at code lengths 1, 2, ..., in a unit that all groups share, and nearest at that of `rank`."""
         found = self._autoencoder(problem, group)
-        errors: FloatArray = found.errors.cpu().numpy()
+        errors: FloatArray = found.errors_near(rank).cpu().numpy()
         if self.solver is not None:
             return errors
         norm = sum(float(problem.weight(matrix).double().square().sum()) for matrix in group.members) ** 0.5
         scaled: FloatArray = errors * (norm / max(found.energy, math.ulp(0.0)))
         return scaled
 
-    def _autoencoder(self, problem: TensorProblem, group: _Group) -> RowAutoencoder:
+    def _autoencoder(self, problem: TensorProblem, group: Group) -> RowAutoencoder:
         return RowAutoencoder([self._rows(problem, matrix, group.rows) for matrix in group.members])
 
     def _rows(self, problem: TensorProblem, matrix: DenseMatrix, rows: str) -> Rows:
@@ -153,20 +171,19 @@ class AutoencoderKind:
         outputs, inputs = SOLVERS[self.solver].metrics(known)
         return Rows(values, outputs, inputs) if rows == ROWS[0] else Rows(values, inputs, outputs)
 
+    def _as_specs(self, groups: Sequence[Group], ranks: Sequence[int]) -> tuple[Specs, Specs]:
+        shared = {
+            group.part: {"structure": self.decoder, "rank": rank, "rows": group.rows}
+            for group, rank in zip(groups, ranks, strict=True)
+        }
+        modules = {m.name: {"structure": self.structure, "shared": g.part} for g in groups for m in g.members}
+        return modules, shared
 
-def _curve(group: _Group, errors: FloatArray) -> Curve:
+
+def _curve(group: Group, errors: FloatArray) -> Curve:
     """What every code length of a group costs and loses, and what staying dense does."""
     ranks = np.arange(1, group.width + 1)
     costs = np.array([group.cost(int(rank)) for rank in ranks], dtype=np.float64)
     is_smaller = costs < group.num_weights
     ends = np.append(costs[is_smaller], group.num_weights), np.append(errors[is_smaller], 0.0)
-    return Curve(group.members[0], "autoencoder", ranks[is_smaller], *ends)
-
-
-def _as_specs(groups: Sequence[_Group], ranks: Sequence[int]) -> tuple[Specs, Specs]:
-    shared = {
-        group.part: {"structure": "linear_decoder", "rank": rank, "rows": group.rows}
-        for group, rank in zip(groups, ranks, strict=True)
-    }
-    modules = {m.name: {"structure": "autoencoder", "shared": group.part} for group in groups for m in group.members}
-    return modules, shared
+    return Curve(group.members[0], group.decoder, ranks[is_smaller], *ends)
