@@ -196,6 +196,7 @@ def test_every_method_names_its_paper(report, method):
 def test_ways_to_do_a_method_have_its_paper():
     assert paper_of("tucker-IV-72-384") is paper_of("whitened_tucker") is PAPERS["tucker"]
     assert paper_of("shared_tensor_train") is not paper_of("whitened_tensor_train") is PAPERS["tensor_train"]
+    assert paper_of("separated_nonlinear_autoencoder") is PAPERS["autoencoder"]
     assert paper_of("unheard_of") is None
 
 

@@ -106,18 +106,20 @@ PAPERS: dict[str, Paper] = {
         "2303.16753",
     ),
     "autoencoder": Paper(
-        "balazy2021direction",
-        "Direction is what you need: Improving Word Embedding Compression in Large Language Models",
-        "Ba{\\l}azy, Klaudia and Banaei, Mohammadreza and Lebret, R{\\'e}mi and Tabor, Jacek and Aberer, Karl",
-        2021,
-        "Workshop on Representation Learning for NLP",
-        "2106.08181",
+        "banaei2023revisiting",
+        "Revisiting Offline Compression: Going Beyond Factorization-based Methods for Transformer Language Models",
+        "Banaei, Mohammadreza and Ba{\\l}azy, Klaudia and Kasymov, Artur and Lebret, R{\\'e}mi and Tabor, Jacek and "
+        "Aberer, Karl",
+        2023,
+        "Findings of the Association for Computational Linguistics: EACL",
+        "2302.04045",
     ),
 }
+# Methods that others are ways to do, such as `whitened_tucker`, `tucker-III-64` and `nonlinear_autoencoder`.
+_DONE_IN_WAYS = ("tucker", "tensor_train", "autoencoder")
 
 
 def paper_of(method: str) -> Paper | None:
-    """The paper of a method; `whitened_tucker` and `tucker-III-64` are ways to do `tucker`."""
-    if method in PAPERS:
-        return PAPERS[method]
-    return PAPERS.get(method.partition("-")[0].removeprefix("whitened_"))
+    """The paper of a method, or of the one it is a way to do."""
+    name = method.partition("-")[0]
+    return PAPERS.get(name) or next((PAPERS[key] for key in _DONE_IN_WAYS if name.endswith(f"_{key}")), None)
