@@ -275,14 +275,12 @@ def _replaced(model: PreTrainedModel, provenance: dict[str, Any]) -> list[Module
 
 
 def _kept_dense(provenance: dict[str, Any]) -> list[ModuleReport]:
-    rows = []
-    for name, (shape, role, note) in sorted(provenance.get("kept_dense", {}).items()):
-        weights = shape[0] * shape[1]
-        products = 0 if role == "embedding" else weights
-        rows.append(
-            ModuleReport(name, "dense", None, (shape[0], shape[1]), weights, weights, products, products, None, note)
-        )
-    return rows
+    kept = []
+    for name, ((rows, columns), role, note) in sorted(provenance.get("kept_dense", {}).items()):
+        size = rows * columns
+        products = 0 if role == "embedding" else size
+        kept.append(ModuleReport(name, "dense", None, (rows, columns), size, size, products, products, None, note))
+    return kept
 
 
 def _is_bias(structure: Any, name: str) -> bool:
@@ -292,8 +290,7 @@ def _is_bias(structure: Any, name: str) -> bool:
 
 def _shape(structure: Any) -> tuple[int, int]:
     if not structure_name(structure):
-        rows, columns = structure.shape
-        return rows, columns
+        return structure.shape[0], structure.shape[1]
     if structure.HOSTS == "embedding":
         return structure.num_embeddings, structure.embedding_dim
     return structure.out_features, structure.in_features
