@@ -44,6 +44,7 @@ CONTENTS = {
         "solvers.tensor_train.shared_tensor_trains",
         "solvers.autoencoder.TableObjective",
         "solvers.trained_autoencoder.PublishedTraining",
+        "solvers.row_autoencoder.RowAutoencoder",
         "solvers.nonlinear_autoencoder.RowTraining",
         "anchoring.anchor_",
         "refinement.refine_",
