@@ -250,9 +250,7 @@ def _multiplying(model: nn.Module) -> list[Any]:
 
 
 def _replaced(model: PreTrainedModel, provenance: dict[str, Any]) -> list[ModuleReport]:
-    errors = provenance.get("relative_errors", {})
-    plan = model.config.plan
-    base = model.base_model
+    plan, base, errors = model.config.plan, model.base_model, provenance.get("relative_errors", {})
     names = [*sorted(plan.get("shared") or {}), *sorted(plan["modules"])]
     found: list[tuple[str, Any]] = [(name, base.get_submodule(name)) for name in names]
     if plan.get("output_embeddings") and structure_name(model.get_output_embeddings()):
@@ -265,7 +263,11 @@ def _replaced(model: PreTrainedModel, provenance: dict[str, Any]) -> list[Module
             rank=getattr(structure, "rank", None),
             shape=_shape(structure),
             dense_parameters=math.prod(_shape(structure)) if structure_name(structure) else 0,
-            parameters=sum(p.numel() for key, p in structure.named_parameters() if not _is_bias(structure, key)),
+            parameters=sum(
+                p.numel()
+                for key, p in structure.named_parameters()
+                if not (structure_name(structure) and key.endswith("bias"))  # offsets in a shared part are its own
+            ),
             dense_multiply_adds=_dense_multiply_adds(structure),
             multiply_adds=structure.multiply_adds(),
             relative_error=errors.get(name),
@@ -281,11 +283,6 @@ def _kept_dense(provenance: dict[str, Any]) -> list[ModuleReport]:
         products = 0 if role == "embedding" else size
         kept.append(ModuleReport(name, "dense", None, (rows, columns), size, size, products, products, None, note))
     return kept
-
-
-def _is_bias(structure: Any, name: str) -> bool:
-    """Whether that is the bias a dense layer had too; the offsets inside a shared part are its own."""
-    return structure_name(structure) is not None and name.endswith("bias")
 
 
 def _shape(structure: Any) -> tuple[int, int]:

@@ -15,9 +15,13 @@ _HEADER_BYTES = 90
 _PLAN_BYTES = 150
 # Padding of the safetensors header, generation_config.json, the auto_map, what made the model.
 _OTHER_BYTES = 5000
-# What a structure has beside two factors: tensors, and bytes of numbers that are no weights. Pivoted rows have a
-# second bias, and where the moved outputs come from and go to; on average fewer than 16 move.
-_EXTRA = {"pivoted": (3, 2 * 8 * 16)}
+# What a matrix has beside two factors: tensors, and other bytes. Pivoted rows have a second bias, and where the moved
+# outputs come from and go to; on average fewer than 16 move. A decoder of its own has an entry in the plan too.
+_EXTRA = {
+    "pivoted": (3, 2 * 8 * 16),
+    "separated_autoencoder": (2, _PLAN_BYTES),
+    "separated_nonlinear_autoencoder": (6, _PLAN_BYTES),
+}
 
 
 def parameter_bytes(model: nn.Module) -> int:
