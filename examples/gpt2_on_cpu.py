@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from benchmark_quality import detokenized
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
@@ -53,7 +54,7 @@ def main() -> None:
         rows.append((name, f"{speed['dense']:.0f}", f"{speed['small']:.0f}"))
     if options.test:
         task = make_task("causal-lm", max_examples=options.test_blocks)
-        found = task.compare(pair, task.steps(tokenizer, options.test, 8, dense))
+        found = task.compare(pair, task.steps(tokenizer, detokenized(Path(options.test)), 8, dense))
         rows.append(("perplexity", *(f"{found[name]['perplexity']:.2f}" for name in pair)))
     print(f"{'':<18}{'dense':>14}{'compressed':>14}   ({torch.get_num_threads()} threads)")
     for name, before, after in rows:
@@ -119,7 +120,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--model", default="openai-community/gpt2", help="folder or Hub id of a GPT-2")
     parser.add_argument("--text", help="text to look at; default: synthetic tokens")
     parser.add_argument("--text-column", help="its column of text")
-    parser.add_argument("--test", help="text to report perplexity on")
+    parser.add_argument("--test", help="text to report perplexity on, in the form of WikiText")
     parser.add_argument("--test-blocks", type=int, default=200, help="of 128 tokens")
     parser.add_argument("--keep-targets", type=float, default=0.5, help="of the blocks' matrices")
     parser.add_argument("--fast", action="store_true", help="predicted ranks, no training")
