@@ -32,6 +32,7 @@ from hf_lowrank.tasks import make_task
 from hf_lowrank.tasks.base import Step
 
 COMPRESSIONS = (3.0, 10.0, 25.0)
+SMOKE_COMPRESSIONS = (2.0, 4.0)  # tiny matrices of rank 1 are not smaller
 # Kinds of matrices, by their names.
 KINDS = {
     "masked": {"keys": r".*self\.key", "output dense": r".*\d\.output\.dense"},
@@ -174,15 +175,15 @@ def language_study(kind: str, arguments: argparse.Namespace) -> Study:
     return Study(kind, model, tokenizer, data / "lm-corpus" / "train.jsonl", steps, arguments.work_dir / name)
 
 
-def print_table(study: Study, methods: Sequence[str]) -> None:
+def print_table(study: Study, methods: Sequence[str], compressions: Sequence[float]) -> None:
     """One block of rows for each kind of matrix."""
     print(f"\n## {study.kind}\ndense: perplexity {perplexity(study.model, study.steps):.2f}", flush=True)
     for title, pattern in KINDS[study.kind].items():
         matrices = matching(find_matrices(study.model), pattern, "kind")
         rows, columns = matrices[0].shape
-        print(f"\n{title}: {len(matrices)} of {rows} x {columns}\n{'':34}" + "".join(f"{c:12g}" for c in COMPRESSIONS))
+        print(f"\n{title}: {len(matrices)} of {rows} x {columns}\n{'':34}" + "".join(f"{c:12g}" for c in compressions))
         for method in methods:
-            found = [scored(study, matrices, method, compression) for compression in COMPRESSIONS]
+            found = [scored(study, matrices, method, compression) for compression in compressions]
             print(f"{method:34}" + "".join(f"{value:12.2f}" for value in found), flush=True)
 
 
@@ -203,7 +204,7 @@ def main() -> None:
             study = Study(kind, tiny.model, None, tiny.calibration, tiny.steps, tiny.cache)
         else:
             study = language_study(kind, arguments)
-        print_table(study, arguments.methods)
+        print_table(study, arguments.methods, SMOKE_COMPRESSIONS if arguments.smoke else COMPRESSIONS)
 
 
 if __name__ == "__main__":

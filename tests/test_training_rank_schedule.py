@@ -142,5 +142,5 @@ def test_options_that_cannot_be_used_are_named(callback, message, tmp_path):
 
 
 def test_ranks_of_a_dense_model_cannot_fall(tmp_path):
-    with pytest.raises(InputError, match="no low-rank layers"):
+    with pytest.raises(InputError, match="no layers of two factors"):
         trainer_of(tmp_path, tiny_models.build(HEAD), RankScheduleCallback(0.5)).train()
