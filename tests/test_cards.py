@@ -18,6 +18,8 @@ from hf_lowrank.cards.metadata import RESULTS_FILE, results_file
 from hf_lowrank.cards.pictures import rank_picture
 from hf_lowrank.cli import main
 from hf_lowrank.evaluation import Latency
+from hf_lowrank.loading import load_dense
+from hf_lowrank.machine import machine_name
 from hf_lowrank.origin import Origin, find_origin
 from hf_lowrank.record import read_record, record_bytes, write_record
 from hf_lowrank.report import CompressionReport, LatencyReport, ModuleReport, QualityReport, make_report
@@ -312,6 +314,20 @@ def test_record_evaluation_is_what_the_command_does(folder, dense):
     (entry,) = saved_report(folder).quality
     assert (entry.dataset, entry.config, entry.split, entry.is_on_hub) == ("owner/texts", "en", "test", True)
     assert yaml.safe_load((folder / RESULTS_FILE).read_text())[0]["dataset"]["id"] == "owner/texts"
+
+
+def test_an_evaluation_beside_the_dense_model_gives_a_record_its_speed_where_it_has_none(folder, dense):
+    model, texts = load_compressed(folder), ["a b c d e f g h"] * 8
+    options = {"tokenizer": encoder_tokenizer(), "block_length": 16}
+    for stock in (None, load_dense(dense)):
+        record_evaluation(folder, evaluate(model, texts, "masked-lm", dense=stock, **options), "owner/texts")
+        first = saved_report(folder).latency
+        assert (first is None) == (stock is None)
+
+    record_evaluation(folder, evaluate(model, texts, "masked-lm", dense=stock, **options), "owner/texts")
+
+    assert saved_report(folder).latency == first
+    assert first.machine == machine_name()
 
 
 def test_the_card_is_written_again_with_what_is_said_and_keeps_what_the_user_wrote(folder, capsys):

@@ -16,6 +16,7 @@ from hf_lowrank.cards.usage import snippet
 from hf_lowrank.planning.budgets import KINDS
 from hf_lowrank.redaction import without_tokens
 from hf_lowrank.report import CompressionReport, QualityReport
+from hf_lowrank.solvers.tensor_methods import TENSOR_METHODS
 from hf_lowrank.wording import megabytes, milliseconds, share, speed_in_words
 
 REPORT_FILE = "compression_report.json"
@@ -135,7 +136,8 @@ class _Text:
         settings, modules = self.settings, self.report.modules
         given = [f"`{name}={settings[name]}`" for name in KINDS if name in settings]
         budget = f", budget {given[0]}" if given else ", its sizes as published"
-        details = [f"{name} `{settings[name]}`" for name in ("allocation", "storage", "group") if name in settings]
+        asked = ("allocation", "storage", *(["group"] if self.method in TENSOR_METHODS else []))
+        details = [f"{name} `{settings[name]}`" for name in asked if name in settings]
         left_dense = sum(module.structure == "dense" for module in modules)
         parts = sum(not module.dense_parameters for module in modules)
         counts = f"{len(modules) - left_dense - parts} matrices replaced, {left_dense} left dense"

@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 
 from hf_lowrank.errors import InputError
 from hf_lowrank.evaluation import Latency, measure_latency, typical_length
+from hf_lowrank.machine import machine_name
 from hf_lowrank.progress import Progress, no_progress
 from hf_lowrank.remote_code.lowrank_structures import structure_name
 from hf_lowrank.targets import is_tied
@@ -52,6 +53,7 @@ class Evaluation:
         metric: The score that counts.
         batch_size: Of the forward pass that latency and memory are of.
         sequence_length: The same.
+        machine: What they were measured on.
         untied: The model with the dense one's head in place of its own, where a language model's embedding is
             compressed and its head tied to it: what the compressed look-up alone costs. Its size has that head in it;
             latency and memory are not measured.
@@ -63,6 +65,7 @@ class Evaluation:
     higher_is_better: bool
     batch_size: int
     sequence_length: int
+    machine: str
     model: Measurements
     dense: Measurements | None
     untied: Measurements | None
@@ -140,6 +143,7 @@ def evaluate(
         higher_is_better=task.higher_is_better,
         batch_size=shape[0],
         sequence_length=shape[1],
+        machine=machine_name(model.device),
         model=measured[_MODEL],
         dense=measured.get(_DENSE),
         untied=measured.get(_UNTIED),
