@@ -195,7 +195,9 @@ def main() -> None:
         )
         if arguments.out is not None:
             folder = arguments.out / name.replace(", ", "-").replace(" ", "-")
-            made_by = f"python examples/tucker_distillation.py --teacher FOLDER --data SST-2 --students {name!r}"
+            student_of = f"--teacher FOLDER --data SST-2 --students {name!r}"
+            sizes = f"--task-steps {arguments.task_steps} --learning-rate {arguments.learning_rate:g}"
+            made_by = f"python examples/tucker_distillation.py {student_of} {sizes}"
             student.config.compression["provenance"]["command"] = made_by
             student.save_pretrained(folder)
             tokenizer.save_pretrained(folder)

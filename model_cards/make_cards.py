@@ -35,7 +35,6 @@ RUNS = {
     "all-MiniLM-L6-v2-40MB": ["--target-size", "40MB", "--embeddings", "autoencoder", *CORPUS],
 }
 PAIRS = ["--task", "similarity", "--text-column", "sentence1", "--text-pair-column", "sentence2"]
-STUDENT = "all-MiniLM-L6-v2-sst2-tucker-distilled"
 
 
 def make_card(name: str, options: list[str], data: Path) -> None:
@@ -50,7 +49,8 @@ def make_card(name: str, options: list[str], data: Path) -> None:
 def make_student_card(student: Path, teacher: Path, data: Path) -> None:
     """Evaluate and describe a model that a dense one has taught."""
     with tempfile.TemporaryDirectory() as scratch:
-        folder = Path(shutil.copytree(student, Path(scratch) / STUDENT))
+        folder = Path(scratch) / f"all-MiniLM-L6-v2-sst2-{student.name.lower()}-distilled"
+        shutil.copytree(student, folder)
         dataset = str(data / "glue" / "SST-2" / "dev.tsv")
         task = ["--task", "text-classification", "--dataset", dataset]
         keep_card(folder, teacher, task, ["--license", "apache-2.0"])  # that of the base, which the teacher is made of
