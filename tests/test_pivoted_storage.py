@@ -211,3 +211,16 @@ def test_it_decompresses_to_the_weights_it_stands_for():
 def test_an_unknown_storage_names_those_there_are():
     with pytest.raises(InputError, match="storage must be one of low_rank, pivoted, got 'zip'"):
         convert_storage_(compress(build("BertModel"), keep_targets=0.6, method="svd"), "zip")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("rank", [4, 5, 7, 11])
+def test_no_memory_is_read_that_was_not_written(rank, dtype, monkeypatch):
+    layer = PivotedLinear(16, rank + 13, rank, bias=False, dtype=dtype)
+    layer.reset_parameters(std=0.1)
+    monkeypatch.setattr(torch.Tensor, "new_empty", lambda self, *size: self.new_full(size, float("nan")))
+
+    with torch.no_grad():
+        found = layer(torch.randn(64, 16, dtype=dtype))
+
+    assert torch.isfinite(found).all()
