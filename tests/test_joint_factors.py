@@ -54,7 +54,7 @@ def test_the_common_product_is_computed_once_for_all_members(members):
     for layer, output in zip(layers, found, strict=True):
         expected = nn.functional.linear(hidden_states, layer.to_dense(), layer.dense_bias())
         assert torch.allclose(output, expected, atol=1e-6)
-    assert layers[0].shared._held is None  # nothing outlives the last member's call
+    assert layers[0].shared._common._known is None  # nothing outlives the last member's call
 
 
 @pytest.mark.parametrize("change", ["another input", "input", "weight", "grad mode", "weight object"])

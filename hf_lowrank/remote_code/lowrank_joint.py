@@ -1,6 +1,5 @@
 """Matrices that read the same input, such as query, key and value, with their first factor in common."""
 
-import weakref
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,7 +9,7 @@ from transformers import initialization as init
 
 from .lowrank_dense import dense_shape
 from .lowrank_linear import check_rank, dense_product, factor_std
-from .lowrank_products import state_of
+from .lowrank_products import InputProduct
 
 
 class SharedDown(nn.Module):
@@ -47,7 +46,7 @@ class SharedDown(nn.Module):
         self.rank = rank
         self.num_members = num_members
         self.down = nn.Linear(in_features, rank, bias=False, device=device, dtype=dtype)
-        self._held: _Held | None = None
+        self._common = InputProduct(num_members)
 
     @classmethod
     def like(
@@ -61,14 +60,7 @@ class SharedDown(nn.Module):
         return cls(in_features, rank, len(members), device or first.weight.device, first.weight.dtype)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        if torch.compiler.is_compiling():  # the compiler finds the common product by itself
-            return self.down(hidden_states)
-        held = self._held
-        if held is None or not held.is_of(hidden_states, self.down):
-            held = _Held(hidden_states, self.down)
-        held.num_uses += 1
-        self._held = held if held.num_uses < self.num_members else None
-        return held.output
+        return self._common(hidden_states, [*self.down.parameters()], lambda: self.down(hidden_states))
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -85,28 +77,6 @@ class SharedDown(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, rank={self.rank}, num_members={self.num_members}"
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_held": None}  # a copy has its own calls
-
-
-class _Held:
-    """A result that more members will ask for, and all it depends on."""
-
-    def __init__(self, hidden_states: torch.Tensor, down: nn.Module) -> None:
-        self._input = weakref.ref(hidden_states)
-        self._state = _state(hidden_states, down)
-        self.output: torch.Tensor = down(hidden_states)
-        self.num_uses = 0
-
-    def is_of(self, hidden_states: torch.Tensor, down: nn.Module) -> bool:
-        return self._input() is hidden_states and self._state == _state(hidden_states, down)
-
-
-def _state(hidden_states: torch.Tensor, down: nn.Module) -> tuple[Any, ...]:
-    is_autocast = torch.is_autocast_enabled(hidden_states.device.type)
-    modes = torch.is_grad_enabled(), torch.is_inference_mode_enabled(), is_autocast
-    return *modes, state_of([hidden_states, *down.parameters()])
 
 
 class JointLinear(nn.Module):

@@ -28,30 +28,40 @@ def state_of(tensors: Sequence[torch.Tensor]) -> tuple[Any, ...]:
 
 
 class InputProduct:
-    """A product of an input with a weight, held for whoever asks for the same one next.
+    """What several callers compute of the very same input, one after the other: formed once.
 
-    Query, key and value call with the very same tensor, one after the other. Held without gradients only (the graph
-    would keep both), and no longer than the input lives.
+    Query, key and value call so. A result is forgotten with its input, after its last use, and when anything it
+    depends on has changed; a copy has none.
+
+    Args:
+        num_uses: Callers that ask for each result. Where that is not known, nothing is held with gradients: its graph
+            would keep the input, and the input the result.
     """
 
-    def __init__(self) -> None:
-        self._known: tuple[weakref.ref[torch.Tensor], weakref.ref[torch.Tensor], tuple[Any, ...], torch.Tensor] | None
-        self._known = None
+    def __init__(self, num_uses: int | None = None) -> None:
+        self._num_uses = num_uses
+        self._known: _Product | None = None
 
-    def __call__(self, hidden_states: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        """`x @ weight`."""
+    def __call__(
+        self, hidden_states: torch.Tensor, weights: Sequence[torch.Tensor], form: Callable[[], torch.Tensor]
+    ) -> torch.Tensor:
+        """`form()`, which depends on the input, the weights and the mode alone, or what it gave for the same."""
+        is_unbounded = self._num_uses is None and torch.is_grad_enabled()
         # The compiler finds common products by itself; weights made in inference mode keep no count of their changes.
-        if torch.is_grad_enabled() or torch.compiler.is_compiling() or weight.is_inference():
-            return hidden_states @ weight
-        known = self._known
-        state = torch.is_autocast_enabled(hidden_states.device.type), state_of([hidden_states, weight])
-        if known is None or known[0]() is not hidden_states or known[1]() is not weight or known[2] != state:
-            held = weakref.ref(hidden_states, self._forget), weakref.ref(weight)
-            known = self._known = (*held, state, hidden_states @ weight)
-        return known[3]
+        if is_unbounded or torch.compiler.is_compiling() or any(weight.is_inference() for weight in weights):
+            return form()
+        tensors, known = [hidden_states, *weights], self._known
+        if known is None or not known.is_of("", tensors):
+            known = _Product("", tensors, form(), self._forget)
+        known.num_uses += 1
+        self._known = None if known.num_uses == self._num_uses else known
+        return known.value
 
     def _forget(self, _: Any) -> None:
         self._known = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_known": None}
 
 
 class HeldProducts(nn.Module):
@@ -96,21 +106,32 @@ class HeldProducts(nn.Module):
 
 
 class _Product:
-    """A product and all it depends on."""
+    """A product and all it depends on.
 
-    def __init__(self, name: str, weights: Sequence[torch.Tensor], value: torch.Tensor) -> None:
-        self._objects = [weakref.ref(weight) for weight in weights]
-        self._state = _state(name, weights)
+    Args:
+        forget: Called when one of the tensors is no more.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        tensors: Sequence[torch.Tensor],
+        value: torch.Tensor,
+        forget: Callable[[Any], None] | None = None,
+    ) -> None:
+        self._objects = [weakref.ref(tensor, forget) for tensor in tensors]
+        self._state = _state(name, tensors)
         self.value = value
+        self.num_uses = 0
 
-    def is_of(self, name: str, weights: Sequence[torch.Tensor]) -> bool:
-        same = len(weights) == len(self._objects) and all(
-            known() is weight for known, weight in zip(self._objects, weights, strict=True)
+    def is_of(self, name: str, tensors: Sequence[torch.Tensor]) -> bool:
+        same = len(tensors) == len(self._objects) and all(
+            known() is tensor for known, tensor in zip(self._objects, tensors, strict=True)
         )
-        return same and self._state == _state(name, weights)
+        return same and self._state == _state(name, tensors)
 
 
-def _state(name: str, weights: Sequence[torch.Tensor]) -> tuple[Any, ...]:
-    kind = weights[0].device.type
+def _state(name: str, tensors: Sequence[torch.Tensor]) -> tuple[Any, ...]:
+    kind = tensors[0].device.type
     autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
-    return name, autocast, state_of(weights)
+    return name, torch.is_grad_enabled(), torch.is_inference_mode_enabled(), autocast, state_of(tensors)

@@ -70,7 +70,7 @@ class TuckerBasis(nn.Module):
 
     def product(self, hidden_states: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
         """`x factor`, once for all members that are called one after the other with the very same `x`."""
-        return self._last(hidden_states, factor)
+        return self._last(hidden_states, [factor], lambda: hidden_states @ factor)
 
     def multiply_adds(self) -> int:
         """None of its own: its members multiply by it."""
@@ -83,9 +83,6 @@ class TuckerBasis(nn.Module):
 
     def extra_repr(self) -> str:
         return ", ".join(f"{size}={getattr(self, size)}" for size in self.SIZES)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_last": InputProduct()}  # a copy has its own calls
 
 
 class TuckerBank(TuckerBasis):
