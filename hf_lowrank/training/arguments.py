@@ -11,6 +11,8 @@ _EVALUATIONS = 10
 def make_arguments(folder: str, *, batch_size: int, epochs: float, **options: Any) -> TrainingArguments:
     """AdamW without decay, warmed up over a tenth, then falling as a cosine; ten evaluations and one before the start.
 
+    Batches are of rows of like lengths, since padding costs what words do.
+
     Args:
         folder: Where checkpoints go, if any are asked for.
         options: More of `TrainingArguments`.
@@ -20,6 +22,7 @@ def make_arguments(folder: str, *, batch_size: int, epochs: float, **options: An
         "warmup_steps": 0.1,
         "weight_decay": 0.0,
         "adam_beta2": 0.98,
+        "train_sampling_strategy": "group_by_length",
         "eval_on_start": True,
         "eval_strategy": "steps",
         "eval_steps": 1 / _EVALUATIONS,
