@@ -26,6 +26,7 @@ from hf_lowrank import FirstOrderPruningCallback, evaluate, lpaf
 from hf_lowrank.loading import load_dense
 from hf_lowrank.training.arguments import make_arguments
 from hf_lowrank.training.features import PaddingCollator, hold_out, make_features
+from hf_lowrank.training.preparation import prepared
 
 # row -> what prunes (None: trained as long, and nothing pruned), and options of `lpaf`
 ROWS: dict[str, tuple[str | None, dict[str, Any]]] = {
@@ -92,15 +93,16 @@ class Study:
             str(self.folder), batch_size=16, epochs=options.epochs, seed=seed,
             learning_rate=3e-5, eval_strategy="no", eval_on_start=False,
         )  # fmt: skip
-        trainer = Trainer(
-            model=model,
-            args=arguments,
-            train_dataset=hold_out(features, seed)[0],  # what `lpaf` trains on
-            data_collator=PaddingCollator(self.tokenizer.pad_token_id),
-            callbacks=[pruning],
-        )
-        trainer.remove_callback(PrinterCallback)  # the tables are what is printed
-        trainer.train()
+        with prepared(model):
+            trainer = Trainer(
+                model=model,
+                args=arguments,
+                train_dataset=hold_out(features, seed)[0],  # what `lpaf` trains on
+                data_collator=PaddingCollator(self.tokenizer.pad_token_id),
+                callbacks=[pruning],
+            )
+            trainer.remove_callback(PrinterCallback)  # the tables are what is printed
+            trainer.train()
         ranks = pruning.ranks.values()
         shares = [[one.rank / one.full_rank for one in ranks], [one.energy_rank / one.full_rank for one in ranks]]
         return model, [self.accuracy(model.eval()), *(statistics.mean(share) for share in shares)]

@@ -16,8 +16,8 @@ from typing import Any
 
 import torch
 from benchmark_quality import detokenized
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+from recover_gpt2 import tiny, tiny_texts
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_lowrank import compress, make_report
 from hf_lowrank.loading import load_dense
@@ -103,14 +103,10 @@ def continued(model: Any, tokenizer: Any, prompt: str) -> str:
 
 def smoke_files(folder: Path) -> tuple[str, str, str]:
     """A tiny model with its tokenizer, and two texts."""
-    core = Tokenizer(models.WordLevel({letter: index for index, letter in enumerate("abcdefghijklmnop.")}, "."))
-    core.pre_tokenizer = pre_tokenizers.Whitespace()
-    sizes = {"n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 32, "bos_token_id": 16, "eos_token_id": 16}
-    GPT2LMHeadModel(GPT2Config(vocab_size=17, **sizes)).save_pretrained(folder / "model")
-    PreTrainedTokenizerFast(tokenizer_object=core, eos_token=".").save_pretrained(folder / "model")
-    lines = [" ".join("abcdefghijklmnop"[i % 16] for i in range(start, start + 40)) for start in range(40)]
+    for part in tiny():
+        part.save_pretrained(folder / "model")
     for name in ("text.txt", "test.txt"):
-        (folder / name).write_text("\n".join(lines))
+        (folder / name).write_text("\n".join(tiny_texts()))
     return str(folder / "model"), str(folder / "text.txt"), str(folder / "test.txt")
 
 

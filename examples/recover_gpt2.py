@@ -36,7 +36,7 @@ def main() -> None:
     torch.manual_seed(options.seed)
     if options.smoke:
         dense, tokenizer = tiny()
-        texts = test = [" ".join("abcdefghijklmnop"[i % 16] for i in range(start, start + 40)) for start in range(40)]
+        texts = test = tiny_texts()
         options.examples, options.methods = 32, ["svd", "two_sided_svd"]
     else:
         dense, tokenizer = load_dense(options.model, torch.float32), AutoTokenizer.from_pretrained(options.model)
@@ -75,6 +75,11 @@ def tiny() -> tuple[GPT2LMHeadModel, PreTrainedTokenizerFast]:
     return GPT2LMHeadModel(GPT2Config(vocab_size=17, **sizes)).eval(), PreTrainedTokenizerFast(
         tokenizer_object=core, eos_token="."
     )
+
+
+def tiny_texts() -> list[str]:
+    """Letters in the order of the alphabet."""
+    return [" ".join("abcdefghijklmnop"[i % 16] for i in range(start, start + 40)) for start in range(40)]
 
 
 def parse() -> argparse.Namespace:

@@ -6,8 +6,8 @@
 `FOLDER` is a fine-tuned classifier (`examples/finetune_classifier.py` makes one), `DATA/glue/SST-2` holds `train.tsv`
 and `dev.tsv` with the columns `sentence` and `label`. The stages are those of Ren et al. (ICLR 2022), the teacher in
 evaluation mode throughout: a general one on plain text (`--text`) and a first one on the task, both by attention
-scores and by hidden states; a second one on the task by the teacher's predictions. No state is chosen by its score; `--validate` sets training sentences aside to choose
-options by.
+scores and by hidden states; a second one on the task by the teacher's predictions. No state is chosen by its score;
+`--validate` scores on training sentences that are set aside, to choose options by.
 """
 
 import argparse

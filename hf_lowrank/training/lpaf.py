@@ -19,6 +19,7 @@ from hf_lowrank.training.arguments import make_arguments
 from hf_lowrank.training.best import BestStateCallback
 from hf_lowrank.training.features import Features, PaddingCollator, has_labels, hold_out, make_features
 from hf_lowrank.training.mixed_rank import MixedRankCallback
+from hf_lowrank.training.preparation import prepared
 from hf_lowrank.training.pruning import FirstOrderPruningCallback
 
 _KEEP = 0.25
@@ -89,6 +90,8 @@ def lpaf(
        which `convert_storage_` can store smaller afterwards.
     3. The factors are trained on the task; now and then a layer still takes its sparse weight, ever less often. The
        state with the least loss on held-out examples is kept.
+
+    Dense embedding tables are left as they are.
 
     Args:
         model: A model fine-tuned on the task, or its folder or Hub id; it is not changed.
@@ -183,23 +186,19 @@ def _train(
     folder: str,
     **options: Any,
 ) -> None:
-    uses_cache = getattr(model.config, "use_cache", None)
     if training.work_dir is not None:
         options["save_strategy"] = "epoch"
-    trainer = Trainer(
-        model=model,
-        args=make_arguments(folder, batch_size=training.batch_size, seed=training.seed, **options),
-        train_dataset=data[0],
-        eval_dataset=data[1],
-        data_collator=PaddingCollator(data[2]),
-        callbacks=callbacks,
-    )
-    trainer.remove_callback(PrinterCallback)  # standard output is the caller's
-    trainer.train(resume_from_checkpoint=get_last_checkpoint(folder) if Path(folder).is_dir() else None)
-    if uses_cache is not None:
-        model.config.use_cache = uses_cache
-    for parameter in model.parameters():
-        parameter.grad = None
+    with prepared(model):
+        trainer = Trainer(
+            model=model,
+            args=make_arguments(folder, batch_size=training.batch_size, seed=training.seed, **options),
+            train_dataset=data[0],
+            eval_dataset=data[1],
+            data_collator=PaddingCollator(data[2]),
+            callbacks=callbacks,
+        )
+        trainer.remove_callback(PrinterCallback)  # standard output is the caller's
+        trainer.train(resume_from_checkpoint=get_last_checkpoint(folder) if Path(folder).is_dir() else None)
 
 
 @contextmanager

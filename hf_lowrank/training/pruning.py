@@ -5,6 +5,7 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 from torch.nn.utils import parametrize
@@ -140,7 +141,12 @@ class Pruner:
 def _largest(values: torch.Tensor, fraction: float) -> torch.Tensor:
     """A mask of the `round(fraction n)` largest of (n) values; of equal ones, exactly as many as are needed."""
     count = max(1, round(fraction * len(values)))
-    return torch.zeros_like(values, dtype=torch.bool).index_fill_(0, values.topk(count, sorted=False).indices, True)
+    if values.device.type == "cpu":  # a partition takes a quarter of the time of torch's topk
+        wide = values.detach() if values.dtype.itemsize >= 4 else values.detach().float()  # numpy has no bfloat16
+        places = torch.from_numpy(np.argpartition(wide.numpy(), -count)[-count:])
+    else:
+        places = values.topk(count, sorted=False).indices
+    return torch.zeros_like(values, dtype=torch.bool).index_fill_(0, places, True)
 
 
 class FirstOrderPruningCallback(TrainerCallback):

@@ -2,8 +2,7 @@
 
 import copy
 import tempfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from hf_lowrank.training.arguments import make_arguments
 from hf_lowrank.training.best import BestStateCallback
 from hf_lowrank.training.distillation import DistillationTrainer, check_teacher
 from hf_lowrank.training.features import Features, PaddingCollator, has_labels, hold_out, make_features
+from hf_lowrank.training.preparation import prepared
 
 # Peak of AdamW's learning rate: factors found without data stand far from the dense model and can take large steps.
 _RATE_WITHOUT_DATA, _RATE_WITH_DATA = 1e-3, 5e-4
@@ -205,7 +205,7 @@ def _train(
 ) -> Recovery:
     best = BestStateCallback()
     features, held_out, padding = data
-    with _prepared(small):
+    with prepared(small):
         trainer = DistillationTrainer(
             model=small,
             args=args,
@@ -221,23 +221,3 @@ def _train(
         trainer.train(resume_from_checkpoint=resume_from_checkpoint)
     before, after = best.before or 0.0, best.after or 0.0
     return Recovery(before, after, best.step, trainer.state.global_step, args.learning_rate, losses)
-
-
-@contextmanager
-def _prepared(model: PreTrainedModel) -> Iterator[None]:
-    """Everything but dense embedding tables can learn; afterwards the model has its own mode, cache and gradients."""
-    was_training, uses_cache = model.training, getattr(model.config, "use_cache", None)
-    trainable = [parameter.requires_grad for parameter in model.parameters()]
-    model.requires_grad_(True)
-    embedding = model.get_input_embeddings()
-    if isinstance(embedding, torch.nn.Embedding):
-        embedding.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for parameter, requires_grad in zip(model.parameters(), trainable, strict=True):
-            parameter.requires_grad_(requires_grad)
-            parameter.grad = None
-        if uses_cache is not None:
-            model.config.use_cache = uses_cache
-        model.train(was_training)

@@ -1,0 +1,31 @@
+"""What of a model a training of ours changes, and how it is left."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from transformers import PreTrainedModel
+
+
+@contextmanager
+def prepared(model: PreTrainedModel) -> Iterator[None]:
+    """Everything but dense embedding tables can learn; afterwards the model has its own mode, cache and gradients.
+
+    A table is read a few rows a step, and the optimizer would touch all of it: half the parameters of a small encoder.
+    """
+    was_training, uses_cache = model.training, getattr(model.config, "use_cache", None)
+    trainable = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    model.requires_grad_(True)
+    embedding = model.get_input_embeddings()
+    if isinstance(embedding, torch.nn.Embedding):
+        embedding.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter, requires_grad in trainable:
+            parameter.requires_grad_(requires_grad)
+        for parameter in model.parameters():
+            parameter.grad = None
+        if uses_cache is not None:
+            model.config.use_cache = uses_cache
+        model.train(was_training)
