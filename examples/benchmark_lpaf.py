@@ -5,8 +5,9 @@ r"""What pruning, row weights, mixed ranks and consistency each add: accuracy of
     python examples/benchmark_lpaf.py --smoke        # a tiny model with random weights, seconds
 
 Every row of the second table makes as many steps in all: the rows without pruning train the dense model as long as
-the others prune it, and rows that prune alike start from the same pruned model. Nothing is chosen on the test data.
-Finished cells and pruned models are kept in the work directory.
+the others prune it, and rows that prune alike start from the same pruned model. The third table is of `recover`, from
+what each method makes of the dense model. Nothing is chosen on the test data. Finished cells and pruned models are
+kept in the work directory. In 16 bits, under `accelerate launch --mixed_precision bf16`.
 """
 
 import argparse
@@ -14,6 +15,8 @@ import copy
 import json
 import statistics
 import tempfile
+import time
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,7 +25,7 @@ import torch
 from glue_lpaf import tiny
 from transformers import AutoTokenizer, PrinterCallback, Trainer
 
-from hf_lowrank import FirstOrderPruningCallback, evaluate, lpaf
+from hf_lowrank import FirstOrderPruningCallback, compress, evaluate, lpaf, recover
 from hf_lowrank.loading import load_dense
 from hf_lowrank.training.arguments import make_arguments
 from hf_lowrank.training.features import PaddingCollator, hold_out, make_features
@@ -33,12 +36,14 @@ ROWS: dict[str, tuple[str | None, dict[str, Any]]] = {
     "SVD + fine-tuning": (None, {"probability": 0}),
     "FWSVD + fine-tuning": (None, {"probability": 0, "method": "weighted_svd"}),
     "magnitude-pruned, SVD": ("magnitude", {"probability": 0}),
-    "first-order pruned, SVD": ("movement", {"probability": 0}),
-    "... rows by survivors": ("movement", {"probability": 0, "method": "sparsity_aware_svd"}),
-    "... rows by importance": ("movement", {"probability": 0, "method": "importance_aware_svd"}),
-    "... mixed ranks": ("movement", {}),
-    "... mixed ranks, consistency": ("movement", {"consistency": 1.0}),
+    "first-order pruned, SVD": ("sensitivity", {"probability": 0}),
+    "... rows by survivors": ("sensitivity", {"probability": 0, "method": "sparsity_aware_svd"}),
+    "... rows by importance": ("sensitivity", {"probability": 0, "method": "importance_aware_svd"}),
+    "... mixed ranks": ("sensitivity", {}),
+    "... mixed ranks, consistency": ("sensitivity", {"consistency": 1.0}),
 }
+
+RECOVERED = ("svd", "weighted_svd", "whitened_svd", "two_sided_svd")
 
 
 class Study:
@@ -88,7 +93,7 @@ class Study:
     def _prune(self, importance: str | None, keep: float, seed: int) -> tuple[Any, list[float]]:
         model, options = copy.deepcopy(self.dense), self.options
         features = make_features(model, self.tokenizer, self.train, max_examples=options.max_examples, seed=seed)
-        pruning = FirstOrderPruningCallback(keep if importance else 1.0, importance=importance or "movement")
+        pruning = FirstOrderPruningCallback(keep if importance else 1.0, importance=importance or "magnitude")
         arguments = make_arguments(
             str(self.folder), batch_size=16, epochs=options.epochs, seed=seed,
             learning_rate=3e-5, eval_strategy="no", eval_on_start=False,
@@ -117,6 +122,21 @@ class Study:
         )  # fmt: skip
         return self.accuracy(small)
 
+    def recovered(self, method: str, keep: float, seed: int) -> tuple[float, float, float]:
+        """Accuracy before and after `recover`, and the minutes that took."""
+        sizes = self.options
+        small = compress(
+            self.dense, method=method, keep_targets=keep, allocation="uniform", refine_passes=0,
+            calibration=self.train, tokenizer=self.tokenizer, seed=seed,
+        )  # fmt: skip
+        before, start = self.accuracy(small), time.perf_counter()
+        recover(
+            small, teacher=self.dense, dataset=self.train, tokenizer=self.tokenizer, seed=seed,
+            max_examples=sizes.max_examples, epochs=sizes.epochs,
+        )  # fmt: skip
+        minutes = (time.perf_counter() - start) / 60
+        return before, self.accuracy(small), minutes
+
 
 def main() -> None:
     """Print both tables."""
@@ -140,14 +160,29 @@ def main() -> None:
             ]
             cells.append(spread(found))
         print(f"{row:<32}" + "".join(f"{cell:>20}" for cell in cells), flush=True)
+    if options.recover:
+        print(f"\n{'recovered':<16}{'kept':>6}{'before':>18}{'after':>18}{'loss closed':>13}{'minutes':>9}")
+    for method in options.recover:
+        for keep in options.keep:
+            found = [
+                study.cell(f"recover {method} {keep} {seed}", partial(study.recovered, method, keep, seed))
+                for seed in options.seeds
+            ]
+            before, after, minutes = zip(*found, strict=True)
+            lost = study.cells["dense"] - mean(before)
+            closed = f"{(mean(after) - mean(before)) / lost:.0%}" if lost > 0 else "-"
+            print(
+                f"{method:<16}{keep:>6.2f}{spread(before):>18}{spread(after):>18}{closed:>13}{mean(minutes):>9.1f}",
+                flush=True,
+            )
 
 
-def mean(values: list[float]) -> float:
+def mean(values: Sequence[float]) -> float:
     """Of all seeds."""
     return statistics.mean(values)
 
 
-def spread(values: list[float]) -> str:
+def spread(values: Sequence[float]) -> str:
     """Mean and standard deviation."""
     deviation = statistics.stdev(values) if len(values) > 1 else 0.0
     return f"{mean(values):.4f} ± {deviation:.4f}"
@@ -161,7 +196,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--test", help="examples to report on")
     parser.add_argument("--keep", nargs="+", type=float, default=[0.5, 0.25, 0.16])
     parser.add_argument("--rows", nargs="+", default=list(ROWS), choices=list(ROWS))
-    parser.add_argument("--importances", nargs="*", default=["movement", "magnitude", "random"])
+    parser.add_argument("--importances", nargs="*", default=["sensitivity", "movement", "magnitude", "random"])
+    parser.add_argument("--recover", nargs="*", default=list(RECOVERED), help="methods to heal in the third table")
     parser.add_argument("--epochs", type=float, default=3, help="of pruning, and again of the factors")
     parser.add_argument("--max-examples", type=int)
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
@@ -170,7 +206,8 @@ def parse() -> argparse.Namespace:
     options = parser.parse_args()
     if options.smoke:
         options.keep, options.seeds, options.epochs = [0.5], [0], 1
-        options.rows, options.importances = ["SVD + fine-tuning", "... mixed ranks"], ["movement"]
+        options.rows, options.importances = ["SVD + fine-tuning", "... mixed ranks"], ["sensitivity"]
+        options.recover = ["svd"]
     return options
 
 

@@ -12,7 +12,7 @@ from hf_lowrank import InputError, compress
 from hf_lowrank.solvers import SOLVERS
 from hf_lowrank.statistics.moments import MatrixStatistics
 from hf_lowrank.targets import find_matrices
-from hf_lowrank.training.pruning import FirstOrderPruningCallback, Pruner, PruningMask, measure_rank
+from hf_lowrank.training.pruning import IMPORTANCES, FirstOrderPruningCallback, Pruner, PruningMask, measure_rank
 
 HEAD = "BertForSequenceClassification"
 
@@ -34,7 +34,7 @@ def kept_fractions(model):
     return [float((matrix.module.weight != 0).float().mean()) for matrix in blocks_of(model)]
 
 
-@pytest.mark.parametrize("importance", ["movement", "magnitude", "random"])
+@pytest.mark.parametrize("importance", IMPORTANCES)
 @pytest.mark.parametrize("head", [HEAD, "GPT2ForSequenceClassification"])
 def test_dense_matrices_with_zeros_remain(head, importance, tmp_path):
     model = tiny_models.build(head)
@@ -66,11 +66,11 @@ def test_scores_get_the_straight_through_gradient():
     assert torch.equal(layer.parametrizations.weight.original.grad, upstream * mask.mask)
 
 
-def test_scores_take_their_own_steps_and_no_decay(tmp_path):
+def test_movement_scores_take_their_own_steps_and_no_decay(tmp_path):
     steps = {}
     for rate in (1e-3, 1e-1):
         model = tiny_models.build(HEAD)
-        callback = FirstOrderPruningCallback(0.5, score_learning_rate=rate)
+        callback = FirstOrderPruningCallback(0.5, importance="movement", score_learning_rate=rate)
         trainer = trainer_of(tmp_path, model, callback, max_steps=1, weight_decay=0.5, lr_scheduler_type="constant")
         callback._span.__dict__.update(start=0, end=1)
         trainer.add_callback(StopAt(1))
@@ -117,6 +117,22 @@ def test_global_pruning_lets_matrices_compete():
     assert sum(k * w for k, w in zip(kept, weights, strict=True)) == pytest.approx(0.3 * sum(weights), abs=1)
 
 
+def test_sensitivity_is_the_running_mean_of_gradient_times_weight():
+    model = tiny_models.build(HEAD)
+    pruner = Pruner(model, blocks_of(model), "sensitivity", is_global=False, seed=0)
+    pruner.keep(0.5)  # pruned entries are sensitive too
+    expected = [torch.zeros_like(score) for score in pruner.scores]
+
+    for weight in (1.0, -3.0):
+        for score, found in zip(pruner.scores, expected, strict=True):
+            score.grad = weight * torch.randn_like(score)
+            found.lerp_(score.grad.abs(), 0.05)
+        pruner.gather_sensitivities()
+
+    assert all(torch.allclose(*pair) for pair in zip(pruner.scores, expected, strict=True))
+    assert all(score.grad is None for score in pruner.scores)
+
+
 def test_equal_scores_lose_no_more_than_asked():
     model = tiny_models.build(HEAD)
     pruner = Pruner(model, blocks_of(model), "movement", is_global=False, seed=0)
@@ -126,7 +142,7 @@ def test_equal_scores_lose_no_more_than_asked():
     assert all(found.kept == pytest.approx(0.5, abs=0.01) for found in pruner.ranks().values())
 
 
-@pytest.mark.parametrize("importance", ["movement", "random"])
+@pytest.mark.parametrize("importance", IMPORTANCES)
 def test_killed_and_resumed_it_ends_bit_identical(importance, tmp_path):
     ends = []
     for name in ("whole", "resumed"):
@@ -197,7 +213,7 @@ def test_the_weighted_error_is_least_in_the_weights_of_the_rows():
     ("options", "message"),
     [
         ({"keep": 0}, "keep must be above 0"),
-        ({"keep": 0.5, "importance": "luck"}, "must be one of movement"),
+        ({"keep": 0.5, "importance": "luck"}, "must be one of sensitivity"),
         ({"keep": 0.5, "start": -1}, "must be positive"),
         ({"keep": 0.5, "end": 20}, "ends at step 20, the training at step 8"),
         ({"keep": 0.5, "start": 0.8}, "begins at step 6"),

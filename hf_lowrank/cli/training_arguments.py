@@ -48,7 +48,7 @@ def _add_lpaf(commands: Commands) -> None:
     group.add_argument("--rank", type=int, metavar="N", help="rank of every replaced matrix")
     _add_data(parser)
     parser.add_argument("--method", help="how the sparse matrices are factorized (default: svd)")
-    parser.add_argument("--importance", help="movement, magnitude or random (default: movement)")
+    parser.add_argument("--importance", help="sensitivity, movement, magnitude or random (default: sensitivity)")
     for name, meaning in (
         ("prune-keep", "fraction of the entries pruning keeps (default: the budget's)"),
         ("probability", "of a layer to take its sparse weight at first (default: 0.5; 0: never)"),

@@ -31,7 +31,7 @@ class LPAFOptions:
 
     Args:
         prune_keep: Fraction of the entries pruning keeps; None is the budget's `keep_targets`, or 0.25.
-        importance: `movement`, `magnitude` or `random`; see `FirstOrderPruningCallback`.
+        importance: `sensitivity`, `movement`, `magnitude` or `random`; see `FirstOrderPruningCallback`.
         score_learning_rate: Of movement scores.
         prune_epochs: Passes over the data while pruning; 0 takes the model as it is, pruned before.
         prune_learning_rate: Peak of the weights' rate while pruning.
@@ -49,7 +49,7 @@ class LPAFOptions:
     """
 
     prune_keep: float | None = None
-    importance: str = "movement"
+    importance: str = "sensitivity"
     score_learning_rate: float = 1e-2
     prune_epochs: float = 3
     prune_learning_rate: float = 3e-5

@@ -17,7 +17,9 @@ from hf_lowrank.training.schedules import Span, cubic
 
 logger = logging.getLogger(__name__)
 
-IMPORTANCES = ("movement", "magnitude", "random")
+IMPORTANCES = ("sensitivity", "movement", "magnitude", "random")
+_SCORED = ("sensitivity", "movement")
+_MEMORY = 0.95  # of sensitivities: the last twenty steps weigh most
 _ENERGY = 0.9
 
 
@@ -77,7 +79,7 @@ class Pruner:
     """Prunes the matrices of a model's blocks; `FirstOrderPruningCallback` drives one through a training.
 
     Args:
-        importance: `movement` (learned scores), `magnitude` or `random`.
+        importance: `sensitivity` (gathered scores), `movement` (learned ones), `magnitude` or `random`.
         is_global: Whether the entries of all matrices compete, instead of those of each.
         seed: Of the random importances.
 
@@ -95,7 +97,7 @@ class Pruner:
         self._drawn: dict[str, torch.Tensor] = {}
         for matrix in self._matrices:
             weight: Any = matrix.module.weight
-            mask = PruningMask(weight.detach(), importance == "movement").to(weight.device)
+            mask = PruningMask(weight.detach(), importance in _SCORED).to(weight.device)
             parametrize.register_parametrization(matrix.module, "weight", mask)
             self.masks[matrix.name] = mask
             if importance == "random":
@@ -103,8 +105,16 @@ class Pruner:
 
     @property
     def scores(self) -> list[nn.Parameter]:
-        """Learned scores of all matrices."""
+        """Scores of all matrices."""
         return [mask.scores for mask in self.masks.values() if mask.scores is not None]
+
+    @torch.no_grad()
+    def gather_sensitivities(self) -> None:
+        """Each score becomes the running mean of its gradients' absolute values, and no optimizer sees those."""
+        for score in self.scores:
+            if score.grad is not None:
+                score.lerp_(score.grad.abs(), 1 - _MEMORY)
+                score.grad = None
 
     @torch.no_grad()
     def keep(self, fraction: float) -> None:
@@ -152,23 +162,29 @@ def _largest(values: torch.Tensor, fraction: float) -> torch.Tensor:
 class FirstOrderPruningCallback(TrainerCallback):
     """Prunes while a `Trainer` trains: `Trainer(..., callbacks=[FirstOrderPruningCallback(keep=0.15)])`.
 
-    Movement pruning: entry `ij` has a score that gathers `-sum_t lr_t (dL/dW_ij W_ij)_t`, and the largest stay. The
-    fraction that stays falls from 1 to `keep` as a cubic over `start` to `end`; after that the mask still follows the
-    scores. Scores are parameters of the model while it is trained: the Trainer's own optimizer steps them, at
-    `score_learning_rate` on the Trainer's schedule and without weight decay, and its checkpoints hold them, so that a
-    training goes on exactly where it was. At the end dense matrices with zeros remain.
+    Entry `ij` has a score, and the largest stay. By `sensitivity` that is the running mean of `|dL/dW_ij W_ij|`, what
+    the loss would change to first order if the entry were zero, taken at pruned entries too. By `movement` it is
+    learned and gathers `-sum_t lr_t (dL/dW_ij W_ij)_t`: which entries grow, not which are large. Movement starts from
+    nothing and suits long trainings of a model that still has to learn its task.
+
+    The fraction that stays falls from 1 to `keep` as a cubic over `start` to `end`; after that the mask still follows
+    the scores. Scores are parameters of the model while it is trained, so that checkpoints hold them and a training
+    goes on exactly where it was; those of movement are stepped by the Trainer's own optimizer, at
+    `score_learning_rate` on the Trainer's schedule and without weight decay. At the end dense matrices with zeros
+    remain.
 
     Token embeddings and heads are not touched. `ranks` and an entry of the log per epoch say what each matrix has
     become. Not for DeepSpeed's flat optimizers, which cannot give parameters a rate of their own for a step.
 
-    Reference: Sanh, Wolf and Rush, Movement Pruning, NeurIPS 2020.
+    Reference: Molchanov et al., Importance Estimation for Neural Network Pruning, CVPR 2019 (sensitivity); Sanh, Wolf
+    and Rush, Movement Pruning, NeurIPS 2020.
 
     Args:
         keep: Fraction of the entries that stay, in (0, 1].
-        importance: `movement`, or the baselines `magnitude` and `random`.
+        importance: `sensitivity` or `movement`, or the baselines `magnitude` and `random`.
         start: When pruning begins: a share of the training below 1, else a step.
         end: When `keep` is reached, the same way.
-        score_learning_rate: Peak; a hundred to a thousand times that of the weights.
+        score_learning_rate: Of movement scores, peak; a hundred to a thousand times that of the weights.
         is_global: Whether entries of all matrices compete; one matrix may then lose everything.
         target_modules: As in `CompressionSettings`; default: all linear layers of the blocks.
         exclude_modules: The same, taken away.
@@ -181,7 +197,7 @@ class FirstOrderPruningCallback(TrainerCallback):
         self,
         keep: float,
         *,
-        importance: str = "movement",
+        importance: str = "sensitivity",
         start: float = 0.1,
         end: float = 0.7,
         score_learning_rate: float = 1e-2,
@@ -222,6 +238,9 @@ class FirstOrderPruningCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         if self.pruner is None:
+            return
+        if self._importance == "sensitivity":
+            self.pruner.gather_sensitivities()
             return
         # For this step alone: outside of it the groups are those the Trainer made, which is what checkpoints hold.
         groups, scores = kwargs["optimizer"].param_groups, {id(score) for score in self.pruner.scores}
