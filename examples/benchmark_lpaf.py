@@ -29,6 +29,7 @@ from hf_lowrank import FirstOrderPruningCallback, compress, evaluate, lpaf, reco
 from hf_lowrank.loading import load_dense
 from hf_lowrank.training.arguments import make_arguments
 from hf_lowrank.training.features import PaddingCollator, hold_out, make_features
+from hf_lowrank.training.lpaf import LPAFOptions
 from hf_lowrank.training.preparation import prepared
 
 # row -> what prunes (None: trained as long, and nothing pruned), and options of `lpaf`
@@ -96,7 +97,7 @@ class Study:
         pruning = FirstOrderPruningCallback(keep if importance else 1.0, importance=importance or "magnitude")
         arguments = make_arguments(
             str(self.folder), batch_size=16, epochs=options.epochs, seed=seed,
-            learning_rate=3e-5, eval_strategy="no", eval_on_start=False,
+            learning_rate=LPAFOptions.prune_learning_rate, eval_strategy="no", eval_on_start=False,
         )  # fmt: skip
         with prepared(model):
             trainer = Trainer(
@@ -195,7 +196,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--train", help="examples to train on")
     parser.add_argument("--test", help="examples to report on")
     parser.add_argument("--keep", nargs="+", type=float, default=[0.5, 0.25, 0.16])
-    parser.add_argument("--rows", nargs="+", default=list(ROWS), choices=list(ROWS))
+    parser.add_argument("--rows", nargs="*", default=list(ROWS), choices=list(ROWS))
     parser.add_argument("--importances", nargs="*", default=["sensitivity", "movement", "magnitude", "random"])
     parser.add_argument("--recover", nargs="*", default=list(RECOVERED), help="methods to heal in the third table")
     parser.add_argument("--epochs", type=float, default=3, help="of pruning, and again of the factors")

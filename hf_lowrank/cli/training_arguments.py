@@ -55,7 +55,7 @@ def _add_lpaf(commands: Commands) -> None:
         ("consistency", "weight of the consistency loss (default: 0)"),
         ("prune-epochs", "passes over the data while pruning (default: 3)"),
         ("tune-epochs", "passes with the factors (default: 3)"),
-        ("prune-learning-rate", "peak while pruning (default: 3e-5)"),
+        ("prune-learning-rate", "peak while pruning (default: 1e-4)"),
         ("score-learning-rate", "peak of the scores (default: 1e-2)"),
         ("tune-learning-rate", "peak of the factors (default: 1e-4)"),
     ):

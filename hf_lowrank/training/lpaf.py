@@ -52,7 +52,7 @@ class LPAFOptions:
     importance: str = "sensitivity"
     score_learning_rate: float = 1e-2
     prune_epochs: float = 3
-    prune_learning_rate: float = 3e-5
+    prune_learning_rate: float = 1e-4
     probability: float = 0.5
     consistency: float = 0.0
     tune_epochs: float = 3
