@@ -86,6 +86,18 @@ def test_given_training_arguments_are_obeyed(tmp_path):
     assert args.eval_strategy == "no"
 
 
+def test_what_was_trained_in_16_bits_is_not_used_in_them_afterwards(tmp_path):
+    teacher, small = pair("BertForMaskedLM")
+    args = arguments(tmp_path, max_steps=1, per_device_train_batch_size=4, bf16=True)
+    inputs = {"input_ids": torch.arange(1, 9)[None]}
+
+    recover(small, teacher=teacher, dataset=TEXTS, tokenizer=tokenizer_for("Bert"), args=args, max_seq_length=16)
+    small.eval().save_pretrained(tmp_path / "small")
+
+    with torch.no_grad():
+        assert torch.equal(small(**inputs).logits, load_compressed(tmp_path / "small").eval()(**inputs).logits)
+
+
 def test_killed_and_resumed_it_ends_bit_identical(tmp_path):
     ends = []
     for name in ("whole", "resumed"):

@@ -4,12 +4,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
+from accelerate.utils import extract_model_from_parallel
 from transformers import PreTrainedModel
 
 
 @contextmanager
 def prepared(model: PreTrainedModel) -> Iterator[None]:
-    """Everything but dense embedding tables can learn; afterwards the model has its own mode, cache and gradients.
+    """Everything but dense embedding tables can learn; afterwards the model has its own mode, cache and precision.
 
     A table is read a few rows a step, and the optimizer would touch all of it: half the parameters of a small encoder.
     """
@@ -26,6 +27,7 @@ def prepared(model: PreTrainedModel) -> Iterator[None]:
             parameter.requires_grad_(requires_grad)
         for parameter in model.parameters():
             parameter.grad = None
+        extract_model_from_parallel(model, keep_fp32_wrapper=False)  # Accelerate's casts would stay
         if uses_cache is not None:
             model.config.use_cache = uses_cache
         model.train(was_training)
