@@ -14,8 +14,8 @@ from hf_lowrank.remote_code.lowrank_dense import dense_kind, dense_shape
 from hf_lowrank.remote_code.lowrank_materialize import Materializing
 from hf_lowrank.remote_code.lowrank_structures import named_shared_parts, named_structures, structure_name
 
-# Parts of the provenance that have a place of their own in the report.
-_TRAININGS = ("recovery", "lpaf")
+# Parts of the provenance that have a place of their own in the report; trainings of ours with what did them.
+_TRAININGS = {"recovery": "recover", "lpaf": "lpaf"}
 _ELSEWHERE = ("relative_errors", "kept_dense", "training", *_TRAININGS, "origin")
 
 
@@ -101,7 +101,7 @@ class CompressionReport:
         embedding_parameters: Of them those of the token embedding; `dense_embedding_parameters` is what they were.
         multiply_adds: Of all matrix products with weights, for one token; attention scores not counted.
         provenance: Method, budget, text and versions, as stored in `config.json`.
-        training: What was trained after compression, one entry a run; empty if nothing was.
+        training: What was trained after compression, one entry a run; empty if nothing was. `by` names ours.
         origin: The dense model.
         tags: Of the user, for the card.
         latency: None until it is measured.
@@ -125,6 +125,13 @@ class CompressionReport:
     materialized_bytes: int = 0
     dense_embedding_parameters: int = 0
     embedding_parameters: int = 0
+
+    @property
+    def method(self) -> str:
+        """`lpaf` if that made the model, else what its matrices were replaced by."""
+        if any(run.get("by") == "lpaf" for run in self.training):
+            return "lpaf"
+        return str(self.provenance.get("settings", {}).get("method", ""))
 
     @property
     def kept_fraction(self) -> float:
@@ -220,7 +227,8 @@ def make_report(model: PreTrainedModel) -> CompressionReport:
 
 def _training(provenance: dict[str, Any]) -> tuple[dict[str, Any], ...]:
     """What was trained after compression, without what is told matrix by matrix."""
-    runs = [*provenance.get("training", ()), *(provenance[name] for name in _TRAININGS if name in provenance)]
+    ours = [{"by": name, **provenance[key]} for key, name in _TRAININGS.items() if key in provenance]
+    runs = [*provenance.get("training", ()), *ours]
     return tuple({name: value for name, value in run.items() if not _is_nested(value)} for run in runs)
 
 

@@ -394,9 +394,21 @@ def test_a_recovery_is_a_training(small):
     report = make_report(small)
     del plan["provenance"]["recovery"]
 
-    assert report.training == (found,)
+    assert report.training == ({"by": "recover", **found},)
     said = "before 2, after 1.235, steps 30, losses (logits 1, hidden 0.5)"
-    assert f"Trained after compression: {said}." in make_card(report, "x").text
+    assert f"Trained after compression by `recover`: {said}." in make_card(report, "x").text
+
+
+def test_what_lpaf_made_is_called_so(small):
+    plan = small.config.plan
+    plan["provenance"]["lpaf"] = {"prune_epochs": 3, "ranks_after_pruning": {"query": {"rank": 3}}}
+    card = make_card(make_report(small), "x")
+    del plan["provenance"]["lpaf"]
+
+    assert "lpaf" in card.data.tags
+    assert "Pruned before compression and trained after it by `lpaf`: prune epochs 3." in card.text
+    assert "Prune-And-Factorize" in card.text
+    assert "Method `svd`" in card.text
 
 
 def test_ranks_are_drawn_layer_by_layer():

@@ -35,7 +35,7 @@ def make_card(report: CompressionReport, repo: str, notes: str = "") -> ModelCar
     """
     name = repo.rpartition("/")[2]
     text = _Text(report)
-    paper = paper_of(text.method)
+    paper = paper_of(report.method)
     card = ModelCard.from_template(
         card_data(report, name),
         template_path=str(_TEMPLATE),
@@ -51,7 +51,7 @@ def make_card(report: CompressionReport, repo: str, notes: str = "") -> ModelCar
         legend=LEGEND,
         picture=rank_picture(report.modules),
         limits=text.limits(),
-        method=text.method,
+        method=report.method,
         bibtex="" if paper is None else paper.bibtex,
         kept_line=KEPT_LINE,
         notes=notes.strip(),
@@ -69,10 +69,6 @@ class _Text:
     def settings(self) -> dict[str, Any]:
         return dict(self.report.provenance.get("settings", {}))
 
-    @property
-    def method(self) -> str:
-        return str(self.settings.get("method", ""))
-
     def summary(self) -> str:
         report, origin = self.report, self.report.origin
         name = html.escape(origin.name) or "A dense model"
@@ -80,7 +76,7 @@ class _Text:
         trained = ", trained on after compression" if report.training else ""
         return (
             f"{link} with **{report.kept_fraction:.1%} of its parameters**, its matrices replaced by smaller ones "
-            f"(method `{self.method}`){trained}. It loads without hf_lowrank; the code it runs is in this "
+            f"(method `{report.method}`){trained}. It loads without hf_lowrank; the code it runs is in this "
             'repository: read it, and pin it with `revision="<commit>"`.'
         )
 
@@ -124,7 +120,7 @@ class _Text:
         if text := provenance.get("text"):
             lines.append(_text_line(text))
         lines += learning_lines(provenance)
-        lines += [f"Trained after compression: {_pairs(run)}." for run in self.report.training]
+        lines += [_training_line(run) for run in self.report.training]
         seed = settings.get("seed", 0)
         versions = provenance.get("versions", {})
         lines.append(f"Seed {seed}; " + ", ".join(f"{name} {number}" for name, number in versions.items()) + ".")
@@ -134,15 +130,16 @@ class _Text:
 
     def _method_line(self) -> str:
         settings, modules = self.settings, self.report.modules
+        method = str(settings.get("method", ""))
         given = [f"`{name}={settings[name]}`" for name in KINDS if name in settings]
         budget = f", budget {given[0]}" if given else ", its sizes as published"
-        asked = ("allocation", "storage", *(["group"] if self.method in TENSOR_METHODS else []))
+        asked = ("allocation", "storage", *(["group"] if method in TENSOR_METHODS else []))
         details = [f"{name} `{settings[name]}`" for name in asked if name in settings]
         left_dense = sum(module.structure == "dense" for module in modules)
         parts = sum(not module.dense_parameters for module in modules)
         counts = f"{len(modules) - left_dense - parts} matrices replaced, {left_dense} left dense"
         common = f", {parts} shared by several" if parts else ""
-        return f"Method `{self.method}`{budget}{''.join(f', {part}' for part in details)}; {counts}{common}."
+        return f"Method `{method}`{budget}{''.join(f', {part}' for part in details)}; {counts}{common}."
 
     def command(self) -> tuple[str, str]:
         """Language and text of what made the model."""
@@ -196,6 +193,12 @@ def _quality_row(entry: QualityReport) -> Row:
 def _text_line(text: dict[str, Any]) -> str:
     source = "synthetic tokens" if text["source"] == "synthetic" else f"`{text['source']}`"
     return f"Looked at {text['num_tokens']:,} tokens of {source} (sha256 `{text['sha256'][:16]}`)."
+
+
+def _training_line(run: dict[str, Any]) -> str:
+    what = "Pruned before compression and trained after it" if run.get("by") == "lpaf" else "Trained after compression"
+    by = f" by `{run['by']}`" if "by" in run else ""
+    return f"{what}{by}: {_pairs({name: value for name, value in run.items() if name != 'by'})}."
 
 
 def _pairs(values: dict[str, Any]) -> str:

@@ -114,6 +114,7 @@ PAPERS: dict[str, Paper] = {
         "Findings of the Association for Computational Linguistics: EACL",
         "2302.04045",
     ),
+    "lpaf": _PRUNE_AND_FACTORIZE,
 }
 # Methods that others are ways to do, such as `whitened_tucker`, `tucker-III-64` and `nonlinear_autoencoder`.
 _DONE_IN_WAYS = ("tucker", "tensor_train", "autoencoder")

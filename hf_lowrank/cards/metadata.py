@@ -28,11 +28,10 @@ def card_data(report: CompressionReport, name: str) -> ModelCardData:
         name: What the model is called in its `model-index`.
     """
     origin = report.origin
-    method = str(report.provenance.get("settings", {}).get("method", ""))
     results = [result for entry in report.quality for result in _results(entry)]
     more: dict[str, Any] = {"base_model_relation": _relation(report)} if origin.base_model else {}
     sentences = [SENTENCES] if origin.library_name == SENTENCES else []
-    tags = ["hf_lowrank", "low-rank", "compression", method, "custom_code", *sentences, *report.tags]
+    tags = ["hf_lowrank", "low-rank", "compression", report.method, "custom_code", *sentences, *report.tags]
     return ModelCardData(
         base_model=origin.base_model,
         license=origin.license,
