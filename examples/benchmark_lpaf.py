@@ -32,18 +32,20 @@ from hf_lowrank.training.features import PaddingCollator, hold_out, make_feature
 from hf_lowrank.training.lpaf import LPAFOptions
 from hf_lowrank.training.preparation import prepared
 
-# row -> what prunes (None: trained as long, and nothing pruned), and options of `lpaf`
+# row -> what prunes (None: trained as long, nothing pruned), and options of `lpaf`, without mixed ranks unless given
 ROWS: dict[str, tuple[str | None, dict[str, Any]]] = {
-    "SVD + fine-tuning": (None, {"probability": 0}),
-    "FWSVD + fine-tuning": (None, {"probability": 0, "method": "weighted_svd"}),
-    "magnitude-pruned, SVD": ("magnitude", {"probability": 0}),
-    "first-order pruned, SVD": ("sensitivity", {"probability": 0}),
-    "... rows by survivors": ("sensitivity", {"probability": 0, "method": "sparsity_aware_svd"}),
-    "... rows by importance": ("sensitivity", {"probability": 0, "method": "importance_aware_svd"}),
-    "... mixed ranks": ("sensitivity", {}),
-    "... mixed ranks, consistency": ("sensitivity", {"consistency": 1.0}),
+    "SVD + fine-tuning": (None, {"method": "svd"}),
+    "FWSVD + fine-tuning": (None, {"method": "weighted_svd"}),
+    "two-sided SVD + fine-tuning": (None, {"method": "two_sided_svd"}),
+    "magnitude-pruned, SVD": ("magnitude", {"method": "svd"}),
+    "first-order pruned, SVD": ("sensitivity", {"method": "svd"}),
+    "... mixed ranks": ("sensitivity", {"method": "svd", "probability": 0.5}),
+    "... mixed ranks, consistency": ("sensitivity", {"method": "svd", "probability": 0.5, "consistency": 1.0}),
+    "... rows by survivors": ("sensitivity", {"method": "sparsity_aware_svd"}),
+    "... rows by importance": ("sensitivity", {"method": "importance_aware_svd"}),
+    "... by importance, mixed ranks": ("sensitivity", {"method": "importance_aware_svd", "probability": 0.5}),
+    "... two-sided": ("sensitivity", {"method": "two_sided_svd"}),
 }
-
 RECOVERED = ("svd", "weighted_svd", "whitened_svd", "two_sided_svd")
 
 
@@ -115,7 +117,8 @@ class Study:
 
     def compressed(self, row: str, keep: float, seed: int) -> float:
         """Accuracy of one row of the table at one budget."""
-        importance, options = ROWS[row]
+        importance, given = ROWS[row]
+        options = {"probability": 0.0, **given}
         start, sizes = self.pruned(importance, keep, seed)[0], self.options
         small = lpaf(
             start, dataset=self.train, tokenizer=self.tokenizer, keep_targets=keep, seed=seed,

@@ -14,7 +14,8 @@ from hf_lowrank.saving import load_compressed
 
 WORDS = ["a", "b", "c", "d", "e", "f", "g", "h", "i", "j", "k", "l", "m", "n", "o", "p"]
 ROWS = [{"text": " ".join(WORDS[(i + k) % 16] for k in range(6)), "label": i % 2} for i in range(32)]
-OPTIONS = {"keep_targets": 0.4, "prune_epochs": 2, "tune_epochs": 2, "batch_size": 8, "max_seq_length": 16}
+OPTIONS = {"keep_targets": 0.4, "prune_epochs": 2, "tune_epochs": 2, "batch_size": 8, "max_seq_length": 16,
+           "probability": 0.5}  # fmt: skip
 
 
 def dense_model(head="BertForSequenceClassification"):
@@ -47,7 +48,7 @@ def test_a_plain_compressed_model_of_the_size_asked_for_remains(method, tmp_path
 def test_without_epochs_of_pruning_the_model_is_factorized_as_it_is():
     dense = dense_model()
 
-    small = run(dense, prune_epochs=0, tune_learning_rate=0.0)
+    small = run(dense, prune_epochs=0, tune_learning_rate=0.0, method="svd")
 
     expected = compress(dense, method="svd", storage="low_rank", keep_targets=0.4)
     tiny_models.assert_same_function(small, expected, {"input_ids": torch.randint(3, 30, (2, 9))})
@@ -80,6 +81,7 @@ def test_a_killed_run_goes_on_and_ends_bit_identical(tmp_path):
     [
         ({"dataset": [row["text"] for row in ROWS]}, "no labels"),
         ({"probability": 2}, "between 0 and 1"),
+        ({"probability": 0, "consistency": 1.0}, "Give probability"),
         ({"tune_epochs": 0}, "tune_epochs must be positive"),
         ({"prune_epochs": -1}, "prune_epochs must not be negative"),
         ({"prune_keep": 3.0}, "keep must be above 0"),

@@ -47,11 +47,11 @@ def _add_lpaf(commands: Commands) -> None:
     group.add_argument("--target-size", metavar="SIZE", help="size of the weights, such as 100MB or 95MiB")
     group.add_argument("--rank", type=int, metavar="N", help="rank of every replaced matrix")
     _add_data(parser)
-    parser.add_argument("--method", help="how the sparse matrices are factorized (default: svd)")
+    parser.add_argument("--method", help="how the sparse matrices are factorized (default: importance_aware_svd)")
     parser.add_argument("--importance", help="sensitivity, movement, magnitude or random (default: sensitivity)")
     for name, meaning in (
         ("prune-keep", "fraction of the entries pruning keeps (default: the budget's)"),
-        ("probability", "of a layer to take its sparse weight at first (default: 0.5; 0: never)"),
+        ("probability", "of a layer to take its sparse weight at first, such as 0.5 (default: 0)"),
         ("consistency", "weight of the consistency loss (default: 0)"),
         ("prune-epochs", "passes over the data while pruning (default: 3)"),
         ("tune-epochs", "passes with the factors (default: 3)"),
