@@ -32,7 +32,7 @@ def test_a_card_is_of_a_real_run(card):
     assert report.quality
     assert report.provenance["command"].startswith(("hf-lowrank compress ", "python examples/"))
     assert (data.base_model, data.license) == (report.origin.base_model, report.origin.license)
-    assert data.license is not None
+    assert data.license is not None or report.origin.base_model is None  # unknown stays unknown
 
 
 def test_there_are_cards():
