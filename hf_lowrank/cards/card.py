@@ -131,7 +131,7 @@ class _Text:
     def _method_line(self) -> str:
         settings, modules = self.settings, self.report.modules
         method = str(settings.get("method", ""))
-        given = [f"`{name}={settings[name]}`" for name in KINDS if name in settings]
+        given = [f"`{name}={_said(settings[name])}`" for name in KINDS if name in settings]
         budget = f", budget {given[0]}" if given else ", its sizes as published"
         asked = ("allocation", "storage", *(["group"] if method in TENSOR_METHODS else []))
         details = [f"{name} `{settings[name]}`" for name in asked if name in settings]
