@@ -111,4 +111,6 @@ def test_the_command_writes_a_folder_that_loads(tmp_path, capsys):
 
     assert status == 0
     assert found["lpaf"]["prune_epochs"] == 1.0
-    assert load_compressed(tmp_path / "out").config.compression["provenance"]["lpaf"] == found["lpaf"]
+    provenance = load_compressed(tmp_path / "out").config.compression["provenance"]
+    assert provenance["lpaf"] == found["lpaf"]
+    assert provenance["command"].startswith("hf-lowrank lpaf @MODEL@ out --dataset train.tsv --keep-targets 0.4")

@@ -201,6 +201,8 @@ def test_the_command_recovers_a_folder(folders, capsys):
     assert found["recovery"]["after"] <= found["recovery"]["before"]
     healed = load_compressed(folders / "out")
     assert healed.config.compression["provenance"]["recovery"] == found["recovery"]
+    provenance = load_compressed(folders / "out").config.compression["provenance"]
+    assert provenance["command"].startswith("hf-lowrank recover small out --teacher @MODEL@ --dataset train.tsv")
 
 
 def test_the_command_refuses_a_teacher_with_other_words(folders, capsys):

@@ -2,6 +2,7 @@
 
 import argparse
 
+from hf_lowrank.cards.card import shown_command
 from hf_lowrank.cli import tables
 from hf_lowrank.loading import load_dense
 from hf_lowrank.report import make_report
@@ -22,6 +23,7 @@ def run(arguments: argparse.Namespace) -> int:
     given = {name: getattr(arguments, name) for name in _OPTIONS if getattr(arguments, name) is not None}
     dense = load_dense(arguments.model)
     small = lpaf(dense, dataset=arguments.dataset, eval_dataset=arguments.eval_dataset, **given)
+    small.config.compression["provenance"]["command"] = shown_command(arguments.given, arguments.model)
     folder = save_folder(small, arguments.out, arguments.model, arguments.overwrite)
     report, found = make_report(small), small.config.compression["provenance"]["lpaf"]
     if arguments.json:

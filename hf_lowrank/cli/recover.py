@@ -2,6 +2,7 @@
 
 import argparse
 
+from hf_lowrank.cards.card import shown_command
 from hf_lowrank.cli import tables
 from hf_lowrank.saving import check_output, save_folder
 from hf_lowrank.training.recovery import recover
@@ -26,8 +27,11 @@ def run(arguments: argparse.Namespace) -> int:
         eval_dataset=arguments.eval_dataset,
         **given,
     )
+    provenance = model.config.compression["provenance"]
+    commands = [provenance["command"]] if "command" in provenance else []
+    provenance["command"] = "\n".join([*commands, shown_command(arguments.given, arguments.teacher)])
     folder = save_folder(model, arguments.out, arguments.path, arguments.overwrite)
-    found = model.config.compression["provenance"]["recovery"]
+    found = provenance["recovery"]
     if arguments.json:
         about = {"path": arguments.path, "teacher": arguments.teacher, "dataset": arguments.dataset}
         tables.print_json({**about, "out": str(folder), "recovery": found})
