@@ -20,6 +20,7 @@ from hf_lowrank.analysis_report import (
 from hf_lowrank.decomposing import Decomposer
 from hf_lowrank.errors import InputError
 from hf_lowrank.loading import find_tokenizer, load_dense
+from hf_lowrank.multiply_adds import count_multiply_adds
 from hf_lowrank.planning.allocation import ALLOCATIONS
 from hf_lowrank.planning.plans import candidate_matrices, make_plan
 from hf_lowrank.planning.sizes import parameter_bytes
@@ -28,7 +29,7 @@ from hf_lowrank.progress import Progress, no_progress
 from hf_lowrank.remote_code.configuration_lowrank import compressed_config_class
 from hf_lowrank.remote_code.lowrank_plan import Plan
 from hf_lowrank.remote_code.modeling_lowrank import compressed_model_class
-from hf_lowrank.report import CompressionReport, ModuleReport, count_multiply_adds, make_report
+from hf_lowrank.report import CompressionReport, ModuleReport, make_report
 from hf_lowrank.settings import CompressionSettings, make_settings
 from hf_lowrank.solvers import SOLVERS
 from hf_lowrank.solvers.svd import Truncations

@@ -19,10 +19,11 @@ from hf_lowrank.compression import compress
 from hf_lowrank.data import fingerprint
 from hf_lowrank.errors import InputError
 from hf_lowrank.loading import find_tokenizer, load_dense
+from hf_lowrank.multiply_adds import count_multiply_adds
 from hf_lowrank.planning.sizes import parameter_bytes
 from hf_lowrank.progress import Progress, no_progress
 from hf_lowrank.remote_code.lowrank_model import LowRankMixin
-from hf_lowrank.report import count_multiply_adds, make_report
+from hf_lowrank.report import make_report
 from hf_lowrank.settings import CompressionSettings, make_settings
 from hf_lowrank.tasks import make_task
 from hf_lowrank.tasks.base import Step, Task

@@ -4,15 +4,14 @@ import math
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
-from torch import nn
 from transformers import PreTrainedModel
 
 from hf_lowrank.evaluation import Latency, measure_latency, typical_length
 from hf_lowrank.machine import machine_name
+from hf_lowrank.multiply_adds import count_multiply_adds, multiplying
 from hf_lowrank.origin import Origin
-from hf_lowrank.remote_code.lowrank_dense import dense_kind, dense_shape
 from hf_lowrank.remote_code.lowrank_materialize import Materializing
-from hf_lowrank.remote_code.lowrank_structures import named_shared_parts, named_structures, structure_name
+from hf_lowrank.remote_code.lowrank_structures import structure_name
 
 # Parts of the provenance that have a place of their own in the report; trainings of ours with what did them.
 _TRAININGS = {"recovery": "recover", "lpaf": "lpaf"}
@@ -204,7 +203,7 @@ def make_report(model: PreTrainedModel) -> CompressionReport:
     embedding: Any = model.get_input_embeddings()
     multiply_adds = count_multiply_adds(model)
     saved_multiply_adds = sum(
-        _dense_multiply_adds(structure) - structure.multiply_adds() for structure in _multiplying(model)
+        _dense_multiply_adds(structure) - structure.multiply_adds() for structure in multiplying(model)
     )
     return CompressionReport(
         architecture=type(model).__name__,
@@ -241,20 +240,6 @@ def compare_latency(dense: Any, compressed: Any, batch_size: int = 8) -> Latency
     shape = (batch_size, typical_length(dense))
     times = measure_latency({"dense": dense, "compressed": compressed}, *shape)
     return LatencyReport(*shape, machine_name(dense.device), times["dense"], times["compressed"])
-
-
-def count_multiply_adds(model: nn.Module) -> int:
-    """Multiply-adds for one token of all matrix products with weights, in a dense or a compressed model."""
-    ours = _multiplying(model)
-    inside = {id(part) for structure in ours for part in structure.modules()}
-    dense = (module for module in model.modules() if id(module) not in inside and dense_kind(module) == "linear")
-    total = sum(rows * columns for rows, columns in map(dense_shape, dense))
-    return total + sum(int(structure.multiply_adds()) for structure in ours)
-
-
-def _multiplying(model: nn.Module) -> list[Any]:
-    """Everything of ours that multiplies: the structures and the parts they share."""
-    return [module for _, module in [*named_shared_parts(model), *named_structures(model)]]
 
 
 def _replaced(model: PreTrainedModel, provenance: dict[str, Any]) -> list[ModuleReport]:

@@ -14,15 +14,16 @@ from hf_lowrank.errors import InputError
 from hf_lowrank.loading import find_tokenizer, load_dense
 from hf_lowrank.remote_code.lowrank_model import LowRankMixin
 from hf_lowrank.saving import load_compressed
-from hf_lowrank.solvers import SOLVERS
+from hf_lowrank.solvers.tensor_methods import TENSOR_METHODS
 from hf_lowrank.training.arguments import make_arguments
 from hf_lowrank.training.best import BestStateCallback
 from hf_lowrank.training.distillation import DistillationTrainer, check_teacher
 from hf_lowrank.training.features import Features, PaddingCollator, has_labels, hold_out, make_features
 from hf_lowrank.training.preparation import prepared
 
-# Peak of AdamW's learning rate: factors found without data stand far from the dense model and can take large steps.
-_RATE_WITHOUT_DATA, _RATE_WITH_DATA = 1e-3, 5e-4
+# Peak of AdamW's learning rate. Pairs of factors go astray above the first (gradients of 1e5 were seen), Tucker's
+# factors, which all layers share, learn little below the second.
+_RATE, _RATE_OF_TUCKER = 1e-4, 5e-4
 _BATCH_SIZE = 16
 _EPOCHS = 3
 
@@ -147,10 +148,10 @@ class RecoveryOptions:
 
 
 def default_learning_rate(model: PreTrainedModel) -> float:
-    """1e-3 for factors that were found from the weights alone, 5e-4 for those that were fitted to data."""
-    method = model.config.plan.get("provenance", {}).get("settings", {}).get("method", "two_sided_svd")
-    solver = SOLVERS.get(method)
-    return _RATE_WITHOUT_DATA if solver is not None and not solver.needs else _RATE_WITH_DATA
+    """1e-4; 5e-4 for Tucker's factors."""
+    method = model.config.plan.get("provenance", {}).get("settings", {}).get("method", "")
+    tensor_method = TENSOR_METHODS.get(method)
+    return _RATE_OF_TUCKER if tensor_method is not None and tensor_method.kind == "tucker" else _RATE
 
 
 def _compressed(model: Any) -> Any:
