@@ -31,6 +31,7 @@ from hf_lowrank.training.arguments import make_arguments
 from hf_lowrank.training.features import PaddingCollator, hold_out, make_features
 from hf_lowrank.training.lpaf import LPAFOptions
 from hf_lowrank.training.preparation import prepared
+from hf_lowrank.training.pruning import IMPORTANCES
 
 # row -> what prunes (None: trained as long, nothing pruned), and options of `lpaf`, without mixed ranks unless given
 ROWS: dict[str, tuple[str | None, dict[str, Any]]] = {
@@ -46,6 +47,7 @@ ROWS: dict[str, tuple[str | None, dict[str, Any]]] = {
     "... by importance, mixed ranks": ("sensitivity", {"method": "importance_aware_svd", "probability": 0.5}),
     "... two-sided": ("sensitivity", {"method": "two_sided_svd"}),
 }
+NOT_PRUNED = "none"
 RECOVERED = ("svd", "weighted_svd", "whitened_svd", "two_sided_svd")
 
 
@@ -136,41 +138,57 @@ class Study:
         before, start = self.accuracy(small), time.perf_counter()
         recover(
             small, teacher=self.dense, dataset=self.train, tokenizer=self.tokenizer, seed=seed,
-            max_examples=sizes.max_examples, epochs=sizes.epochs,
+            max_examples=sizes.max_examples, epochs=sizes.epochs, learning_rate=sizes.recover_rate,
         )  # fmt: skip
         minutes = (time.perf_counter() - start) / 60
         return before, self.accuracy(small), minutes
 
 
 def main() -> None:
-    """Print both tables."""
+    """Print the tables."""
     options = parse()
     study = Study(options)
     torch.manual_seed(0)
     print(f"dense: accuracy {study.cell('dense', partial(study.accuracy, study.dense)):.4f}; seeds {options.seeds}")
+    print_pruned(study)
+    print_compressed(study)
+    print_recovered(study)
+
+
+def print_pruned(study: Study) -> None:
+    """What pruning leaves."""
     print(f"\n{'pruned by':<12}{'kept':>6}{'accuracy':>18}{'rank':>8}{'90 % energy':>13}")
-    for keep in options.keep:
-        for how in options.importances:
-            found = [study.pruned(how, keep, seed)[1] for seed in options.seeds]
+    for keep in study.options.keep:
+        for how in study.options.importances:
+            importance = None if how == NOT_PRUNED else how
+            found = [study.pruned(importance, keep, seed)[1] for seed in study.options.seeds]
             accuracy, rank, energy = ([one[index] for one in found] for index in range(3))
             print(f"{how:<12}{keep:>6.2f}{spread(accuracy):>18}{mean(rank):>8.1%}{mean(energy):>13.1%}", flush=True)
-    print(f"\n{'compressed':<32}" + "".join(f"{f'keep_targets {keep}':>20}" for keep in options.keep))
-    for row in options.rows:
+
+
+def print_compressed(study: Study) -> None:
+    """What each row makes of it."""
+    print(f"\n{'compressed':<32}" + "".join(f"{f'keep_targets {keep}':>20}" for keep in study.options.keep))
+    for row in study.options.rows:
         cells = []
-        for keep in options.keep:
+        for keep in study.options.keep:
             found = [
                 study.cell(f"{row} {keep} {seed}", partial(study.compressed, row, keep, seed))
-                for seed in options.seeds
+                for seed in study.options.seeds
             ]
             cells.append(spread(found))
         print(f"{row:<32}" + "".join(f"{cell:>20}" for cell in cells), flush=True)
-    if options.recover:
-        print(f"\n{'recovered':<16}{'kept':>6}{'before':>18}{'after':>18}{'loss closed':>13}{'minutes':>9}")
-    for method in options.recover:
-        for keep in options.keep:
+
+
+def print_recovered(study: Study) -> None:
+    """What `recover` brings back of what each method loses."""
+    rate = study.options.recover_rate
+    print(f"\n{'recovered':<16}{'kept':>6}{'before':>18}{'after':>18}{'loss closed':>13}{'minutes':>9}")
+    for method in study.options.recover:
+        for keep in study.options.keep:
             found = [
-                study.cell(f"recover {method} {keep} {seed}", partial(study.recovered, method, keep, seed))
-                for seed in options.seeds
+                study.cell(f"recover {method} {keep} {seed} {rate}", partial(study.recovered, method, keep, seed))
+                for seed in study.options.seeds
             ]
             before, after, minutes = zip(*found, strict=True)
             lost = study.cells["dense"] - mean(before)
@@ -200,8 +218,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--test", help="examples to report on")
     parser.add_argument("--keep", nargs="+", type=float, default=[0.5, 0.25, 0.16])
     parser.add_argument("--rows", nargs="*", default=list(ROWS), choices=list(ROWS))
-    parser.add_argument("--importances", nargs="*", default=["sensitivity", "movement", "magnitude", "random"])
+    parser.add_argument("--importances", nargs="*", default=[NOT_PRUNED, *IMPORTANCES])
     parser.add_argument("--recover", nargs="*", default=list(RECOVERED), help="methods to heal in the third table")
+    parser.add_argument("--recover-rate", type=float, help="of that (default: what suits the method)")
     parser.add_argument("--epochs", type=float, default=3, help="of pruning, and again of the factors")
     parser.add_argument("--max-examples", type=int)
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])

@@ -1,6 +1,7 @@
 """The same low-rank matrices in another storage."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -10,6 +11,8 @@ from hf_lowrank.errors import InputError
 from hf_lowrank.remote_code.lowrank_structures import STRUCTURES, replace_, structure_name
 from hf_lowrank.solvers.factors import Factors, balanced
 from hf_lowrank.solvers.storage import DECODERS, ENCODERS, sizes_beside_rank
+
+_TWO_FACTORS = "low_rank"
 
 
 def convert_storage_(model: PreTrainedModel, storage: str, dtype: torch.dtype | None = None) -> None:
@@ -27,14 +30,42 @@ def convert_storage_(model: PreTrainedModel, storage: str, dtype: torch.dtype | 
     """
     if storage not in DECODERS:
         raise InputError(f"storage must be one of {', '.join(DECODERS)}, got {storage!r}.")
-    base = model.base_model
-    for name, spec in model.config.plan["modules"].items():
-        structure = base.get_submodule(name)
-        decode = DECODERS.get(str(structure_name(structure)))
-        if decode is not None and structure_name(structure) != storage:
-            converted, sizes = _converted(structure, decode, storage, dtype)
-            replace_(base, name, converted)
-            model.config.plan["modules"][name] = {"structure": storage, "rank": spec["rank"], **sizes}
+    for name in model.config.plan["modules"]:
+        if str(structure_name(model.base_model.get_submodule(name))) in {*DECODERS} - {storage}:
+            _convert_(model, name, storage, dtype)
+
+
+@contextmanager
+def as_two_factors(model: PreTrainedModel) -> Iterator[None]:
+    """Within, every pivoted layer is two factors of the same rank; afterwards it is stored as it was.
+
+    For training: every output hangs on the pivoted rows, which steps of one size for all numbers do not suit. A layer
+    that has not changed is afterwards the very same one, without a rounding.
+    """
+    base, modules = model.base_model, model.config.plan["modules"]
+    others = {name: spec for name, spec in modules.items() if spec["structure"] in DECODERS}
+    others = {name: spec for name, spec in others.items() if spec["structure"] != _TWO_FACTORS}
+    stored = {name: base.get_submodule(name) for name in others}
+    convert_storage_(model, _TWO_FACTORS)
+    at_first = {name: [p.detach().cpu().clone() for p in base.get_submodule(name).parameters()] for name in others}
+    try:
+        yield
+    finally:
+        for name, spec in others.items():
+            pair: Any = base.get_submodule(name)
+            if all(map(torch.equal, at_first[name], (p.detach().cpu() for p in pair.parameters()))):
+                replace_(base, name, stored[name].to(pair.up.weight.device))
+                modules[name] = spec
+            else:
+                _convert_(model, name, spec["structure"], None)
+
+
+def _convert_(model: PreTrainedModel, name: str, storage: str, dtype: torch.dtype | None) -> None:
+    base, modules = model.base_model, model.config.plan["modules"]
+    structure = base.get_submodule(name)
+    converted, sizes = _converted(structure, DECODERS[str(structure_name(structure))], storage, dtype)
+    replace_(base, name, converted)
+    modules[name] = {"structure": storage, "rank": modules[name]["rank"], **sizes}
 
 
 def _converted(

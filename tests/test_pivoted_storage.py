@@ -7,7 +7,7 @@ import torch
 from tiny_models import build
 
 from hf_lowrank import InputError, compress, decompress
-from hf_lowrank.conversion import convert_storage_
+from hf_lowrank.conversion import as_two_factors, convert_storage_
 from hf_lowrank.remote_code.lowrank_pivoted import PivotedLinear
 from hf_lowrank.solvers.factors import Factors
 from hf_lowrank.solvers.storage import DECODERS, ENCODERS, sizes_beside_rank
@@ -189,6 +189,21 @@ def test_converting_there_and_back_changes_nothing(name):
     convert_storage_(small, "pivoted")
     assert torch.allclose(small(inputs).logits, before, atol=1e-10)
     assert small.config.plan["modules"] == shape
+
+
+def test_trained_as_two_factors_it_is_stored_as_before():
+    small = compress(build("BertModel"), keep_targets=0.6, method="svd", storage="pivoted").eval()
+    kept, trained = "encoder.layer.0.attention.self.query", "encoder.layer.1.output.dense"
+    before, first = small.get_submodule(kept), small.get_submodule(trained)
+
+    with as_two_factors(small):
+        assert {spec["structure"] for spec in small.config.plan["modules"].values()} == {"low_rank"}
+        assert small.get_submodule(trained).rank == first.rank
+        small.get_submodule(trained).up.weight.data.mul_(2)
+
+    assert small.get_submodule(kept) is before
+    assert {spec["structure"] for spec in small.config.plan["modules"].values()} == {"pivoted"}
+    torch.testing.assert_close(small.get_submodule(trained).to_dense(), 2 * first.to_dense())
 
 
 def test_it_holds_more_rank_than_two_factors_at_the_same_size():

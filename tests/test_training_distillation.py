@@ -82,6 +82,20 @@ def test_attention_scores_are_those_of_the_last_layer_before_the_softmax(head, t
     assert torch.allclose((difference - free[..., None]).masked_fill(~allowed, 0), expected, atol=1e-4)
 
 
+def test_attention_loss_counts_scores_by_their_variance(tmp_path):
+    teacher, student = pair("BertForMaskedLM")
+    batch = {name: torch.stack([row[name] for row in rows()]) for name in rows()[0]}
+    trainer = trainer_of(tmp_path, student, teacher, losses={"attention": 1})
+    with torch.no_grad():
+        compared = trainer._compare(student.eval(), student, batch)
+    real = batch["attention_mask"].bool()
+    found, wanted = (side.attention.scores() for side in (compared.student, compared.teacher))
+    allowed = (real[:, None, :, None] & real[:, None, None, :]).expand_as(found)
+    expected = (found - wanted)[allowed].square().mean() / wanted[allowed].var(correction=0)
+
+    assert loss_of(trainer, rows()) == pytest.approx(float(expected), rel=1e-4)
+
+
 def test_padding_does_not_count(tmp_path):
     teacher, student = pair("BertForMaskedLM")
     losses = {"logits": 1, "hidden": 1, "attention": 1}

@@ -7,6 +7,7 @@ import tiny_models
 import tiny_tokenizers
 import torch
 from tiny_training import StopAt, arguments, rows
+from transformers import TrainerCallback
 
 from hf_lowrank import InputError, compress, recover
 from hf_lowrank.cli import main
@@ -64,6 +65,23 @@ def test_it_keeps_the_model_as_it_was_where_training_harms():
 
     assert small.config.compression["provenance"]["recovery"]["step"] == 0
     assert all(torch.equal(before[name], value) for name, value in small.state_dict().items())
+
+
+def test_pivoted_layers_are_trained_as_two_factors_and_stored_as_before():
+    teacher = tiny_models.build("BertForMaskedLM", **VOCABULARY)
+    small = compress(teacher, keep_targets=0.6, method="svd", storage="pivoted")
+    seen = set()
+
+    class Look(TrainerCallback):
+        def on_step_end(self, args, state, control, model, **kwargs):
+            seen.update(spec["structure"] for spec in model.config.plan["modules"].values())
+
+    options = {"max_seq_length": 16, "learning_rate": 5e-3, "epochs": 8, "batch_size": 8, "callbacks": (Look(),)}
+    recover(small, teacher=teacher, dataset=TEXTS, tokenizer=tokenizer_for("Bert"), **options)
+
+    assert small.config.compression["provenance"]["recovery"]["step"] > 0
+    assert seen == {"low_rank"}
+    assert {spec["structure"] for spec in small.config.plan["modules"].values()} == {"pivoted"}
 
 
 def test_dense_embedding_tables_are_left_alone():

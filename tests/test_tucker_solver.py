@@ -106,9 +106,10 @@ def test_a_full_bank_is_no_bank():
     assert mixed.mixing.shape == (BLOCKS, BLOCKS)
 
 
+@pytest.mark.parametrize("metrics", [None, metrics_of()], ids=["plain", "whitened"])
 @pytest.mark.parametrize("ranks", RANKS + FULL, ids=str)
-def test_factors_are_orthonormal_and_count_as_said(ranks):
-    found = tucker(stack_of(), ranks)
+def test_factors_are_orthonormal_and_count_as_said(ranks, metrics):
+    found = tucker(stack_of(), ranks, metrics)
     shared = [found.left, found.right] + ([] if found.mixing is None else [found.mixing])
 
     for factor in shared:

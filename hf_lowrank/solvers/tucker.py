@@ -106,7 +106,7 @@ class BlockMetrics:
             scale = self.weights.rsqrt().to(core)
             core = core if mixing is not None else core * scale[:, None, None]
             mixing = None if mixing is None else mixing * scale[:, None]
-        return Tucker(self.left.unroot(found.left), self.right.unroot(found.right), core, mixing)
+        return orthonormal(Tucker(self.left.unroot(found.left), self.right.unroot(found.right), core, mixing))
 
 
 def tucker(
@@ -118,7 +118,7 @@ def tucker(
 ) -> Tucker:
     """The Tucker decomposition of `stack` (B, m, n) in the given metrics: `hosvd`, then `hooi` until it stops gaining.
 
-    All factors but the core are orthonormal in the metrics. Formats III and IV of Ren et al., "Exploring extreme
+    All factors but the core have orthonormal columns. Formats III and IV of Ren et al., "Exploring extreme
     parameter compression for pre-trained language models" (ICLR 2022).
 
     Args:
@@ -164,6 +164,20 @@ def hooi(
         if gained <= tolerance * total:
             break
     return found
+
+
+def orthonormal(found: Tucker) -> Tucker:
+    """The same blocks by factors with orthonormal columns, their triangular parts in the core.
+
+    Training needs it: factors as large as an inverse covariance makes them leave the core with gradients of 1e3.
+    """
+    left, from_left = torch.linalg.qr(found.left)
+    right, from_right = torch.linalg.qr(found.right)
+    core = from_left @ found.core @ from_right.T
+    if found.mixing is None:
+        return Tucker(left, right, core)
+    mixing, from_mixing = torch.linalg.qr(found.mixing)
+    return Tucker(left, right, torch.tensordot(from_mixing, core, dims=1), mixing)
 
 
 def mode_spectra(stack: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -24,7 +24,7 @@ class DistillationTrainer(Trainer):
         task        the student's own loss on the labels
         logits      `T^2 KL(teacher || student)` at temperature `T` where the heads speak; 1 - cosine without a head
         hidden      squared error of block outputs over their variance, through learned projections between widths
-        attention   squared error of the last layers' attention scores before the softmax
+        attention   squared error of the last layers' attention scores before the softmax over their variance
     Each weighted term is logged as `loss_<name>` beside `loss`, unweighted. Everything else is the Trainer's:
     arguments, checkpoints, resuming, several processes, mixed precision, gradient accumulation and checkpointing. With
     several processes a step has the loss one process would have on all their batches.

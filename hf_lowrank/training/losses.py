@@ -85,15 +85,12 @@ def hidden_loss(compared: Comparison) -> torch.Tensor:
         found = hidden_states(compared.student.blocks[ours])[real]
         projection = compared.projections.get(ours)
         found = (found if projection is None else projection(found)).float()
-        moments = torch.stack([torch.tensor(float(target.numel())).to(target), target.sum(), target.square().sum()])
-        count, total, squares = compared.average(moments)
-        variance = squares / count - (total / count).square()
-        terms.append((found - target).square().sum() / count / variance)
+        terms.append(_relative_square(found, target, compared))
     return torch.stack(terms).mean()
 
 
 def attention_loss(compared: Comparison) -> torch.Tensor:
-    """Mean squared difference of the last layers' attention scores before the softmax.
+    """Squared difference of the last layers' attention scores before the softmax, over the teacher's variance.
 
     Over all heads and all pairs of real tokens of which the first may see the second; over the means of the heads
     where their numbers differ.
@@ -104,8 +101,7 @@ def attention_loss(compared: Comparison) -> torch.Tensor:
     real = real_tokens(compared.batch)
     allowed = real[:, None, :, None] & real[:, None, None, :]
     allowed = (allowed.tril() if compared.is_causal else allowed).expand_as(found)
-    total = (found - wanted).masked_select(allowed).square().sum()
-    return total / _average_count(int(allowed.sum()), compared)
+    return _relative_square(found.masked_select(allowed), wanted.masked_select(allowed), compared)
 
 
 LOSSES: dict[str, Callable[[Comparison], torch.Tensor]] = {
@@ -123,6 +119,14 @@ def make_projections(
     if width == teacher_width:
         return {}
     return {ours: nn.Linear(width, teacher_width, bias=False, device=device) for ours, _ in layer_map}
+
+
+def _relative_square(found: torch.Tensor, target: torch.Tensor, compared: Comparison) -> torch.Tensor:
+    """Mean squared difference over the variance of the target, both over the batches of all processes."""
+    moments = torch.stack([torch.tensor(float(target.numel())).to(target), target.sum(), target.square().sum()])
+    count, total, squares = compared.average(moments)
+    variance = squares / count - (total / count).square()
+    return (found - target).square().sum() / count / variance
 
 
 def _average_count(count: int, compared: Comparison) -> torch.Tensor:

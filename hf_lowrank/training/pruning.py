@@ -152,7 +152,7 @@ def _largest(values: torch.Tensor, fraction: float) -> torch.Tensor:
     """A mask of the `round(fraction n)` largest of (n) values; of equal ones, exactly as many as are needed."""
     count = max(1, round(fraction * len(values)))
     if values.device.type == "cpu":  # a partition takes a quarter of the time of torch's topk
-        wide = values.detach() if values.dtype.itemsize >= 4 else values.detach().float()  # numpy has no bfloat16
+        wide = values if values.dtype.itemsize >= 4 else values.float()  # numpy has no bfloat16
         places = torch.from_numpy(np.argpartition(wide.numpy(), -count)[-count:])
     else:
         places = values.topk(count, sorted=False).indices
@@ -174,7 +174,7 @@ class FirstOrderPruningCallback(TrainerCallback):
     remain.
 
     Token embeddings and heads are not touched. `ranks` and an entry of the log per epoch say what each matrix has
-    become. Not for DeepSpeed's flat optimizers, which cannot give parameters a rate of their own for a step.
+    become. Not for DeepSpeed, whose flat optimizers hide gradients and give no parameter a rate of its own for a step.
 
     Reference: Molchanov et al., Importance Estimation for Neural Network Pruning, CVPR 2019 (sensitivity); Sanh, Wolf
     and Rush, Movement Pruning, NeurIPS 2020.

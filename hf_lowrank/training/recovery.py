@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PrinterCallback, TrainerCallback, TrainingArguments
 
+from hf_lowrank.conversion import as_two_factors
 from hf_lowrank.errors import InputError
 from hf_lowrank.loading import find_tokenizer, load_dense
 from hf_lowrank.remote_code.lowrank_model import LowRankMixin
@@ -21,8 +22,8 @@ from hf_lowrank.training.distillation import DistillationTrainer, check_teacher
 from hf_lowrank.training.features import Features, PaddingCollator, has_labels, hold_out, make_features
 from hf_lowrank.training.preparation import prepared
 
-# Peak of AdamW's learning rate. Pairs of factors go astray above the first (gradients of 1e5 were seen), Tucker's
-# factors, which all layers share, learn little below the second.
+# Peak of AdamW's learning rate. Pairs of factors go astray above the first (gradients of 1e5 were seen); Tucker's,
+# which all layers share, learn alike from 3e-4 to 1e-3. Both were found on classifiers (docs/results.md).
 _RATE, _RATE_OF_TUCKER = 1e-4, 5e-4
 _BATCH_SIZE = 16
 _EPOCHS = 3
@@ -63,8 +64,9 @@ def recover(
     """Heal a compressed model: `recover(small, teacher="my-bert", dataset="train.tsv")`.
 
     Every parameter but dense embedding tables is trained to say what the teacher says (`logits`), to do in every block
-    what the teacher does (`hidden`) and, where the data have labels, to be right (`task`). The state with the least
-    loss on held-out examples is kept; the one before the training competes.
+    what the teacher does (`hidden`) and, where the data have labels, to be right (`task`). Pivoted layers are trained
+    as two factors of the same rank. The state with the least loss on held-out examples is kept; the one before the
+    training competes.
 
     Args:
         model: A compressed model, which is trained in place, or its folder or Hub id.
@@ -206,7 +208,7 @@ def _train(
 ) -> Recovery:
     best = BestStateCallback()
     features, held_out, padding = data
-    with prepared(small):
+    with as_two_factors(small), prepared(small):
         trainer = DistillationTrainer(
             model=small,
             args=args,
