@@ -14,7 +14,14 @@ ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "reference.md"
 # heading -> names under it; public ones of the package, and with a dot those of its modules
 CONTENTS = {
-    "Compressing": ["compress", "decompress", "CompressionSettings", "convert_storage_", "reduce_vocabulary"],
+    "Compressing": [
+        "compress",
+        "decompress",
+        "CompressionSettings",
+        "convert_storage_",
+        "as_two_factors",
+        "reduce_vocabulary",
+    ],
     "Looking first, and comparing": ["analyze", "Analysis", "compare", "Comparison"],
     "Measuring": ["evaluate", "Evaluation", "record_evaluation", "make_report", "saved_report", "CompressionReport"],
     "Training": [

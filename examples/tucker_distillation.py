@@ -33,7 +33,7 @@ from transformers import (
     set_seed,
 )
 
-from hf_lowrank import CardCallback, compress, make_report
+from hf_lowrank import CardCallback, as_two_factors, compress, make_report
 from hf_lowrank.data import load_rows
 from hf_lowrank.remote_code.lowrank_structures import named_shared_parts, named_structures
 from hf_lowrank.tasks import make_task
@@ -109,25 +109,23 @@ def distil(
     last = len(repeated_blocks(teacher)) - 1
     inner = {"losses": INNER, "layer_map": [(last, last)] if arguments.last_block_only else None}
     rate = arguments.learning_rate
-    for name, steps in (("general", arguments.general_steps), ("task", arguments.task_steps)):
-        stage(student, teacher, data[name], tokenizer, steps, rate, **inner)
-    stage(student, teacher, data["task"], tokenizer, arguments.task_steps, rate / 2, losses={"logits": 1.0})
+    with as_two_factors(student):
+        for name, steps in (("general", arguments.general_steps), ("task", arguments.task_steps)):
+            stage(student, teacher, data[name], tokenizer, steps, rate, **inner)
+        stage(student, teacher, data["task"], tokenizer, arguments.task_steps, rate / 2, losses={"logits": 1.0})
     return (time.process_time() - start) / 60
 
 
 def make_students(teacher: PreTrainedModel, arguments: argparse.Namespace, texts: Sequence[str]) -> dict[str, Any]:
     """What is compared: how each one starts, all within the same budget."""
     budget = {"rank": 8} if arguments.smoke else {"keep_targets": arguments.keep_targets}
+    looking = {"calibration": list(texts), "refine_passes": 0}
     makers = {
+        "whitened tucker": lambda: compress(teacher, method="whitened_tucker", **looking, **budget),
+        "random start": lambda: random_start(compress(teacher, method="whitened_tucker", **looking, **budget)),
         "tucker": lambda: compress(teacher, method="tucker", **budget),
-        "whitened tucker": lambda: compress(
-            teacher, method="whitened_tucker", calibration=list(texts), refine_passes=0, **budget
-        ),
-        "tucker, random start": lambda: random_start(compress(teacher, method="tucker", **budget)),
         "pairs by SVD": lambda: compress(teacher, method="svd", **budget),
-        "pairs by two-sided SVD": lambda: compress(
-            teacher, method="two_sided_svd", calibration=list(texts), refine_passes=0, **budget
-        ),
+        "pairs by two-sided SVD": lambda: compress(teacher, method="two_sided_svd", **looking, **budget),
     }
     return {name: makers[name] for name in arguments.students}
 
@@ -164,7 +162,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--data", type=Path)
     parser.add_argument("--text", type=Path, help="plain text of the general stage (default: the task's)")
     parser.add_argument("--keep-targets", type=float, default=1 / 7)
-    parser.add_argument("--students", nargs="+", default=["tucker", "tucker, random start", "pairs by SVD"])
+    parser.add_argument("--students", nargs="+", default=["whitened tucker", "random start", "pairs by SVD"])
     parser.add_argument("--general-steps", type=int, default=100)
     parser.add_argument("--task-steps", type=int, default=1600, help="of each of the two stages on the task")
     parser.add_argument("--learning-rate", type=float, default=5e-4, help="half of it in the last stage")
@@ -203,7 +201,7 @@ def main() -> None:
             flush=True,
         )
         if arguments.out is not None:
-            folder = arguments.out / name.replace(", ", "-").replace(" ", "-")
+            folder = arguments.out / name.replace(" ", "-")
             student_of = f"--teacher FOLDER --data SST-2 --students {name!r}"
             sizes = f"--task-steps {arguments.task_steps} --learning-rate {arguments.learning_rate:g}"
             made_by = f"python examples/tucker_distillation.py {student_of} {sizes}"

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from hf_lowrank.comparison_report import Comparison as Comparison
     from hf_lowrank.compression import compress as compress
     from hf_lowrank.compression import decompress as decompress
+    from hf_lowrank.conversion import as_two_factors as as_two_factors
     from hf_lowrank.conversion import convert_storage_ as convert_storage_
     from hf_lowrank.hub import Push as Push
     from hf_lowrank.hub import push_to_hub as push_to_hub
@@ -62,6 +63,7 @@ _HOMES = {
     "analyze": "hf_lowrank.analysis",
     "compare": "hf_lowrank.comparison",
     "compress": "hf_lowrank.compression",
+    "as_two_factors": "hf_lowrank.conversion",
     "convert_storage_": "hf_lowrank.conversion",
     "decompress": "hf_lowrank.compression",
     "evaluate": "hf_lowrank.tasks.evaluation",

@@ -14,7 +14,7 @@ from filelock import FileLock
 from transformers import PreTrainedModel
 
 from hf_lowrank.calibration import Calibration, described_text, make_calibration
-from hf_lowrank.checkpoint import Checkpoint, weights_digest
+from hf_lowrank.checkpoint import NOT_KEPT, Checkpoint, weights_digest
 from hf_lowrank.data import fingerprint
 from hf_lowrank.planning.allocation import ALLOCATIONS
 from hf_lowrank.planning.curves import measured_errors, predicted_errors, probe_rank, spectral_errors
@@ -200,7 +200,8 @@ class Decomposer:
         if matrix.name not in self._tables:
             weight = matrix.weight.to(self.settings.device or matrix.weight.device)
             known, objective = self.known(matrix.members[0], weight.device), self.settings.embedding_objective
-            self._tables[matrix.name] = make_table(weight, known, self._token_counts, objective)
+            kept = self.checkpoint().part(matrix.name)
+            self._tables[matrix.name] = make_table(weight, known, self._token_counts, objective, kept)
         return self._tables[matrix.name]
 
     def _measure(self, matrix: Matrix) -> None:
@@ -268,11 +269,12 @@ class Decomposer:
                 progress=self.progress,
             )
 
-    def checkpoint(self, small: PreTrainedModel) -> Checkpoint:
-        """Where a computation that starts from `small` keeps what it has finished: in the cache, or nowhere."""
+    def checkpoint(self, small: PreTrainedModel | None = None) -> Checkpoint:
+        """Where a computation from `small` and the text, or from the dense weights alone, keeps what it has done."""
         if self.settings.cache_dir is None:
-            return Checkpoint()
-        return Checkpoint(self._folder / f"learned-{self.settings.method}-{self._identity}-{weights_digest(small)}")
+            return NOT_KEPT
+        start = self._model_identity if small is None else f"{self._identity}-{weights_digest(small)}"
+        return Checkpoint(self._folder / f"learned-{self.settings.method}-{start}-{self.settings.seed}")
 
     @cached_property
     def _folder(self) -> Path:

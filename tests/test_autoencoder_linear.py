@@ -9,6 +9,7 @@ from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
 from hf_lowrank import compress
+from hf_lowrank.checkpoint import Checkpoint
 from hf_lowrank.errors import InputError
 from hf_lowrank.remote_code.lowrank_autoencoder_linear import ROWS, LinearDecoder, NonlinearDecoder, row_shape
 from hf_lowrank.remote_code.lowrank_materialize import MODES, set_materialize_
@@ -285,6 +286,31 @@ def test_a_non_linear_decoder_starts_as_the_linear_one_and_learns_curved_rows():
         directions = F.normalize(decoder(torch.cat(found.codes)), dim=1)
         reached = RowTraining().loss(directions, torch.cat(rows), torch.cat(found.norms).float())
     assert float(reached) == pytest.approx(min(found.losses), rel=1e-4)
+
+
+def test_a_killed_training_goes_on_to_the_same_numbers(tmp_path):
+    rows, training, seen = planted(), RowTraining(steps=60), []
+
+    def killed(steps, description):
+        for step in steps:
+            if step == 40:
+                raise KeyboardInterrupt
+            yield step
+
+    def watched(steps, description):
+        seen.extend(steps)
+        return steps
+
+    kept, expected = Checkpoint(tmp_path, "rows"), train_rows(rows, linear_codes(rows), training=training)
+    with pytest.raises(KeyboardInterrupt):
+        train_rows(rows, linear_codes(rows), training=training, checkpoint=kept, progress=killed)
+    for _ in range(2):  # the second finds it finished
+        found = train_rows(rows, linear_codes(rows), training=training, checkpoint=kept, progress=watched)
+
+        assert found.losses == expected.losses
+        assert all(map(torch.equal, found.codes, expected.codes))
+        assert all(torch.equal(value, expected.decoder[name]) for name, value in found.decoder.items())
+    assert seen == list(range(25, 61))
 
 
 def test_training_that_gains_nothing_ends_early():

@@ -96,6 +96,25 @@ def test_attention_loss_counts_scores_by_their_variance(tmp_path):
     assert loss_of(trainer, rows()) == pytest.approx(float(expected), rel=1e-4)
 
 
+@pytest.mark.parametrize("dropout", [False, True])
+@pytest.mark.parametrize("head", ["BertForMaskedLM", "GPT2LMHeadModel", "LlamaForCausalLM"])
+def test_a_student_has_no_dropout_unless_asked_for(head, dropout, tmp_path):
+    rates = {"attention_dropout": 0.5} if "Llama" in head else {}
+    rates |= {"attn_pdrop": 0.5, "resid_pdrop": 0.5, "embd_pdrop": 0.5} if "GPT2" in head else {}
+    teacher, student = tiny_models.build(head, **rates), tiny_models.build(head, **rates)
+    options = {"max_steps": 1, "learning_rate": 0.0, "eval_strategy": "no", "logging_steps": 1}
+    trainer = trainer_of(tmp_path, student, teacher, rows(), options, losses={"logits": 1}, dropout=dropout)
+
+    trainer.train()
+    losses = [entry["loss_logits"] for entry in trainer.state.log_history if "loss_logits" in entry]
+    student.train()
+    with torch.no_grad():
+        kept = float(trainer.compute_loss(student, trainer.data_collator(rows())))
+
+    assert (losses[0] > 1e-3) is dropout
+    assert kept > 1e-3  # the model has its own again
+
+
 def test_padding_does_not_count(tmp_path):
     teacher, student = pair("BertForMaskedLM")
     losses = {"logits": 1, "hidden": 1, "attention": 1}

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
+from hf_lowrank.checkpoint import NOT_KEPT, Checkpoint
+from hf_lowrank.progress import Progress, no_progress
 from hf_lowrank.remote_code.lowrank_autoencoder_linear import NonlinearDecoder
 from hf_lowrank.solvers.row_autoencoder import RowCodes
 
@@ -15,6 +17,7 @@ _LEAK = 0.01
 # Largest entry of the start before the hyperbolic tangent, which is linear up to there but for a hundredth.
 _SMALL = 0.2
 _EPSILON = 1e-12
+_STEPS_TO_KEEP = 25
 
 
 @dataclass(frozen=True)
@@ -57,42 +60,101 @@ class NonlinearCodes:
 
 
 def train_rows(
-    rows: Sequence[torch.Tensor], start: RowCodes, seed: int = 0, training: RowTraining = RowTraining()
+    rows: Sequence[torch.Tensor],
+    start: RowCodes,
+    seed: int = 0,
+    training: RowTraining = RowTraining(),
+    checkpoint: Checkpoint = NOT_KEPT,
+    progress: Progress = no_progress,
 ) -> NonlinearCodes:
     """Codes and a non-linear decoder for the rows (N, D) of several matrices, no worse than the linear ones.
 
     The decoder starts as the linear one, which two leaky rectifiers of opposite sign make; what is left of its width
     starts with random kinks and no effect.
+
+    Args:
+        checkpoint: Keeps the state now and then; a run that was killed goes on there, to the same numbers.
     """
-    lengths = [len(own) for own in rows]
-    kind = torch.promote_types(rows[0].dtype, torch.float32)
-    whole, norms = torch.cat(list(rows)).to(kind), torch.cat(start.norms).to(kind)
-    codes = torch.cat(start.codes).to(kind).requires_grad_()
-    decoder, scale = _as_nonlinear(start, seed)
-    decoder = decoder.to(whole)
-    parameters = [codes, *decoder.parameters()]
-    outward = list(decoder.last.parameters())  # the smaller by that scale, and so their steps
-    inward = [parameter for parameter in parameters if not any(parameter is own for own in outward)]
-    rates = training.learning_rate, training.learning_rate * scale
-    optimizer = torch.optim.Adam([{"params": own} for own in (inward, outward)])
-    losses: list[float] = []
-    best, kept = math.inf, [parameter.detach().clone() for parameter in parameters]
-    for step in range(training.steps + 1):
-        with torch.enable_grad():
-            loss = training.loss(F.normalize(decoder(codes), dim=1), whole, norms)
-        losses.append(float(loss.detach()))
-        if losses[-1] < best:
-            best, kept = losses[-1], [parameter.detach().clone() for parameter in parameters]
-        before = losses[-1 - training.patience] if step >= training.patience else math.inf
-        if step == training.steps or min(losses[-training.patience :]) > before * (1 - 1e-3):
+    run = _Run(rows, start, seed, training)
+    if (kept := checkpoint.load()) is not None:
+        run.load(kept)
+    for _ in progress(range(len(run.losses), training.steps + 1), "training a decoder"):
+        if run.is_over:
             break
-        for group, rate in zip(optimizer.param_groups, rates, strict=True):
-            group["lr"] = rate * (1 + math.cos(math.pi * step / training.steps)) / 2
-        optimizer.zero_grad()
+        run.advance()
+        if run.is_over or len(run.losses) % _STEPS_TO_KEEP == 0:
+            checkpoint.save(run.state())
+    return run.best()
+
+
+class _Run:
+    """The state of one training."""
+
+    def __init__(self, rows: Sequence[torch.Tensor], start: RowCodes, seed: int, training: RowTraining) -> None:
+        kind = torch.promote_types(rows[0].dtype, torch.float32)
+        self._training = training
+        self._norms = start.norms
+        self._lengths = [len(own) for own in rows]
+        self._rows, self._row_norms = torch.cat(list(rows)).to(kind), torch.cat(start.norms).to(kind)
+        decoder, scale = _as_nonlinear(start, seed)
+        self._decoder = decoder.to(self._rows)
+        codes = torch.cat(start.codes).to(kind).requires_grad_()
+        self._parameters = [codes, *self._decoder.parameters()]
+        outward = list(self._decoder.last.parameters())  # the smaller by that scale, and so their steps
+        inward = [one for one in self._parameters if not any(one is own for own in outward)]
+        self._rates = training.learning_rate, training.learning_rate * scale
+        self._optimizer = torch.optim.Adam([{"params": own} for own in (inward, outward)])
+        self.losses: list[float] = []
+        self._kept = self._copies()
+
+    @property
+    def is_over(self) -> bool:
+        """Whether all steps are made, or the last ones were of no use."""
+        step, patience = len(self.losses) - 1, self._training.patience
+        if step < patience:
+            return step == self._training.steps
+        fell = min(self.losses[-patience:]) <= self.losses[-1 - patience] * (1 - 1e-3)
+        return step == self._training.steps or not fell
+
+    def advance(self) -> None:
+        """Find the loss, keep what has it if it is the least, and make a step unless it was the last."""
+        training, codes = self._training, self._parameters[0]
+        with torch.enable_grad():
+            loss = training.loss(F.normalize(self._decoder(codes), dim=1), self._rows, self._row_norms)
+        if not self.losses or float(loss.detach()) < min(self.losses):
+            self._kept = self._copies()
+        self.losses.append(float(loss.detach()))
+        if self.is_over:
+            return
+        fraction = (len(self.losses) - 1) / training.steps
+        for group, rate in zip(self._optimizer.param_groups, self._rates, strict=True):
+            group["lr"] = rate * (1 + math.cos(math.pi * fraction)) / 2
+        self._optimizer.zero_grad()
         loss.backward()
-        optimizer.step()
-    state = dict(zip((name for name, _ in decoder.named_parameters()), kept[1:], strict=True))
-    return NonlinearCodes(list(kept[0].split(lengths)), start.norms, state, losses)
+        self._optimizer.step()
+
+    def best(self) -> NonlinearCodes:
+        """What had the least loss."""
+        codes, *numbers = self._kept
+        state = dict(zip((name for name, _ in self._decoder.named_parameters()), numbers, strict=True))
+        return NonlinearCodes(list(codes.split(self._lengths)), self._norms, state, self.losses)
+
+    def state(self) -> dict[str, Any]:
+        """All that the rest depends on."""
+        lists = {"parameters": self._copies(), "kept": self._kept, "losses": self.losses}
+        return {**lists, "optimizer": self._optimizer.state_dict()}
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Go on from there."""
+        with torch.no_grad():
+            for parameter, value in zip(self._parameters, state["parameters"], strict=True):
+                parameter.copy_(value)
+        self._optimizer.load_state_dict(state["optimizer"])
+        self._kept = [value.to(self._rows) for value in state["kept"]]
+        self.losses = state["losses"]
+
+    def _copies(self) -> list[torch.Tensor]:
+        return [parameter.detach().clone() for parameter in self._parameters]
 
 
 def _as_nonlinear(start: RowCodes, seed: int) -> tuple[NonlinearDecoder, float]:

@@ -2,6 +2,7 @@
 
 import torch
 
+from hf_lowrank.checkpoint import NOT_KEPT, Checkpoint
 from hf_lowrank.solvers.autoencoder import OBJECTIVES, BandedTable
 from hf_lowrank.solvers.metric import moment_metric
 from hf_lowrank.solvers.trained_autoencoder import TrainedTable
@@ -21,6 +22,7 @@ def make_table(
     known: MatrixStatistics | None,
     counts: torch.Tensor | None = None,
     objective: str = "loss",
+    checkpoint: Checkpoint = NOT_KEPT,
 ) -> BandedTable:
     """The autoencoders of a token table (V, D): an embedding, tied or not, or an untied head.
 
@@ -28,9 +30,10 @@ def make_table(
         known: Statistics of the table: how often rows are used, and the metric of its columns.
         counts: How often tokens occur, where more text was counted than the statistics are of, (V).
         objective: Out of `EMBEDDING_OBJECTIVES`.
+        checkpoint: Keeps what a training has finished.
     """
     if objective == "published":
-        return TrainedTable(weight)
+        return TrainedTable(weight, checkpoint=checkpoint)
     frequencies = counts if counts is not None or known is None else known.row_weights
     if frequencies is not None and (len(frequencies) != len(weight) or not bool(frequencies.any())):
         frequencies = None

@@ -5,13 +5,13 @@ Kept to compare with, and as one more objective: on real tables it does not reac
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
+from hf_lowrank.checkpoint import NOT_KEPT, Checkpoint
 from hf_lowrank.progress import Progress, no_progress
 from hf_lowrank.remote_code.lowrank_banded import Band
 from hf_lowrank.solvers.autoencoder import BandedTable, TableObjective
@@ -57,14 +57,14 @@ class TrainedTable(BandedTable):
 
     Args:
         weight: (V, D); training is where it is.
-        checkpoint: File that is written after each epoch; a run that was killed goes on there, to the same numbers.
+        checkpoint: Keeps each finished epoch; a run that was killed goes on there, to the same numbers.
     """
 
     def __init__(
         self,
         weight: torch.Tensor,
         training: PublishedTraining = PublishedTraining(),
-        checkpoint: Path | None = None,
+        checkpoint: Checkpoint = NOT_KEPT,
         progress: Progress = no_progress,
     ) -> None:
         directions = TableObjective(frequency_power=0, is_relative=True, uses_metric=False)
@@ -83,13 +83,15 @@ class TrainedTable(BandedTable):
     def _train(self, rank: int) -> BandedSolution:
         wide = self._weight.to(torch.promote_types(self._weight.dtype, torch.float32))
         run = _Run(wide, rank, self._training)
-        run.read(self._checkpoint)
+        checkpoint = self._checkpoint.part(str(rank))
+        if (kept := checkpoint.load()) is not None:
+            run.load(kept)
         epochs = range(run.epoch, self._training.epochs + self._training.extra_epochs)
         for _ in self._progress(epochs, "training the autoencoder"):
             if run.has_converged:
                 break
             run.one_epoch()
-            run.write(self._checkpoint)
+            checkpoint.save(run.state())
         with torch.no_grad():
             codes, decoder = run.encoder(wide), run.decoder
             pair = balanced(codes, decoder.weight.detach().T)
@@ -140,28 +142,14 @@ class _Run:
             total += float(loss.detach()) * len(batch)
         self.losses.append(total / len(self._rows))
 
-    def _state(self) -> dict[str, Any]:
+    def state(self) -> dict[str, Any]:
+        """All that the rest depends on."""
         parts: dict[str, Any] = {"encoder": self.encoder, "decoder": self.decoder, "optimizer": self._optimizer}
         return {name: part.state_dict() for name, part in parts.items()} | {"losses": self.losses}
 
-    def _identity(self) -> str:
-        rows = self._rows
-        return f"{self._training} {tuple(rows.shape)} {self.decoder.in_features} {float(rows.double().norm())!r}"
-
-    def write(self, path: Path | None) -> None:
-        """Write the state; the file is there whole or not at all."""
-        if path is not None:
-            partial = path.with_suffix(".partial")
-            torch.save({"identity": self._identity(), **self._state()}, partial)
-            partial.replace(path)
-
-    def read(self, path: Path | None) -> None:
-        """Go on with the state of a run on the same rows; that of any other is not looked at."""
-        if path is None or not path.is_file():
-            return
-        state = torch.load(path, map_location=self._rows.device, weights_only=True)
-        if state["identity"] == self._identity():
-            self.encoder.load_state_dict(state["encoder"])
-            self.decoder.load_state_dict(state["decoder"])
-            self._optimizer.load_state_dict(state["optimizer"])
-            self.losses = state["losses"]
+    def load(self, state: dict[str, Any]) -> None:
+        """Go on from there."""
+        self.encoder.load_state_dict(state["encoder"])
+        self.decoder.load_state_dict(state["decoder"])
+        self._optimizer.load_state_dict(state["optimizer"])
+        self.losses = state["losses"]

@@ -101,7 +101,8 @@ def _problem(model: PreTrainedModel, matrices: Sequence[DenseMatrix], decomposer
 
     settings = decomposer.settings
     looks = statistics if settings.needs else None
-    return TensorProblem(matrices, width, looks, device, decomposer.progress, settings.seed)
+    kept = decomposer.checkpoint()
+    return TensorProblem(matrices, width, looks, device, decomposer.progress, settings.seed, kept)
 
 
 def _kind(settings: CompressionSettings) -> TensorKind:

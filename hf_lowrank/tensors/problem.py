@@ -6,6 +6,7 @@ from typing import Protocol
 
 import torch
 
+from hf_lowrank.checkpoint import NOT_KEPT, Checkpoint
 from hf_lowrank.progress import Progress
 from hf_lowrank.remote_code.lowrank_plan import Plan, Spec
 from hf_lowrank.solvers.storage import StateDict
@@ -24,6 +25,7 @@ class TensorProblem:
         statistics: What the text says about a matrix; None where the method looks at no text.
         device: Where to decompose.
         seed: Of every draw.
+        checkpoint: Keeps what trainings have finished.
     """
 
     matrices: Sequence[DenseMatrix]
@@ -32,6 +34,7 @@ class TensorProblem:
     device: torch.device
     progress: Progress
     seed: int = 0
+    checkpoint: Checkpoint = NOT_KEPT
 
     def weight(self, matrix: DenseMatrix) -> torch.Tensor:
         """A weight (O, I) where it is decomposed."""

@@ -3,6 +3,7 @@
 import inspect
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from hf_lowrank.blocks import block_name, recorded_outputs
 from hf_lowrank.errors import InputError
 from hf_lowrank.training.attention import recorded_attention
 from hf_lowrank.training.losses import LOSSES, Comparison, Watched, make_projections
+from hf_lowrank.training.preparation import without_dropout
 
 _PROJECTIONS = "distillation_projections"
 
@@ -29,7 +31,8 @@ class DistillationTrainer(Trainer):
     arguments, checkpoints, resuming, several processes, mixed precision, gradient accumulation and checkpointing. With
     several processes a step has the loss one process would have on all their batches.
 
-    The teacher runs in evaluation mode and without gradients, on the student's device. Projections are parameters of
+    The teacher runs in evaluation mode and without gradients, on the student's device. The student has no dropout
+    unless asked for: what it is to say does not vary either. Projections are parameters of
     the student while it is trained, so that checkpoints hold them, and gone after `train()`.
 
     Args:
@@ -37,6 +40,7 @@ class DistillationTrainer(Trainer):
         losses: Weight of each term that counts. Default: `logits` and `hidden`, 1 each.
         temperature: `T`; counts for `logits` alone.
         layer_map: Pairs (student block, teacher block) by number; see `spread_layers` for the default.
+        dropout: Whether the student's own dropout stays.
 
     Raises:
         InputError: If a term or a block does not exist, or the teacher does not fit.
@@ -51,11 +55,13 @@ class DistillationTrainer(Trainer):
         losses: Mapping[str, float] | None = None,
         temperature: float = 1.0,
         layer_map: Sequence[tuple[int, int]] | None = None,
+        dropout: bool = False,
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
         self.losses = {name: float(w) for name, w in (losses or {"logits": 1.0, "hidden": 1.0}).items() if w}
         self.temperature = temperature
+        self.dropout = dropout
         _check_losses(self.losses, temperature)
         student = self.accelerator.unwrap_model(self.model)
         check_teacher(student, teacher, "logits" in self.losses)
@@ -77,7 +83,8 @@ class DistillationTrainer(Trainer):
             named = {name.replace(".", "_"): module for name, module in self._projections.items()}
             student.add_module(_PROJECTIONS, nn.ModuleDict(named))
         try:
-            return super().train(*args, **kwargs)
+            with nullcontext() if self.dropout else without_dropout(student):
+                return super().train(*args, **kwargs)
         finally:
             student._modules.pop(_PROJECTIONS, None)
 

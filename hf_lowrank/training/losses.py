@@ -126,7 +126,8 @@ def _relative_square(found: torch.Tensor, target: torch.Tensor, compared: Compar
     moments = torch.stack([torch.tensor(float(target.numel())).to(target), target.sum(), target.square().sum()])
     count, total, squares = compared.average(moments)
     variance = squares / count - (total / count).square()
-    return (found - target).square().sum() / count / variance
+    relative: torch.Tensor = (found - target).square().sum() / count / variance
+    return relative
 
 
 def _average_count(count: int, compared: Comparison) -> torch.Tensor:

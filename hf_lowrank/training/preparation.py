@@ -3,8 +3,9 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import torch
 from accelerate.utils import extract_model_from_parallel
+from torch import nn
+from torch.nn.modules.dropout import _DropoutNd
 from transformers import PreTrainedModel
 
 
@@ -18,7 +19,7 @@ def prepared(model: PreTrainedModel) -> Iterator[None]:
     trainable = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     model.requires_grad_(True)
     embedding = model.get_input_embeddings()
-    if isinstance(embedding, torch.nn.Embedding):
+    if isinstance(embedding, nn.Embedding):
         embedding.requires_grad_(False)
     try:
         yield
@@ -31,3 +32,21 @@ def prepared(model: PreTrainedModel) -> Iterator[None]:
         if uses_cache is not None:
             model.config.use_cache = uses_cache
         model.train(was_training)
+
+
+@contextmanager
+def without_dropout(model: nn.Module) -> Iterator[None]:
+    """No dropout within, in training mode too: none of the layers', and none that modules keep as a number."""
+    rates = [
+        (module, name, rate)
+        for module in model.modules()
+        for name, rate in vars(module).items()
+        if isinstance(rate, float) and ("dropout" in name or (name == "p" and isinstance(module, _DropoutNd)))
+    ]
+    for module, name, _ in rates:
+        setattr(module, name, 0.0)
+    try:
+        yield
+    finally:
+        for module, name, rate in rates:
+            setattr(module, name, rate)
