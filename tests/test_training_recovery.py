@@ -67,6 +67,20 @@ def test_it_keeps_the_model_as_it_was_where_training_harms():
     assert all(torch.equal(before[name], value) for name, value in small.state_dict().items())
 
 
+def test_where_no_step_helps_it_tries_a_quarter_of_the_rate_once():
+    teacher, small = pair("BertForMaskedLM")
+    rates = []
+
+    class Rates(TrainerCallback):
+        def on_train_begin(self, args, state, control, **kwargs):
+            rates.append(args.learning_rate)
+
+    options = {"max_seq_length": 16, "learning_rate": 10.0, "callbacks": (Rates(),)}
+    recover(small, teacher=teacher, dataset=TEXTS, tokenizer=tokenizer_for("Bert"), **options)
+
+    assert rates == [10.0, 2.5]
+
+
 def test_pivoted_layers_are_trained_as_two_factors_and_stored_as_before():
     teacher = tiny_models.build("BertForMaskedLM", **VOCABULARY)
     small = compress(teacher, keep_targets=0.6, method="svd", storage="pivoted")

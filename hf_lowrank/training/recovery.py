@@ -2,7 +2,7 @@
 
 import copy
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from hf_lowrank.training.preparation import prepared
 _RATE, _RATE_OF_TUCKER = 1e-4, 5e-4
 _BATCH_SIZE = 16
 _EPOCHS = 3
+_STEP_DOWN = 4
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,9 @@ def recover(
         eval_dataset: Examples to choose by; None sets a tenth of `dataset` aside. Not those a result is reported on.
         tokenizer: For the text; None takes the one saved with the model or the teacher.
         args: How to train. Default: 3 epochs of batches of 16, AdamW without decay at `default_learning_rate`,
-            warmed up over a tenth, then falling as a cosine. Given ones are obeyed; evaluations are switched on.
+            warmed up over a tenth, then falling as a cosine; where no step helps, once more at a quarter of the rate,
+            for a model that has lost little is hurt by a rate that heals another. Given ones are obeyed; evaluations
+            are switched on.
         resume_from_checkpoint: As in `Trainer.train`.
         options: Fields of `RecoveryOptions`.
 
@@ -98,10 +101,12 @@ def recover(
     else:
         held_out = make_features(small, tokenizer, eval_dataset, **settings.of_data)
     losses = dict(settings.losses or _default_losses(features))
-    with tempfile.TemporaryDirectory() as folder:
-        args = _arguments(args, small, settings, folder)
-        padding = getattr(tokenizer, "pad_token_id", None) or 0
-        found = _train(small, dense, args, (features, held_out, padding), losses, settings, resume_from_checkpoint)
+    data = (features, held_out, getattr(tokenizer, "pad_token_id", None) or 0)
+    with tempfile.TemporaryDirectory() as folder, as_two_factors(small):
+        for own in [_obeyed(args)] if args is not None else _own_arguments(small, settings, folder):
+            found = _train(small, dense, own, data, losses, settings, resume_from_checkpoint)
+            if found.step:
+                break
     small.config.compression["provenance"]["recovery"] = asdict(found)
     return small
 
@@ -182,19 +187,26 @@ def _default_losses(features: Features) -> dict[str, float]:
     return {"logits": 1.0, "hidden": 1.0, **({"task": 1.0} if is_labelled else {})}
 
 
-def _arguments(
-    args: TrainingArguments | None, small: PreTrainedModel, settings: RecoveryOptions, folder: str
-) -> TrainingArguments:
-    if args is not None:
-        args = copy.copy(args)
-        args.eval_on_start = True
-        if args.eval_strategy == "no":
-            args.eval_strategy = type(args.eval_strategy)("epoch")
-        return args
+def _obeyed(args: TrainingArguments) -> TrainingArguments:
+    """Given arguments, with the evaluations that the best state is chosen by."""
+    args = copy.copy(args)
+    args.eval_on_start = True
+    if args.eval_strategy == "no":
+        args.eval_strategy = type(args.eval_strategy)("epoch")
+    return args
+
+
+def _own_arguments(small: PreTrainedModel, settings: RecoveryOptions, folder: str) -> Iterator[TrainingArguments]:
+    """What is tried where none are given, one after the other."""
     rate = settings.learning_rate or default_learning_rate(small)
-    return make_arguments(
-        folder, batch_size=settings.batch_size, epochs=settings.epochs, learning_rate=rate, seed=settings.seed
-    )
+    for step_down in (1, _STEP_DOWN):
+        yield make_arguments(
+            folder,
+            batch_size=settings.batch_size,
+            epochs=settings.epochs,
+            learning_rate=rate / step_down,
+            seed=settings.seed,
+        )
 
 
 def _train(
@@ -208,7 +220,7 @@ def _train(
 ) -> Recovery:
     best = BestStateCallback()
     features, held_out, padding = data
-    with as_two_factors(small), prepared(small):
+    with prepared(small):
         trainer = DistillationTrainer(
             model=small,
             args=args,
