@@ -261,19 +261,18 @@ def smoke_study(head: str, work_dir: Path) -> Study:
     return Study(f"smoke, {head}", model, None, batches, steps, counts, fisher, work_dir / f"smoke-{head}")
 
 
-def print_table(study: Study, methods: Sequence[str]) -> None:
+def print_table(study: Study, methods: Sequence[str], compressions: Sequence[float]) -> None:
     """One block of rows a compression."""
     print(f"\n## {study.name}: {study.table.shape[0]} x {study.table.shape[1]}")
     print(f"dense: perplexity {perplexity(study, study.table, tied=True):.2f}", flush=True)
     occurring = study.counts / study.counts.sum()
-    for compression in COMPRESSIONS:
+    for compression in compressions:
         print(f"\ncompression {compression:g}\n{'':24}untied     tied   1-cos rows  1-cos tokens")
         for name in methods:
             make, has_uses = METHODS[name]
-            tables = [
-                make(study, compression, tied) if has_uses else make(study, compression) for tied in (False, True)
-            ]
-            found = [perplexity(study, table, tied) for table, tied in zip(tables, (False, True), strict=True)]
+            uses = (False, True)
+            tables = [make(study, compression, tied) for tied in uses] if has_uses else [make(study, compression)] * 2
+            found = [perplexity(study, table, tied) for table, tied in zip(tables, uses, strict=True)]
             errors = 1 - F.cosine_similarity(study.table, tables[1], dim=1)
             tokens = float((errors * occurring).sum())
             print(f"{name:22}{found[0]:8.2f} {found[1]:8.2f} {float(errors.mean()):12.4f} {tokens:13.4f}", flush=True)
@@ -287,13 +286,15 @@ def main() -> None:
     parser.add_argument("--work-dir", type=Path, default=Path("build/embeddings"))
     parser.add_argument("--studies", nargs="+", default=["causal", "masked"])
     parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS), metavar="ROW")
+    parser.add_argument("--compressions", nargs="+", type=float, default=COMPRESSIONS)
     parser.add_argument("--blocks", type=int, help="of text to report on (default: 256 masked, 200 causal)")
     parser.add_argument("--smoke", action="store_true")
     arguments = parser.parse_args()
     sizes = {"masked": ("minilm-l6-mlm", "masked-lm", 98, 256), "causal": ("gpt2-mini", "causal-lm", 128, 200)}
     for name in arguments.studies:
         small = smoke_study(name, arguments.work_dir) if arguments.smoke else None
-        print_table(small or language_study(*sizes[name], arguments), arguments.methods)
+        study = small or language_study(*sizes[name], arguments)
+        print_table(study, arguments.methods, arguments.compressions)
 
 
 if __name__ == "__main__":
