@@ -23,7 +23,10 @@ from torch.nn import functional as F
 from transformers import AutoTokenizer, BertConfig, BertForMaskedLM, GPT2Config, GPT2LMHeadModel, PreTrainedModel
 
 from hf_lowrank import compress
-from hf_lowrank.solvers.metric import identity, row_metric
+from hf_lowrank.remote_code.lowrank_autoencoder_linear import NonlinearDecoder
+from hf_lowrank.solvers.metric import DiagonalMetric, identity, row_metric
+from hf_lowrank.solvers.nonlinear_autoencoder import train_rows
+from hf_lowrank.solvers.row_autoencoder import RowAutoencoder, Rows
 from hf_lowrank.solvers.svd import SVD, decompose
 from hf_lowrank.solvers.token_tables import make_table
 from hf_lowrank.solvers.trained_autoencoder import TrainedTable
@@ -127,6 +130,20 @@ def published(study: Study, compression: float) -> torch.Tensor:
     return table.at_rank(rank_at(study, compression, study.table.shape[1])).product
 
 
+def nonlinear(study: Study, compression: float) -> torch.Tensor:
+    """The offline autoencoder with the published non-linear decoder (Banaei et al., Findings of EACL 2023)."""
+    rows, columns = study.table.shape
+    numbers = [rows * (rank + 1) + NonlinearDecoder.num_numbers(columns, rank) for rank in range(1, columns + 1)]
+    rank = max(1, sum(number <= rows * columns / compression for number in numbers))
+    squares = study.table.double().square().sum(dim=1)
+    lengths = DiagonalMetric(1 / squares.clamp_min(1e-12 * squares.max()))
+    found = train_rows([study.table], RowAutoencoder([Rows(study.table, lengths, identity())]).solve(rank))
+    decoder = NonlinearDecoder(columns, rank)
+    decoder.load_state_dict(found.decoder)
+    with torch.no_grad():
+        return F.normalize(decoder(found.codes[0]), dim=1) * found.norms[0][:, None].float()
+
+
 def directions(study: Study, compression: float) -> torch.Tensor:
     """The autoencoder for directions: relative errors, all columns alike."""
     table = make_table(study.table, None, study.counts, "direction")
@@ -171,6 +188,7 @@ METHODS: dict[str, tuple[Callable[..., torch.Tensor], bool]] = {
     "Tucker, slabs": (tucker_slabs, False),
     "two-sided SVD": (two_sided, True),
     "autoencoder, published": (published, False),
+    "autoencoder, non-linear": (nonlinear, False),
     "autoencoder, direction": (directions, False),
     "autoencoder": (autoencoder, True),
 }
@@ -267,7 +285,7 @@ def print_table(study: Study, methods: Sequence[str], compressions: Sequence[flo
     print(f"dense: perplexity {perplexity(study, study.table, tied=True):.2f}", flush=True)
     occurring = study.counts / study.counts.sum()
     for compression in compressions:
-        print(f"\ncompression {compression:g}\n{'':24}untied     tied   1-cos rows  1-cos tokens")
+        print(f"\ncompression {compression:g}\n{'':26}untied     tied   1-cos rows  1-cos tokens")
         for name in methods:
             make, has_uses = METHODS[name]
             uses = (False, True)
@@ -275,7 +293,7 @@ def print_table(study: Study, methods: Sequence[str], compressions: Sequence[flo
             found = [perplexity(study, table, tied) for table, tied in zip(tables, uses, strict=True)]
             errors = 1 - F.cosine_similarity(study.table, tables[1], dim=1)
             tokens = float((errors * occurring).sum())
-            print(f"{name:22}{found[0]:8.2f} {found[1]:8.2f} {float(errors.mean()):12.4f} {tokens:13.4f}", flush=True)
+            print(f"{name:24}{found[0]:8.2f} {found[1]:8.2f} {float(errors.mean()):12.4f} {tokens:13.4f}", flush=True)
 
 
 def main() -> None:
