@@ -11,6 +11,7 @@ from hf_lowrank import InputError, comparison, compress, decomposing
 from hf_lowrank.cli import main
 from hf_lowrank.comparison import compare
 from hf_lowrank.comparison_report import Cell, related
+from hf_lowrank.solvers.tensor_methods import TENSOR_METHODS
 from hf_lowrank.targets import find_matrices
 from hf_lowrank.tasks import make_task
 
@@ -63,6 +64,18 @@ def test_methods_are_compared_at_equal_bytes(dense, result):
     for cell in result.cells[1:]:
         assert 0.97 * cell.budget * whole < cell.target_bytes <= cell.budget * whole
         assert cell.size_bytes == result.cells[0].size_bytes - whole + cell.target_bytes
+
+
+def test_methods_that_take_matrices_together_are_compared_like_any_other():
+    together = [name for name, method in TENSOR_METHODS.items() if method.ranks is None]
+    dense = build("BertForMaskedLM")
+    whole = 4 * sum(matrix.weight.numel() for matrix in find_matrices(dense) if matrix.role == "block")
+
+    found = run(dense, methods=["svd", *together], budgets=[0.8], off_calibration=None).cells
+
+    assert [cell.method for cell in found] == ["dense", "svd", *together]
+    assert all(0 < cell.target_bytes <= 0.8 * whole for cell in found[1:])
+    assert all(math.isfinite(cell.scores["held-out"]["perplexity"]) for cell in found)
 
 
 def test_scores_are_those_of_evaluating_what_compress_makes(dense, result):

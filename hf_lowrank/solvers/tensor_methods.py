@@ -30,6 +30,7 @@ TENSOR_METHODS: dict[str, TensorMethod] = {
     "autoencoder": TensorMethod("autoencoder", needs=TwoSidedSVD.needs),
     "separated_autoencoder": TensorMethod("separated_autoencoder", needs=TwoSidedSVD.needs),
     "offline_autoencoder": TensorMethod("offline_autoencoder"),
+    "separated_offline_autoencoder": TensorMethod("separated_offline_autoencoder"),
     "fisher_autoencoder": TensorMethod("fisher_autoencoder", needs=WeightedSVD.needs),
     "nonlinear_autoencoder": TensorMethod("nonlinear_autoencoder"),
     "separated_nonlinear_autoencoder": TensorMethod("separated_nonlinear_autoencoder"),

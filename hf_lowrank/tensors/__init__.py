@@ -13,6 +13,7 @@ KINDS: dict[str, TensorKind] = {
     "autoencoder": AutoencoderKind("two_sided_svd"),
     "separated_autoencoder": AutoencoderKind("two_sided_svd", is_separate=True),
     "offline_autoencoder": AutoencoderKind(None),
+    "separated_offline_autoencoder": AutoencoderKind(None, is_separate=True),
     "fisher_autoencoder": AutoencoderKind("weighted_svd"),
     "nonlinear_autoencoder": NonlinearAutoencoderKind(None),
     "separated_nonlinear_autoencoder": NonlinearAutoencoderKind(None, is_separate=True),
