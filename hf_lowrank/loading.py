@@ -55,9 +55,22 @@ def find_tokenizer(model: PreTrainedModel) -> Any:
     if not source:
         return None
     try:
-        return AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+        return load_tokenizer(source)
     except (OSError, ValueError, KeyError):
         return None
+
+
+def load_tokenizer(source: str) -> Any:
+    """The tokenizer at a folder or Hub id.
+
+    Raises:
+        OSError: If there is none. Transformers makes up one that knows special tokens alone, to which every text is
+            unknown.
+    """
+    found = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+    if not set(found.get_vocab()) - set(found.all_special_tokens):
+        raise OSError("it holds no tokenizer.")
+    return found
 
 
 def _check_folder(path: Path) -> None:

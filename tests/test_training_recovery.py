@@ -11,6 +11,7 @@ from transformers import TrainerCallback
 
 from hf_lowrank import InputError, compress, recover
 from hf_lowrank.cli import main
+from hf_lowrank.loading import find_tokenizer, load_dense
 from hf_lowrank.saving import load_compressed
 from hf_lowrank.training.features import PaddingCollator, hold_out, make_features
 from hf_lowrank.training.recovery import default_learning_rate
@@ -153,6 +154,16 @@ def test_killed_and_resumed_it_ends_bit_identical(tmp_path):
 
     assert ends[0][1] == ends[1][1]
     assert all(torch.equal(ends[0][0][name], ends[1][0][name]) for name in ends[0][0])
+
+
+def test_a_folder_without_a_tokenizer_has_none(tmp_path):
+    teacher, small = pair("BertForMaskedLM")
+    teacher.save_pretrained(tmp_path)  # of which transformers makes up a tokenizer of five words
+    dense = load_dense(str(tmp_path))
+
+    assert find_tokenizer(dense) is None
+    small.config._name_or_path = str(tmp_path)
+    recover(small, teacher=dense, dataset=TEXTS, tokenizer=tokenizer_for("Bert"), max_seq_length=16, epochs=1)
 
 
 def test_the_learning_rate_follows_the_method():

@@ -7,13 +7,13 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from transformers import AutoTokenizer, PreTrainedConfig
+from transformers import PreTrainedConfig
 
 from hf_lowrank.architectures import read_config
 from hf_lowrank.cards.card import REPORT_FILE
 from hf_lowrank.cli import tables
 from hf_lowrank.errors import InputError
-from hf_lowrank.loading import load_dense
+from hf_lowrank.loading import load_dense, load_tokenizer
 from hf_lowrank.progress import progress_bar
 from hf_lowrank.recorded_evaluation import record_evaluation
 from hf_lowrank.saving import load_compressed, one_line
@@ -82,7 +82,7 @@ def _tokenizer(path: str, dense: str | None) -> Any:
     reasons = []
     for source in [path, dense] if dense else [path]:
         try:
-            return AutoTokenizer.from_pretrained(source)
+            return load_tokenizer(source)
         except (OSError, ValueError, KeyError, ImportError) as error:
             reasons.append(f"{source}: {one_line(error)[:200]}")
     raise InputError(f"There is no tokenizer beside the model ({'; '.join(reasons)}). Save it there.")

@@ -91,10 +91,10 @@ def recover(
     settings = _make_options(options)
     small = _compressed(model)
     dense = load_dense(teacher)
-    own_tokenizer = find_tokenizer(small)
+    own_tokenizer = tokenizer if tokenizer is not None else find_tokenizer(small)
     _check_tokenizers(own_tokenizer, find_tokenizer(dense))
     check_teacher(small, dense)
-    tokenizer = tokenizer or own_tokenizer or find_tokenizer(dense)
+    tokenizer = own_tokenizer or find_tokenizer(dense)
     features = make_features(small, tokenizer, dataset, **settings.of_data)
     if eval_dataset is None:
         features, held_out = hold_out(features, settings.seed)
