@@ -24,7 +24,7 @@ from hf_lowrank.cli import main as hf_lowrank
 
 CARDS = Path(__file__).parent
 BASE = ("--base-model", "sentence-transformers/all-MiniLM-L6-v2")
-DERIVED = (*BASE, "--license", "apache-2.0")  # models made of it have its licence
+DERIVED = ("--finetuned-from", BASE[1], "--license", "apache-2.0")  # models made of it have its licence
 CORPUS = ["--calibration", "{data}/lm-corpus/train.jsonl"]
 STS_B = ["--task", "similarity", "--text-column", "sentence1", "--text-pair-column", "sentence2"]
 PAIRS = [*STS_B, "--dataset", "{data}/glue/STS-B/test.tsv"]

@@ -344,6 +344,17 @@ def test_the_card_is_written_again_with_what_is_said_and_keeps_what_the_user_wro
     assert json.loads(capsys.readouterr().out.rpartition("}\n{")[2].join(["{", ""]))["card"] == str(card)
 
 
+def test_what_the_dense_model_was_fine_tuned_from_is_named_beside_it(folder):
+    name = saved_report(folder).origin.name
+
+    assert main(["card", str(folder), "--finetuned-from", "a/b"]) == 0
+
+    card = ModelCard.load(folder / "README.md")
+    assert (card.data.base_model, card.data.base_model_relation) == ("a/b", "finetune")
+    assert f"{name} (from [a/b](https://huggingface.co/a/b)) with" in card.text
+    assert saved_report(folder).origin.name == name
+
+
 def test_a_card_of_the_users_is_replaced_on_request_only(folder, capsys):
     (folder / "README.md").write_text("# Mine\n")
 

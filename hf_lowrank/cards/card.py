@@ -72,7 +72,8 @@ class _Text:
     def summary(self) -> str:
         report, origin = self.report, self.report.origin
         name = html.escape(origin.name) or "A dense model"
-        link = f"[{name}](https://huggingface.co/{origin.name})" if origin.is_base else name
+        base = f"[{html.escape(origin.base_model or '')}](https://huggingface.co/{origin.base_model})"
+        link = base if origin.is_base else f"{name} (from {base})" if origin.base_model else name
         trained = ", trained on after compression" if report.training else ""
         return (
             f"{link} with **{report.kept_fraction:.1%} of its parameters**, its matrices replaced by smaller ones "

@@ -26,6 +26,8 @@ def run(arguments: argparse.Namespace) -> int:
     said: dict[str, Any] = {}
     if arguments.base_model is not None:
         said |= {"name": arguments.base_model, "base_model": arguments.base_model, "is_base": True}
+    if arguments.finetuned_from is not None:
+        said |= {"base_model": arguments.finetuned_from, "is_base": False}
     if arguments.license is not None:
         said["license"] = arguments.license
     if arguments.language is not None:

@@ -40,7 +40,9 @@ def _add_push(commands: Commands) -> None:
 def _add_card(commands: Commands) -> None:
     parser = _command(commands, "card", "write the card of a compressed model again, from its report", _CARD_EXAMPLES)
     parser.add_argument("--repo", metavar="REPO", help="what the snippet loads from (default: the folder's name)")
-    parser.add_argument("--base-model", metavar="ID", help="Hub id of the dense model, where it was a local copy")
+    base = parser.add_mutually_exclusive_group()
+    base.add_argument("--base-model", metavar="ID", help="Hub id of the dense model, where it was a local copy")
+    base.add_argument("--finetuned-from", metavar="ID", help="Hub id of what the dense model was fine-tuned from")
     parser.add_argument("--license", help="of the dense model, as the Hub writes it, such as apache-2.0")
     parser.add_argument("--language", nargs="+", metavar="CODE", help="such as en de")
     parser.add_argument("--overwrite", action="store_true", help="replace a card that hf_lowrank did not write")
