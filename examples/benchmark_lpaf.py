@@ -119,8 +119,7 @@ class Study:
 
     def compressed(self, row: str, keep: float, seed: int) -> float:
         """Accuracy of one row of the table at one budget."""
-        importance, given = ROWS[row]
-        options = {"probability": 0.0, **given}
+        importance, options = ROWS[row]
         start, sizes = self.pruned(importance, keep, seed)[0], self.options
         small = lpaf(
             start, dataset=self.train, tokenizer=self.tokenizer, keep_targets=keep, seed=seed,
@@ -150,9 +149,12 @@ def main() -> None:
     study = Study(options)
     torch.manual_seed(0)
     print(f"dense: accuracy {study.cell('dense', partial(study.accuracy, study.dense)):.4f}; seeds {options.seeds}")
-    print_pruned(study)
-    print_compressed(study)
-    print_recovered(study)
+    if options.importances:
+        print_pruned(study)
+    if options.rows:
+        print_compressed(study)
+    if options.recover:
+        print_recovered(study)
 
 
 def print_pruned(study: Study) -> None:

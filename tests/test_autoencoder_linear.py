@@ -11,6 +11,7 @@ from transformers.pytorch_utils import Conv1D
 from hf_lowrank import compress
 from hf_lowrank.checkpoint import Checkpoint
 from hf_lowrank.errors import InputError
+from hf_lowrank.progress import no_progress
 from hf_lowrank.remote_code.lowrank_autoencoder_linear import ROWS, LinearDecoder, NonlinearDecoder, row_shape
 from hf_lowrank.remote_code.lowrank_materialize import MODES, set_materialize_
 from hf_lowrank.remote_code.lowrank_plan import PlanError
@@ -22,6 +23,8 @@ from hf_lowrank.solvers.row_autoencoder import RowAutoencoder, Rows
 from hf_lowrank.solvers.tensor_methods import TENSOR_METHODS
 from hf_lowrank.targets import find_matrices
 from hf_lowrank.tensors.autoencoder import Group
+from hf_lowrank.tensors.nonlinear_autoencoder import NonlinearAutoencoderKind
+from hf_lowrank.tensors.problem import TensorProblem
 from hf_lowrank.verification import verify
 
 NAMES = {"autoencoder": "linear_decoder", "nonlinear_autoencoder": "nonlinear_decoder"}
@@ -311,6 +314,20 @@ def test_a_killed_training_goes_on_to_the_same_numbers(tmp_path):
         assert all(map(torch.equal, found.codes, expected.codes))
         assert all(torch.equal(value, expected.decoder[name]) for name, value in found.decoder.items())
     assert seen == list(range(25, 61))
+
+
+def test_rows_of_inputs_are_not_taken_for_those_of_outputs_that_were_kept(tmp_path):
+    matrices = [matrix for matrix in find_matrices(build("BertModel")) if matrix.name.endswith("self.key")]
+
+    def solved(rows, kept):
+        problem = TensorProblem(matrices, WIDTH, None, torch.device("cpu"), no_progress, checkpoint=kept)
+        group = Group("decoder_key", matrices, rows, "nonlinear_decoder")
+        return NonlinearAutoencoderKind(None)._solved(problem, group, 3)[0]
+
+    kept = Checkpoint(tmp_path, "learned")
+    solved("output", kept)
+
+    assert all(map(torch.equal, solved("input", kept), solved("input", Checkpoint())))
 
 
 def test_training_that_gains_nothing_ends_early():

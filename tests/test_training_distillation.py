@@ -1,6 +1,7 @@
 """A student learns from its teacher: what the losses are, and that the Trainer around them stays the Trainer."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import tiny_models
@@ -10,6 +11,7 @@ from torch.nn import functional as F
 from transformers import set_seed
 
 from hf_lowrank import InputError, compress
+from hf_lowrank.training import losses as distances
 from hf_lowrank.training.distillation import DistillationTrainer, repeated_blocks, spread_layers
 
 HEADS = ["BertForSequenceClassification", "BertForMaskedLM", "GPT2LMHeadModel", "BertForQuestionAnswering"]
@@ -94,6 +96,12 @@ def test_attention_loss_counts_scores_by_their_variance(tmp_path):
     expected = (found - wanted)[allowed].square().mean() / wanted[allowed].var(correction=0)
 
     assert loss_of(trainer, rows()) == pytest.approx(float(expected), rel=1e-4)
+
+
+def test_a_target_that_does_not_vary_has_a_finite_loss():
+    compared = SimpleNamespace(average=lambda value: value)
+
+    assert float(distances._relative_square(torch.ones(1), torch.ones(1), compared)) == 0
 
 
 @pytest.mark.parametrize("dropout", [False, True])

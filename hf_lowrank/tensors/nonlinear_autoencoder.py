@@ -35,6 +35,6 @@ class NonlinearAutoencoderKind(AutoencoderKind):
         start = self._autoencoder(problem, group).solve(rank)
         weights = [problem.weight(matrix) for matrix in group.members]
         rows = [weight if group.rows == ROWS[0] else weight.T for weight in weights]
-        kept = problem.checkpoint.part(f"{group.part}-{rank}")
+        kept = problem.checkpoint.part(f"{group.part}-{group.rows}-{rank}")
         found = train_rows(rows, start, problem.seed, checkpoint=kept, progress=problem.progress)
         return found.codes, found.norms, found.decoder

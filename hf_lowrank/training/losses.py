@@ -15,6 +15,8 @@ from hf_lowrank.training.attention import AttentionRecord
 # What averages a number over all processes; every term is a local sum over a mean count, so that the mean of the
 # processes' losses is the loss of one process with all their batches.
 Average = Callable[[torch.Tensor], torch.Tensor]
+# What is divided by is no less.
+_LEAST = 1e-9
 
 
 @dataclass(frozen=True)
@@ -125,11 +127,11 @@ def _relative_square(found: torch.Tensor, target: torch.Tensor, compared: Compar
     """Mean squared difference over the variance of the target, both over the batches of all processes."""
     moments = torch.stack([torch.tensor(float(target.numel())).to(target), target.sum(), target.square().sum()])
     count, total, squares = compared.average(moments)
-    variance = squares / count - (total / count).square()
+    variance = (squares / count - (total / count).square()).clamp_min(_LEAST)  # a single score has none
     relative: torch.Tensor = (found - target).square().sum() / count / variance
     return relative
 
 
 def _average_count(count: int, compared: Comparison) -> torch.Tensor:
     device = compared.batch["input_ids"].device
-    return compared.average(torch.tensor(float(count), device=device)).clamp_min(1e-9)
+    return compared.average(torch.tensor(float(count), device=device)).clamp_min(_LEAST)
