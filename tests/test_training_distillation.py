@@ -13,6 +13,7 @@ from transformers import set_seed
 from hf_lowrank import InputError, compress
 from hf_lowrank.training import losses as distances
 from hf_lowrank.training.distillation import DistillationTrainer, repeated_blocks, spread_layers
+from hf_lowrank.training.preparation import fast_attention
 
 HEADS = ["BertForSequenceClassification", "BertForMaskedLM", "GPT2LMHeadModel", "BertForQuestionAnswering"]
 
@@ -229,3 +230,32 @@ def test_a_task_loss_needs_labels(tmp_path):
     teacher, student = pair()
     with pytest.raises(InputError, match="needs labels"):
         trainer_of(tmp_path, student, teacher, losses={"task": 1}).train()
+
+
+@pytest.mark.parametrize(("kind", "length", "is_plain"), [("bf16", 9, True), ("bf16", 200, False), ("no", 9, False)])
+def test_short_rows_are_attended_without_the_fused_kernel_in_16_bits_on_a_cpu(kind, length, is_plain):
+    accelerator = SimpleNamespace(device=torch.device("cpu"), mixed_precision=kind)
+
+    with fast_attention(accelerator, length):
+        assert torch.backends.cuda.flash_sdp_enabled() is not is_plain
+
+    assert torch.backends.cuda.flash_sdp_enabled()
+
+
+def test_the_teacher_computes_in_the_precision_of_the_training(tmp_path):
+    teacher, student = pair()
+    seen = []
+    teacher.classifier.register_forward_hook(lambda module, args, output: seen.append(output.dtype))
+    trainer = trainer_of(tmp_path, student, teacher, options={"bf16": True, "max_steps": 1})
+
+    trainer.train()
+
+    assert set(seen) == {torch.bfloat16}
+
+
+def test_a_teacher_can_still_be_trained_by_whoever_lent_it(tmp_path):
+    teacher, student = pair()
+
+    trainer_of(tmp_path, student, teacher).train()
+
+    assert all(parameter.requires_grad and parameter.grad is None for parameter in teacher.parameters())

@@ -55,6 +55,18 @@ def test_without_epochs_of_pruning_the_model_is_factorized_as_it_is():
     assert small.config.compression["provenance"]["lpaf"]["ranks_after_pruning"] == {}
 
 
+def test_it_learns_from_the_model_as_it_was_unless_labels_alone_are_asked_for():
+    dense, other = dense_model(), tiny_models.build("BertForSequenceClassification", vocab_size=30, seed=1)
+    asked = {"by default": {}, "of another": {"teacher": other}, "labels": {"losses": {"task": 1}}}
+    kept = {name: run(dense, **options) for name, options in asked.items()}
+    found = {name: small.config.compression["provenance"]["lpaf"] for name, small in kept.items()}
+    losses = {name: one["held_out_loss"]["before"] for name, one in found.items()}
+
+    assert found["by default"]["losses"] == {"logits": 1, "hidden": 1, "task": 1}
+    assert found["labels"]["losses"] == {"task": 1}
+    assert losses["labels"] < losses["by default"] < losses["of another"]
+
+
 def test_language_models_can_be_pruned_on_their_text():
     texts = [row["text"] for row in ROWS]
     small = run(dense_model("GPT2LMHeadModel"), dataset=texts, tokenizer=tiny_tokenizers.decoder_tokenizer())
@@ -82,6 +94,7 @@ def test_a_killed_run_goes_on_and_ends_bit_identical(tmp_path):
         ({"dataset": [row["text"] for row in ROWS]}, "no labels"),
         ({"probability": 2}, "between 0 and 1"),
         ({"probability": 0, "consistency": 1.0}, "Give probability"),
+        ({"consistency": 1.0, "losses": {"task": 1, "hidden": 1}}, "can be task and logits"),
         ({"tune_epochs": 0}, "tune_epochs must be positive"),
         ({"prune_epochs": -1}, "prune_epochs must not be negative"),
         ({"prune_keep": 3.0}, "keep must be above 0"),

@@ -13,7 +13,7 @@ from hf_lowrank.training.lpaf import lpaf
 _OPTIONS = (
     "keep_params", "keep_targets", "target_size", "rank", "method", "prune_keep", "importance", "probability",
     "consistency", "prune_epochs", "tune_epochs", "prune_learning_rate", "tune_learning_rate", "score_learning_rate",
-    "batch_size", "max_seq_length", "max_examples", "text_column", "label_column", "seed", "work_dir",
+    "temperature", "batch_size", "max_seq_length", "max_examples", "text_column", "label_column", "seed", "work_dir",
 )  # fmt: skip
 
 
@@ -21,6 +21,8 @@ def run(arguments: argparse.Namespace) -> int:
     """Prune, factorize, train, save and print."""
     check_output(arguments.out, arguments.overwrite, arguments.model)
     given = {name: getattr(arguments, name) for name in _OPTIONS if getattr(arguments, name) is not None}
+    if arguments.losses:
+        given["losses"] = dict(arguments.losses)
     dense = load_dense(arguments.model)
     small = lpaf(dense, dataset=arguments.dataset, eval_dataset=arguments.eval_dataset, **given)
     small.config.compression["provenance"]["command"] = shown_command(arguments.given, arguments.model)

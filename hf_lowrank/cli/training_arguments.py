@@ -14,7 +14,8 @@ _LPAF_EXAMPLES = """examples:
   hf-lowrank lpaf bert-on-sst2 small --dataset train.tsv --keep-targets 0.25
   hf-lowrank lpaf bert-on-sst2 small --dataset train.tsv --keep-targets 0.25 --work-dir run   goes on after a kill
 
-MODEL is fine-tuned on the task already. Prunes it, factorizes what is left, trains the factors with mixed ranks."""
+MODEL is fine-tuned on the task already. Prunes it, factorizes what is left, trains the factors, both
+towards the model as it was (--losses task=1: by the labels alone)."""
 
 Commands = Any  # argparse's private type for sub-parsers
 
@@ -26,10 +27,7 @@ def add_training_commands(commands: Commands) -> None:
     parser.add_argument("out", metavar="OUT", help="folder to write")
     parser.add_argument("--teacher", metavar="MODEL", required=True, help="the dense model it came from")
     _add_data(parser)
-    parser.add_argument(
-        "--losses", metavar="NAME=W", nargs="+", type=_name_and_weight, help="task, logits, hidden, attention"
-    )
-    parser.add_argument("--temperature", type=float, metavar="T", help="of the logits (default: 1)")
+    _add_losses(parser)
     parser.add_argument("--epochs", type=float, metavar="F", help="passes over the data (default: 3)")
     parser.add_argument("--learning-rate", type=float, metavar="F", help="peak (default: what suits the method)")
     _add_lpaf(commands)
@@ -47,6 +45,7 @@ def _add_lpaf(commands: Commands) -> None:
     group.add_argument("--target-size", metavar="SIZE", help="size of the weights, such as 100MB or 95MiB")
     group.add_argument("--rank", type=int, metavar="N", help="rank of every replaced matrix")
     _add_data(parser)
+    _add_losses(parser)
     parser.add_argument("--method", help="how the sparse matrices are factorized (default: importance_aware_svd)")
     parser.add_argument("--importance", help="sensitivity, movement, magnitude or random (default: sensitivity)")
     for name, meaning in (
@@ -61,6 +60,12 @@ def _add_lpaf(commands: Commands) -> None:
     ):
         parser.add_argument(f"--{name}", type=float, metavar="F", help=meaning)
     parser.add_argument("--work-dir", metavar="DIR", help="keep checkpoints there, and go on from them after a kill")
+
+
+def _add_losses(parser: argparse.ArgumentParser) -> None:
+    names = "task, logits, hidden, attention"
+    parser.add_argument("--losses", metavar="NAME=W", nargs="+", type=name_and_weight, help=names)
+    parser.add_argument("--temperature", type=float, metavar="T", help="of the logits (default: 1)")
 
 
 def _add_data(parser: argparse.ArgumentParser) -> None:
@@ -91,7 +96,8 @@ def _command(commands: Commands, name: str, summary: str, epilog: str) -> argpar
     return parser
 
 
-def _name_and_weight(text: str) -> tuple[str, float]:
+def name_and_weight(text: str) -> tuple[str, float]:
+    """`logits=1` -> `("logits", 1.0)`."""
     name, _, weight = text.partition("=")
     try:
         return name, float(weight)

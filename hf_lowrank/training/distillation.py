@@ -13,8 +13,9 @@ from transformers import PreTrainedModel, Trainer
 from hf_lowrank.blocks import block_name, recorded_outputs
 from hf_lowrank.errors import InputError
 from hf_lowrank.training.attention import recorded_attention
+from hf_lowrank.training.features import Features, has_labels
 from hf_lowrank.training.losses import LOSSES, Comparison, Watched, make_projections
-from hf_lowrank.training.preparation import without_dropout
+from hf_lowrank.training.preparation import fast_attention, without_dropout
 
 _PROJECTIONS = "distillation_projections"
 
@@ -65,7 +66,7 @@ class DistillationTrainer(Trainer):
         _check_losses(self.losses, temperature)
         student = self.accelerator.unwrap_model(self.model)
         check_teacher(student, teacher, "logits" in self.losses)
-        self.teacher: Any = teacher.eval().requires_grad_(False)
+        self.teacher: Any = teacher.eval()
         self.teacher.to(self.args.device)
         self.model_accepts_loss_kwargs = False  # the task loss is the mean over the batch
         self.layer_map = _named_layers(student, teacher, layer_map) if "hidden" in self.losses else []
@@ -93,7 +94,8 @@ class DistillationTrainer(Trainer):
     ) -> Any:
         """The weighted sum of the terms; see the class."""
         student = self.accelerator.unwrap_model(model)
-        compared = self._compare(model, student, inputs)
+        with fast_attention(self.accelerator, inputs["input_ids"].shape[1]):
+            compared = self._compare(model, student, inputs)
         total = torch.zeros((), device=self.args.device)
         for name, weight in self.losses.items():
             loss = LOSSES[name](compared)
@@ -108,6 +110,7 @@ class DistillationTrainer(Trainer):
         unlabelled = {name: value for name, value in inputs.items() if name not in self.label_names}
         with (
             torch.no_grad(),
+            self.accelerator.autocast(),  # which Accelerate puts around the student by itself
             recorded_outputs(self.teacher, self._teacher_blocks) as wanted,
             recorded_attention(self.teacher, attends) as their_attention,
         ):
@@ -152,6 +155,13 @@ class DistillationTrainer(Trainer):
             self._sums.clear()
             self._count = 0
         super().log(logs, *args, **kwargs)
+
+
+def default_losses(features: Features) -> dict[str, float]:
+    """Weights where none are given: 1 for `logits`, `hidden`, and for `task` where rows have a class or an answer."""
+    # A language model's labels are its teacher's text: the teacher's whole distribution says more.
+    is_labelled = has_labels(features) and (features[0].get("labels", torch.tensor(0)).dim() == 0)
+    return {"logits": 1.0, "hidden": 1.0, **({"task": 1.0} if is_labelled else {})}
 
 
 def check_teacher(student: PreTrainedModel, teacher: PreTrainedModel, compares_logits: bool = True) -> None:

@@ -2,9 +2,10 @@
 
 import copy
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +18,17 @@ from hf_lowrank.loading import find_tokenizer, load_dense
 from hf_lowrank.settings import CompressionSettings, make_settings
 from hf_lowrank.training.arguments import make_arguments
 from hf_lowrank.training.best import BestStateCallback
+from hf_lowrank.training.distillation import DistillationTrainer, default_losses
 from hf_lowrank.training.features import Features, PaddingCollator, has_labels, hold_out, make_features
 from hf_lowrank.training.mixed_rank import MixedRankCallback
 from hf_lowrank.training.preparation import prepared
 from hf_lowrank.training.pruning import FirstOrderPruningCallback
 
 _KEEP = 0.25
+# The labels alone, as published: no teacher is run.
+_LABELS = {"task": 1.0}
+# What goes with a batch that is run twice.
+_WITH_CONSISTENCY = {"task": 1.0, "logits": 1.0}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +44,9 @@ class LPAFOptions:
         probability: Of a factorized layer to take its sparse weight at first, 0.5 in the paper; 0 trains the factors
             alone, and measured better where rows are weighted by importance.
         consistency: Weight of the consistency loss, with `probability`; see `MixedRank`.
+        losses: Weight of each term of the loss of both trainings; see `DistillationTrainer`. Default: as in `recover`,
+            the model as it was being the teacher. `{"task": 1}` is the labels alone, as published.
+        temperature: Of the logits.
         tune_epochs: Passes over the data with the factors.
         tune_learning_rate: Peak of the factors' rate.
         batch_size: Examples a step.
@@ -56,6 +65,8 @@ class LPAFOptions:
     prune_learning_rate: float = 1e-4
     probability: float = 0.0
     consistency: float = 0.0
+    losses: Mapping[str, float] | None = None
+    temperature: float = 1.0
     tune_epochs: float = 3
     tune_learning_rate: float = 1e-4
     batch_size: int = 16
@@ -76,6 +87,15 @@ class LPAFOptions:
             raise InputError(f"probability must be between 0 and 1, got {self.probability:g}.")
         if self.consistency and not self.probability:
             raise InputError("consistency is between two draws of mixed ranks, and there are none. Give probability.")
+        if (
+            self.consistency
+            and self.losses
+            and ("task" not in self.losses or set(self.losses) - set(_WITH_CONSISTENCY))
+        ):
+            raise InputError(
+                "consistency is added to the loss on the labels and runs each batch twice: losses can be task and "
+                f"logits, got {', '.join(self.losses)}."
+            )
 
 
 def lpaf(
@@ -84,15 +104,17 @@ def lpaf(
     dataset: Any,
     eval_dataset: Any = None,
     tokenizer: Any = None,
+    teacher: PreTrainedModel | str | Path | None = None,
     **options: Any,
 ) -> Any:
     """Low-rank prune and factorize: `lpaf("my-bert-on-sst2", dataset="train.tsv", keep_targets=0.25)`.
 
-    1. The model is trained on its task while first-order pruning thins out its matrices, which lowers their rank.
+    1. A copy is trained on the task, and towards the model as it was, while first-order pruning thins out matrices,
+       which lowers their rank.
     2. The sparse matrices are factorized to the budget by `method` (default: `importance_aware_svd`) into two factors,
        which `convert_storage_` can store smaller afterwards.
-    3. The factors are trained on the task; with `probability` a layer now and then still takes its sparse weight, ever
-       less often. The state with the least loss on held-out examples is kept.
+    3. The factors are trained in the same way; with `probability` a layer now and then still takes its sparse weight,
+       ever less often. The state with the least loss on held-out examples is kept.
 
     Dense embedding tables are left as they are.
 
@@ -101,6 +123,7 @@ def lpaf(
         dataset: Examples with labels; see `make_features`.
         eval_dataset: Examples to choose by; None sets a tenth of `dataset` aside. Not those a result is reported on.
         tokenizer: None takes the one saved with the model.
+        teacher: What to train towards; None is the model itself.
         options: Fields of `LPAFOptions` and of `CompressionSettings`, a budget among them.
 
     Returns:
@@ -124,20 +147,46 @@ def lpaf(
         features, held_out = hold_out(features, training.seed)
     else:
         held_out = make_features(dense, tokenizer, eval_dataset, **of_data)
-    data = (features, held_out, getattr(tokenizer, "pad_token_id", None) or 0)
+    losses = _losses(training, features)
+    lesson = Lesson(
+        load_dense(teacher or dense), losses, features, held_out, getattr(tokenizer, "pad_token_id", None) or 0
+    )
     with _folder(training.work_dir) as folder:
         pruned: PreTrainedModel = dense
         ranks: dict[str, Any] = {}
         if training.prune_epochs:
-            pruned, ranks = _prune(copy.deepcopy(dense), data, training, settings, folder)
+            pruned, ranks = _prune(copy.deepcopy(dense), lesson, training, settings, folder)
         small = compress(pruned, settings, calibration=features if settings.looks_at_text else None)
-        chosen = _tune(small, pruned, data, training, folder)
+        chosen = _tune(small, pruned, lesson, training, folder)
     small.config.compression["provenance"]["lpaf"] = {
         **{name: value for name, value in asdict(training).items() if name != "work_dir"},
+        "losses": dict(losses),
         "ranks_after_pruning": {name: asdict(found) for name, found in ranks.items()},
         "held_out_loss": {"before": chosen.before, "after": chosen.after, "step": chosen.step},
     }
     return small.eval()
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """What a model is trained on and towards.
+
+    Args:
+        losses: Weight of each term.
+        features: What is trained on.
+        held_out: What is chosen by.
+        padding: The token that fills up rows.
+    """
+
+    teacher: PreTrainedModel
+    losses: Mapping[str, float]
+    features: Features
+    held_out: Features
+    padding: int
+
+
+def _losses(training: LPAFOptions, features: Features) -> Mapping[str, float]:
+    return training.losses or (_WITH_CONSISTENCY if training.consistency else default_losses(features))
 
 
 def _split(options: dict[str, Any]) -> tuple[LPAFOptions, CompressionSettings]:
@@ -151,7 +200,7 @@ def _split(options: dict[str, Any]) -> tuple[LPAFOptions, CompressionSettings]:
 
 def _prune(
     model: PreTrainedModel,
-    data: tuple[Features, Features, int],
+    lesson: Lesson,
     training: LPAFOptions,
     settings: CompressionSettings,
     folder: str,
@@ -164,12 +213,12 @@ def _prune(
         exclude_modules=settings.exclude_modules,
     )
     rates = {"epochs": training.prune_epochs, "learning_rate": training.prune_learning_rate}
-    _train(model, data, [pruning], training, f"{folder}/pruning", eval_on_start=False, eval_strategy="no", **rates)
+    train(model, lesson, [pruning], training, f"{folder}/pruning", eval_on_start=False, eval_strategy="no", **rates)
     return model.eval(), pruning.ranks
 
 
 def _tune(
-    small: Any, pruned: PreTrainedModel, data: tuple[Features, Features, int], training: LPAFOptions, folder: str
+    small: Any, pruned: PreTrainedModel, lesson: Lesson, training: LPAFOptions, folder: str
 ) -> BestStateCallback:
     best = BestStateCallback()
     callbacks: list[TrainerCallback] = [best]
@@ -177,27 +226,34 @@ def _tune(
         mixed = MixedRankCallback(pruned, probability=training.probability, consistency=training.consistency)
         callbacks = [mixed, best]
     rates = {"epochs": training.tune_epochs, "learning_rate": training.tune_learning_rate}
-    _train(small, data, callbacks, training, f"{folder}/tuning", **rates)
+    train(small, lesson, callbacks, training, f"{folder}/tuning", **rates)
     return best
 
 
-def _train(
+def train(
     model: Any,
-    data: tuple[Features, Features, int],
+    lesson: Lesson,
     callbacks: list[TrainerCallback],
     training: LPAFOptions,
     folder: str,
     **options: Any,
 ) -> None:
+    """One of the two trainings, from the last checkpoint in its folder if there is one.
+
+    Args:
+        options: Of `make_arguments`.
+    """
     if training.work_dir is not None:
         options["save_strategy"] = "epoch"
+    taught: dict[str, Any] = {"teacher": lesson.teacher, "losses": lesson.losses, "temperature": training.temperature}
+    make = Trainer if set(lesson.losses) == set(_LABELS) else partial(DistillationTrainer, **taught)
     with prepared(model):
-        trainer = Trainer(
+        trainer = make(
             model=model,
             args=make_arguments(folder, batch_size=training.batch_size, seed=training.seed, **options),
-            train_dataset=data[0],
-            eval_dataset=data[1],
-            data_collator=PaddingCollator(data[2]),
+            train_dataset=lesson.features,
+            eval_dataset=lesson.held_out,
+            data_collator=PaddingCollator(lesson.padding),
             callbacks=callbacks,
         )
         trainer.remove_callback(PrinterCallback)  # standard output is the caller's

@@ -7,7 +7,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformers import PreTrainedModel, PrinterCallback, TrainerCallback, TrainingArguments
 
 from hf_lowrank.conversion import as_two_factors
@@ -18,8 +17,8 @@ from hf_lowrank.saving import load_compressed
 from hf_lowrank.solvers.tensor_methods import TENSOR_METHODS
 from hf_lowrank.training.arguments import make_arguments
 from hf_lowrank.training.best import BestStateCallback
-from hf_lowrank.training.distillation import DistillationTrainer, check_teacher
-from hf_lowrank.training.features import Features, PaddingCollator, has_labels, hold_out, make_features
+from hf_lowrank.training.distillation import DistillationTrainer, check_teacher, default_losses
+from hf_lowrank.training.features import Features, PaddingCollator, hold_out, make_features
 from hf_lowrank.training.preparation import prepared
 
 # Peak of AdamW's learning rate. Pairs of factors go astray above the first (gradients of 1e5 were seen); Tucker's,
@@ -100,7 +99,7 @@ def recover(
         features, held_out = hold_out(features, settings.seed)
     else:
         held_out = make_features(small, tokenizer, eval_dataset, **settings.of_data)
-    losses = dict(settings.losses or _default_losses(features))
+    losses = dict(settings.losses or default_losses(features))
     data = (features, held_out, getattr(tokenizer, "pad_token_id", None) or 0)
     with tempfile.TemporaryDirectory() as folder, as_two_factors(small):
         for own in [_obeyed(args)] if args is not None else _own_arguments(small, settings, folder):
@@ -179,12 +178,6 @@ def _make_options(options: dict[str, Any]) -> RecoveryOptions:
 def _check_tokenizers(ours: Any, theirs: Any) -> None:
     if ours is not None and theirs is not None and ours.get_vocab() != theirs.get_vocab():
         raise InputError("The teacher has another vocabulary: its tokenizer's words differ. Give the model's own.")
-
-
-def _default_losses(features: Features) -> dict[str, float]:
-    # A language model's labels are its teacher's text: the teacher's whole distribution says more.
-    is_labelled = has_labels(features) and (features[0].get("labels", torch.tensor(0)).dim() == 0)
-    return {"logits": 1.0, "hidden": 1.0, **({"task": 1.0} if is_labelled else {})}
 
 
 def _obeyed(args: TrainingArguments) -> TrainingArguments:
