@@ -15,8 +15,12 @@ def cheapest_route(costs: dict[str, tuple[int, int]], num_tokens: int, is_kept: 
         costs: Of each way the multiply-adds for one token, and those of what no token changes.
         is_kept: Whether the latter is kept between calls, so that it costs nothing.
     """
-    totals = {route: num_tokens * token + (0 if is_kept else once) for route, (token, once) in costs.items()}
-    return min(totals, key=totals.__getitem__)
+    best, least = "", float("inf")
+    for route, (token, once) in costs.items():  # the compiler breaks its graph at `min` with a key
+        total = num_tokens * token + (0 if is_kept else once)
+        if total < least:
+            best, least = route, total
+    return best
 
 
 def state_of(tensors: Sequence[torch.Tensor]) -> tuple[Any, ...]:
