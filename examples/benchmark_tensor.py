@@ -4,12 +4,13 @@
     python examples/benchmark_tensor.py --smoke    # a tiny model, seconds
 
 Weights are random: time depends on shapes alone. Three tables: the encoder's speed-up beside the ratio of
-multiply-adds, for whole batches and for one sentence at a time; the time of decomposing; and ours beside tensorly.
+multiply-adds, for whole batches and for one sentence at a time, the latter compiled too; the time of decomposing; and
+ours beside tensorly.
 """
 
 import argparse
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import tensorly
@@ -57,9 +58,9 @@ def compressed(dense: BertModel, methods: dict[str, dict[str, object]]) -> dict[
     return models
 
 
-def benchmark_encoder(models: dict[str, BertModel], rounds: int, batch: int, length: int) -> None:
+def benchmark_encoder(models: dict[str, BertModel], rounds: int, batch: int, length: int, how: str = "") -> None:
     """Speed-up of the encoder beside the ratio of its multiply-adds, attention scores not counted."""
-    print(f"\nencoder, batch {batch} x {length} tokens, {torch.get_num_threads()} threads")
+    print(f"\nencoder{how}, batch {batch} x {length} tokens, {torch.get_num_threads()} threads")
     print("model                  multiply-adds  throughput  share of the ratio")
     seconds = interleaved(encoder_runs(models, batch, length), rounds)
     for name, model in models.items():
@@ -69,6 +70,14 @@ def benchmark_encoder(models: dict[str, BertModel], rounds: int, batch: int, len
         ratio = sum(row.dense_multiply_adds for row in rows) / sum(row.multiply_adds for row in rows)
         gain = seconds["dense"] / seconds[name]
         print(f"{name:22} {ratio:12.2f}x {gain:10.2f}x {gain / ratio:19.0%}", flush=True)
+
+
+def benchmark_compiled(models: dict[str, BertModel], rounds: int, lengths: Sequence[int], backend: str) -> None:
+    """The same for one sentence, all models compiled: what is left of one is mostly the time of many small calls."""
+    for model in models.values():
+        model.encoder.compile(backend=backend)
+    for length in lengths:
+        benchmark_encoder(models, rounds, 1, length, ", compiled")
 
 
 def compare_with_tensorly(num_blocks: int, width: int, ranks: TuckerRanks) -> None:
@@ -107,12 +116,14 @@ def main() -> None:
         methods = {"III": {"method": "tucker", "ranks": (8, 8)}, "IV": {"method": "tucker", "ranks": (6, 8, 8)}}
         models = compressed(build_model(smoke=True), methods)
         benchmark_encoder(models, 1, 2, 16)
+        benchmark_compiled(models, 1, [8, 12], backend="eager")
         compare_with_tensorly(6, 24, TuckerRanks(8, 8, 3))
         return
     names = ("tucker-III-64", "tucker-IV-36-128", "tucker-IV-72-384")
     models = compressed(build_model(smoke=False), {name: {"method": name} for name in names})
     for batch, length in ((32, 128), (1, 128), (1, 16)):
         benchmark_encoder(models, arguments.rounds, batch, length)
+    benchmark_compiled(models, arguments.rounds, [128, 32, 16], backend="inductor")
     compare_with_tensorly(36, 256, TuckerRanks(96, 96, 18))
 
 
