@@ -49,6 +49,7 @@ CONTENTS = {
         "solvers.tucker.tucker",
         "solvers.tensor_train.tensor_train",
         "solvers.tensor_train.shared_tensor_trains",
+        "solvers.kronecker.kronecker_sum",
         "solvers.autoencoder.TableObjective",
         "solvers.trained_autoencoder.PublishedTraining",
         "solvers.row_autoencoder.RowAutoencoder",
@@ -72,6 +73,7 @@ CONTENTS = {
         "remote_code.lowrank_tucker.BankedTuckerLinear",
         "remote_code.lowrank_tensor_train.TensorTrainLinear",
         "remote_code.lowrank_tensor_train.SharedTensorTrainLinear",
+        "remote_code.lowrank_kronecker.KroneckerLinear",
     ],
     "Errors": ["InputError", "PlanError"],
 }

@@ -24,6 +24,7 @@ from transformers import AutoTokenizer, BertConfig, BertForMaskedLM, GPT2Config,
 
 from hf_lowrank import compress
 from hf_lowrank.remote_code.lowrank_autoencoder_linear import NonlinearDecoder
+from hf_lowrank.solvers import kronecker
 from hf_lowrank.solvers.metric import DiagonalMetric, identity, row_metric
 from hf_lowrank.solvers.nonlinear_autoencoder import train_rows
 from hf_lowrank.solvers.row_autoencoder import RowAutoencoder, Rows
@@ -89,18 +90,13 @@ def fisher_weighted_svd(study: Study, compression: float) -> torch.Tensor:
 
 
 def kronecker_sum(study: Study, compression: float) -> torch.Tensor:
-    """The best sum of Kronecker products: an SVD of the rearranged table (Van Loan and Pitsianis, 1993)."""
+    """The best sum of Kronecker products; the tokens are filled up to the nearest product of two like factors."""
     rows, columns = study.table.shape
     inner = max(d for d in range(1, math.isqrt(columns) + 1) if columns % d == 0)
     outer_rows = math.isqrt(rows - 1) + 1
-    inner_rows = -(-rows // outer_rows)
-    padded = F.pad(study.table, (0, 0, 0, outer_rows * inner_rows - rows))
-    blocks = padded.view(outer_rows, inner_rows, columns // inner, inner)
-    matrix = blocks.permute(0, 2, 1, 3).reshape(outer_rows * columns // inner, inner_rows * inner)
-    rank = max(1, int(rows * columns / compression) // sum(matrix.shape))
-    found = SVD().decompose(matrix).factors(min(rank, *matrix.shape)).product
-    blocks = found.view(outer_rows, columns // inner, inner_rows, inner).permute(0, 2, 1, 3)
-    return blocks.reshape(-1, columns)[:rows]
+    pairs = (outer_rows, -(-rows // outer_rows)), (columns // inner, inner)
+    each = sum(tokens * width for tokens, width in zip(*pairs, strict=True))
+    return kronecker.kronecker_sum(study.table, max(1, int(rows * columns / compression) // each), pairs).matrix()
 
 
 def tucker_slabs(study: Study, compression: float) -> torch.Tensor:

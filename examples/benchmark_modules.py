@@ -13,11 +13,10 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import torch
-from benchmark_embeddings import kronecker_sum, smoke_study
+from benchmark_embeddings import smoke_study
 from benchmark_quality import detokenized
 from torch.nn import functional as F
 from transformers import AutoTokenizer, BertForMaskedLM, GPT2LMHeadModel, PreTrainedModel
@@ -78,12 +77,6 @@ def row_normalized_svd(weight: torch.Tensor, compression: float) -> torch.Tensor
     return plain_svd(weight / lengths, compression) * lengths
 
 
-def kronecker(weight: torch.Tensor, compression: float) -> torch.Tensor:
-    """The best sum of Kronecker products; see `benchmark_embeddings`."""
-    table: Any = SimpleNamespace(table=weight)
-    return kronecker_sum(table, compression)
-
-
 def tucker_heads(study: Study, matrices: Sequence[DenseMatrix], compression: float) -> list[torch.Tensor]:
     """Tucker decomposition of the matrices cut into heads, of all layers in one stack, at the best ranks that fit."""
     config: Any = study.model.config
@@ -116,7 +109,7 @@ METHODS: dict[str, Callable[..., Any]] = {
     "plain SVD, separate": separate(plain_svd),
     "row-normalised SVD, separate": separate(row_normalized_svd),
     "Fisher-weighted SVD, separate": library("weighted_svd", **_ONE_BY_ONE),
-    "Kronecker sum, separate": separate(kronecker),
+    "Kronecker sum, separate": library("kronecker_sum"),
     "Tucker, heads together": tucker_heads,
     "two-sided SVD, separate": library("two_sided_svd", **_ONE_BY_ONE),
     "non-linear autoencoder, separate": library("separated_nonlinear_autoencoder"),

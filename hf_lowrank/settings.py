@@ -36,7 +36,8 @@ class CompressionSettings:
         keep_latency: Fraction of the whole model's latency that stays, as measured here: of 8 x 128 tokens, on the
             machine and with the threads `compress` runs on. Only linear layers are replaced.
         rank: The rank of every replaced matrix; of a tensor method, each of its ranks but the bank's.
-        ranks: The ranks of a tensor method: (left, right) of all, or (bank, left, right) of `tucker`.
+        ranks: The ranks of a tensor method: (left, right) of `tucker` and trains, (bank, left, right) of `tucker`, or
+            the one of `kronecker_sum` and autoencoders.
         rank_pattern: Rank by module name or last part of it; these matrices are outside the budget's sharing.
         method: Solver that finds the numbers; see `SOLVERS`, and `TENSOR_METHODS` for those that take the matrices of
             all layers together.

@@ -1,6 +1,7 @@
 """A card says what was measured and nothing else, to people and to the Hub; it comes out of one stored report."""
 
 import json
+import math
 import re
 from dataclasses import replace
 
@@ -423,19 +424,25 @@ def test_what_lpaf_made_is_called_so(small):
 
 
 def test_ranks_are_drawn_layer_by_layer():
-    def module(name, structure, rank, parameters):
-        return ModuleReport(name, structure, rank, (8, 8), 64, parameters, 64, parameters, None)
+    def module(name, structure, rank, parameters, shape=(8, 8)):
+        size = math.prod(shape)
+        return ModuleReport(name, structure, rank, shape, size, parameters, size, parameters, None)
 
     picture = rank_picture(
         [
             module("h.10.key", "dense", None, 64),
             module("h.2.key", "low_rank", 1, 16),
             module("h.0.key", "low_rank", 3, 48),
+            module("h.0.value", "kronecker_sum", 12, 384, (8, 32)),
             module("wte", "low_rank_embedding", 2, 32),
         ]
     )
 
-    assert picture.splitlines() == ["h.*.key  ▆▂█  rank 1 to 3 of 8", "wte      ▄    rank 2 of 8"]
+    assert picture.splitlines() == [
+        "h.*.key    ▆▂█  rank 1 to 3 of 8",
+        "h.*.value  ▇    rank 12 of 16",
+        "wte        ▄    rank 2 of 8",
+    ]
 
 
 CACHED = "models--owner--name/snapshots/" + "ab" * 20

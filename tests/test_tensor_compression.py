@@ -14,7 +14,7 @@ from transformers import BertConfig, BertModel
 from hf_lowrank import analyze, cli, compress, decompress, make_report
 from hf_lowrank.decomposing import Decomposer
 from hf_lowrank.errors import InputError
-from hf_lowrank.planning.tensor_ranks import tucker_ranks
+from hf_lowrank.planning.tensor_ranks import ranks_within, tucker_ranks
 from hf_lowrank.progress import no_progress
 from hf_lowrank.remote_code.configuration_lowrank import compressed_config_class
 from hf_lowrank.remote_code.modeling_lowrank import compressed_model_class
@@ -131,7 +131,12 @@ def test_a_budget_of_the_whole_model_is_kept(method, budget, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("head", "method"), [("BertForMaskedLM", "whitened_tucker"), ("GPT2LMHeadModel", "shared_tensor_train")]
+    ("head", "method"),
+    [
+        ("BertForMaskedLM", "whitened_tucker"),
+        ("GPT2LMHeadModel", "shared_tensor_train"),
+        ("DistilBertForMaskedLM", "kronecker_sum"),
+    ],
 )
 def test_a_saved_model_loads_without_this_library(head, method, tmp_path):
     small = compress(build(head), method=method, keep_targets=0.4)
@@ -218,6 +223,42 @@ def test_a_budget_picks_the_ranks_that_keep_most_energy():
     assert tucker_ranks(spectra, budget=8) is None
 
 
+@pytest.mark.parametrize("budget", [5, 14, 30, 41])
+def test_a_budget_picks_the_ranks_whose_worst_matrix_loses_least(budget):
+    spectra = [torch.tensor(values) for values in ([9.0, 1, 0.5, 0.1], [5.0, 3, 1, 1], [4.0, 4, 2, 1])]
+    prices = 2, 5, 3
+
+    def cost(ranks):
+        return sum(rank * price for (rank,), price in zip(ranks, prices, strict=True))
+
+    def worst(ranks):
+        return max(float(s[rank:].norm() / s.norm()) for s, (rank,) in zip(spectra, ranks, strict=True))
+
+    found = ranks_within([[values] for values in spectra], cost, budget)
+    affordable = [r for r in product([(1,), (2,), (3,), (4,)], repeat=3) if cost(r) <= budget]
+
+    if not affordable:
+        assert found is None
+    else:
+        assert cost(found) <= budget
+        assert worst(found) == pytest.approx(min(map(worst, affordable)), abs=1e-6)
+
+
+def test_all_kronecker_products_give_the_dense_model():
+    dense = build("BertForMaskedLM").double()
+
+    small = compress(dense, method="kronecker_sum", rank=WIDTH, group="attention")  # square, so that is full
+
+    assert_same_function(dense, small, inputs_for("BertForMaskedLM"), tolerance=1e-10)
+
+
+def test_as_many_kronecker_products_in_every_matrix():
+    for given in ({"rank": 3}, {"ranks": (3,)}):
+        modules = compress(build("BertModel"), method="kronecker_sum", **given).config.plan["modules"]
+
+        assert list(modules.values()) == 12 * [{"structure": "kronecker_sum", "rank": 3}]
+
+
 def test_the_report_counts_shared_parts_once():
     small = compress(build("BertModel"), method="tucker", ranks=(5, 8, 7))
     report = make_report(small)
@@ -238,6 +279,8 @@ def test_the_report_counts_shared_parts_once():
         ({"method": "tucker", "ranks": (1, 2, 3, 4)}, "two .* or three .* got 4"),
         ({"method": "tucker", "ranks": (0, 2)}, "whole numbers of at least 1"),
         ({"method": "tensor_train", "ranks": (99, 2)}, r"left_rank must be between 1 and \d+"),
+        ({"method": "kronecker_sum", "ranks": (3, 4)}, r"sum of Kronecker products is one, .* got \[3, 4\]"),
+        ({"method": "kronecker_sum", "rank": 99}, r"query: rank must be between 1 and \d+ for a sum .*got 99\."),
         ({"method": "tucker", "keep_targets": 0.001}, r"keep_targets=0.001 is out of reach.*smallest.*0\.00"),
         ({"method": "svd", "ranks": (3, 3)}, "ranks belong to the methods tucker"),
         ({"method": "tucker", "rank": 3, "allocation": "energy"}, "allocation does not go with method=tucker"),

@@ -9,6 +9,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
+from hf_lowrank.remote_code.lowrank_kronecker import KroneckerLinear
 from hf_lowrank.remote_code.lowrank_plan import PlanError, validate_plan
 from hf_lowrank.remote_code.lowrank_structures import SHARED_PARTS, STRUCTURES
 from hf_lowrank.remote_code.lowrank_tensor_train import CentralCore, SharedTensorTrainLinear, TensorTrainLinear
@@ -34,6 +35,10 @@ def train(shape, ranks=(3, 2), shared=False):
     return drawn(TensorTrainLinear(shape[1], shape[0], *ranks, **KIND))
 
 
+def kronecker(shape, rank=3):
+    return drawn(KroneckerLinear(shape[1], shape[0], rank, **KIND))
+
+
 def drawn(layer):
     torch.manual_seed(0)
     for part in [layer, *([layer.shared] if hasattr(layer, "SHARES") else [])]:
@@ -49,6 +54,7 @@ def layers():
         "banked": tucker(shape, bank=3, side="right"),
         "train": train(shape),
         "shared train": train(shape, shared=True),
+        "kronecker sum": kronecker(shape),
     }
 
 
@@ -92,6 +98,35 @@ def test_every_route_of_a_train_is_the_dense_product(shape, ranks, shared, route
     inputs = torch.randn(2, 3, shape[1], **KIND)
 
     assert_equal(layer(inputs), expected(layer, inputs))
+
+
+@pytest.mark.parametrize("route", ["dense", "left", "right"])
+@pytest.mark.parametrize("rank", [1, 3, 6])
+@pytest.mark.parametrize("shape", [(8, 8), (32, 8), (19, 8), (11, 21), (36, 70)])
+def test_every_route_of_a_kronecker_sum_is_the_dense_product(shape, rank, route):
+    layer = kronecker(shape, rank)
+    force(layer, route)
+    inputs = torch.randn(2, 3, shape[1], **KIND)
+
+    assert_equal(layer(inputs), expected(layer, inputs))
+
+
+def test_a_kronecker_sum_of_no_tokens_is_nothing():
+    assert kronecker((36, 70))(torch.empty(2, 0, 70, **KIND)).shape == (2, 0, 36)
+
+
+@pytest.mark.parametrize("shape", [(8, 8), (32, 8), (36, 70)])
+def test_the_weight_of_a_kronecker_sum_is_the_sum_of_kronecker_products(shape):
+    layer = kronecker(shape)
+
+    assert_equal(layer.to_dense(), sum(torch.kron(*pair) for pair in zip(layer.left, layer.right, strict=True)))
+
+
+@pytest.mark.parametrize(("rank", "cheapest"), [(1, "right"), (6, "dense")])
+def test_only_few_kronecker_products_are_cheaper_than_their_sum(rank, cheapest):
+    layer = kronecker((36, 72), rank)
+
+    assert min(layer._routes, key=lambda route: layer._routes[route][0]) == cheapest
 
 
 @each_layer

@@ -105,6 +105,13 @@ PAPERS: dict[str, Paper] = {
         "Findings of the Association for Computational Linguistics: EMNLP",
         "2303.16753",
     ),
+    "kronecker_sum": Paper(
+        "vanloan1993approximation",
+        "Approximation with Kronecker Products",
+        "Van Loan, Charles F. and Pitsianis, Nikos P.",
+        1993,
+        "Linear Algebra for Large Scale and Real-Time Applications",
+    ),
     "autoencoder": Paper(
         "banaei2023revisiting",
         "Revisiting Offline Compression: Going Beyond Factorization-based Methods for Transformer Language Models",

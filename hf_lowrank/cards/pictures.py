@@ -3,6 +3,7 @@
 import re
 from collections.abc import Sequence
 
+from hf_lowrank.remote_code.lowrank_kronecker import largest_kronecker_rank
 from hf_lowrank.report import ModuleReport
 
 _BLOCKS = "▁▂▃▄▅▆▇█"
@@ -35,8 +36,13 @@ def _block(module: ModuleReport) -> str:
 
 def _ranks(group: Sequence[ModuleReport]) -> str:
     ranks = sorted({module.rank for module in group if module.rank is not None})
-    full = min(min(module.shape) for module in group)
+    full = min(_full_rank(module) for module in group)
     if not ranks:
         return "dense" if all(module.structure == "dense" for module in group) else group[0].structure
     spread = f"{ranks[0]}" if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}"
     return f"rank {spread} of {full}"
+
+
+def _full_rank(module: ModuleReport) -> int:
+    """The rank at which nothing is lost; that of a sum of Kronecker products is not its matrix' own."""
+    return largest_kronecker_rank(*module.shape) if module.structure == "kronecker_sum" else min(module.shape)

@@ -9,7 +9,7 @@ A structure is a module class with
     to_dense()                     the weight it stands for, (O, I)
     reset_parameters(std)          a random start whose weight has standard deviation `std`
 It may have `OPTIONS`: fields its spec can hold besides, each with the words allowed, the default first.
-One that holds any matrix of a given rank by itself also counts its numbers without the bias,
+One that stands by itself at a given rank also counts its numbers without the bias,
 `num_weights(O, I, rank=R)`. A linear one also gives the bias it stands for (`dense_bias`). An embedding names the
 linear structure of a head tied to it (`TIED_HEAD`, `tied_head_sizes`) and which of the head's parameters are which of
 its own (`TIED_PARAMETERS`); that structure names where its bias lives (`BIAS`), and may take more than parameters from
@@ -32,6 +32,7 @@ from .lowrank_autoencoder import AutoencoderEmbedding, AutoencoderHead
 from .lowrank_autoencoder_linear import AutoencoderLinear, LinearDecoder, NonlinearAutoencoderLinear, NonlinearDecoder
 from .lowrank_dense import dense_kind
 from .lowrank_joint import JointLinear, SharedDown
+from .lowrank_kronecker import KroneckerLinear
 from .lowrank_linear import LowRankEmbedding, LowRankLinear
 from .lowrank_pivoted import PivotedLinear
 from .lowrank_plan import Plan, PlanError, Spec, closest_name, members_of, sizes_of, validate_plan
@@ -52,6 +53,7 @@ STRUCTURES: dict[str, Any] = {
     "banked_tucker": BankedTuckerLinear,
     "tensor_train": TensorTrainLinear,
     "shared_tensor_train": SharedTensorTrainLinear,
+    "kronecker_sum": KroneckerLinear,
 }
 
 SHARED_PARTS: dict[str, Any] = {

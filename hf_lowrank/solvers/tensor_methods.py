@@ -27,6 +27,7 @@ TENSOR_METHODS: dict[str, TensorMethod] = {
     "tensor_train": TensorMethod("tensor_train"),
     "whitened_tensor_train": TensorMethod("tensor_train", needs=frozenset({"input_moment"})),
     "shared_tensor_train": TensorMethod("shared_tensor_train"),
+    "kronecker_sum": TensorMethod("kronecker_sum"),
     "autoencoder": TensorMethod("autoencoder", needs=TwoSidedSVD.needs),
     "separated_autoencoder": TensorMethod("separated_autoencoder", needs=TwoSidedSVD.needs),
     "offline_autoencoder": TensorMethod("offline_autoencoder"),

@@ -63,16 +63,6 @@ def cut_spectra(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.linalg.svdvals(tensor.flatten(1)), torch.linalg.svdvals(tensor.flatten(0, 1))
 
 
-def ranks_for(spectra: Sequence[torch.Tensor], tolerance: float) -> tuple[int, int]:
-    """The least ranks whose train is within `tolerance * ||W||_F`: each cut may lose half of the squared error."""
-    allowed = tolerance**2 / 2
-    found = []
-    for values in spectra:
-        tail = values.square().flip(0).cumsum(0).flip(0)  # what is lost by keeping that many
-        found.append(max(1, int((tail > allowed * tail[0]).sum())))
-    return found[0], found[1]
-
-
 def tensor_train(weight: torch.Tensor, ranks: Sequence[int], metrics: Metrics = (None, None)) -> TensorTrain:
     """The tensor train of a weight (O, I) by successive truncated SVDs (TT-SVD: Oseledets, SIAM J. Sci. Comput. 2011).
 

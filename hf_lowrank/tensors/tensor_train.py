@@ -7,18 +7,17 @@ from dataclasses import dataclass
 import torch
 
 from hf_lowrank.errors import InputError
+from hf_lowrank.planning.tensor_ranks import Ranks, ranks_within
 from hf_lowrank.remote_code.lowrank_plan import Plan
 from hf_lowrank.remote_code.lowrank_tensor_train import check_train_ranks, factor_shape
 from hf_lowrank.solvers.stacking import by_kind
-from hf_lowrank.solvers.tensor_train import TensorTrain, cut_spectra, ranks_for, shared_tensor_trains, tensor_train
+from hf_lowrank.solvers.tensor_train import TensorTrain, cut_spectra, shared_tensor_trains, tensor_train
 from hf_lowrank.targets import DenseMatrix
 from hf_lowrank.tensors.problem import Solved, Specs, TensorProblem
 
-_HALVINGS = 40
 _SHRINKAGE = 0.01
 
 Group = Sequence[DenseMatrix]
-Ranks = tuple[int, int]
 
 
 @dataclass(frozen=True)
@@ -47,14 +46,8 @@ class TensorTrainKind:
         """One relative tolerance for all matrices, the least one that fits."""
         groups = self._groups(problem.matrices)
         spectra = [_mean_spectra(problem, group) for group in groups.values()]
-        if self.least(problem) > budget:
-            return None
-        low, high = 0.0, 2**0.5  # at the latter every rank is 1
-        for _ in range(_HALVINGS):
-            middle = (low + high) / 2
-            ranks = [ranks_for(values, middle) for values in spectra]
-            low, high = (low, middle) if self._num_weights(groups.values(), ranks) <= budget else (middle, high)
-        return self._as_specs(groups, [ranks_for(values, high) for values in spectra])
+        found = ranks_within(spectra, lambda ranks: self._num_weights(groups.values(), ranks), budget)
+        return None if found is None else self._as_specs(groups, found)
 
     def least(self, problem: TensorProblem) -> int:
         """Stored numbers at ranks of 1."""
