@@ -29,6 +29,7 @@ from hf_lowrank.remote_code.lowrank_model import LowRankMixin
 from hf_lowrank.remote_code.lowrank_plan import Plan, Spec
 from hf_lowrank.remote_code.lowrank_structures import (
     install_plan_,
+    is_bias,
     named_shared_parts,
     named_structures,
     replace_,
@@ -273,7 +274,7 @@ def _dense_module(host: Any, structure: Any) -> nn.Module:
     if bias is not None:
         state["bias"] = bias.detach().clone()
     host.load_state_dict(state, strict=True, assign=True)
-    trainable = {name.endswith("bias"): p.requires_grad for name, p in structure.named_parameters()}
+    trainable = {is_bias(structure, name): p.requires_grad for name, p in structure.named_parameters()}
     for name, parameter in host.named_parameters():
         parameter.requires_grad_(trainable[name == "bias"])
     return host  # type: ignore[no-any-return]  # any of several classes

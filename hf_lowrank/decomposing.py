@@ -22,17 +22,16 @@ from hf_lowrank.planning.plans import candidate_matrices
 from hf_lowrank.planning.prices import FloatArray
 from hf_lowrank.planning.probes import Changes, Probe
 from hf_lowrank.progress import Progress
-from hf_lowrank.remote_code.lowrank_banded import bands_of
 from hf_lowrank.remote_code.lowrank_plan import Spec, sizes_of
 from hf_lowrank.scratch import scratch_folder
 from hf_lowrank.settings import CompressionSettings
 from hf_lowrank.solvers import SOLVERS
-from hf_lowrank.solvers.autoencoder import BandedTable
 from hf_lowrank.solvers.factors import BandedSolution, Factors
 from hf_lowrank.solvers.metric import Metric
+from hf_lowrank.solvers.nonlinear_autoencoder import NonlinearCodes
 from hf_lowrank.solvers.stored import StoredDecomposition, store_decomposition
 from hf_lowrank.solvers.svd import Decomposition, Truncations
-from hf_lowrank.solvers.token_tables import make_table
+from hf_lowrank.solvers.token_tables import TokenTable, make_table
 from hf_lowrank.statistics.collection import collect_statistics
 from hf_lowrank.statistics.moments import MatrixStatistics, Statistics
 from hf_lowrank.statistics.token_counts import count_tokens
@@ -69,7 +68,7 @@ class Decomposer:
         self.progress = progress
         self._solver = SOLVERS.get(settings.method, SOLVERS["svd"])  # which a tensor method does not ask for
         self._measures = ALLOCATIONS[settings.chosen_allocation].errors == "probes"
-        self._tables: dict[str, BandedTable] = {}
+        self._tables: dict[str, TokenTable] = {}
 
     def __call__(self, matrix: Matrix) -> Truncations:
         """The decomposition of one matrix."""
@@ -86,11 +85,11 @@ class Decomposer:
             return {"rank": rank}
         return self._table(matrix).sizes(rank, (self.settings.torch_dtype or self._model.dtype).itemsize)
 
-    def solution(self, matrix: Matrix, spec: Spec) -> Factors | BandedSolution:
+    def solution(self, matrix: Matrix, spec: Spec) -> Factors | BandedSolution | NonlinearCodes:
         """The numbers of a structure of those sizes; see `ENCODERS`."""
         if not self.autoencodes(matrix):
             return self(matrix).factors(spec["rank"])
-        return self._table(matrix).solve(bands_of(*matrix.shape, sizes_of(spec)))
+        return self._table(matrix).at_sizes(sizes_of(spec))
 
     def autoencodes(self, matrix: Matrix) -> bool:
         """Whether codes and a decoder take the place of a matrix."""
@@ -196,12 +195,14 @@ class Decomposer:
         factors = self(matrix).factors(rank)
         return factors.up[rows] @ factors.down
 
-    def _table(self, matrix: Matrix) -> BandedTable:
+    def _table(self, matrix: Matrix) -> TokenTable:
         if matrix.name not in self._tables:
             weight = matrix.weight.to(self.settings.device or matrix.weight.device)
             known, objective = self.known(matrix.members[0], weight.device), self.settings.embedding_objective
             kept = self.checkpoint().part(matrix.name)
-            self._tables[matrix.name] = make_table(weight, known, self._token_counts, objective, kept)
+            self._tables[matrix.name] = make_table(
+                weight, known, self._token_counts, objective, kept, self.settings.seed, self.progress
+            )
         return self._tables[matrix.name]
 
     def _measure(self, matrix: Matrix) -> None:

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from hf_lowrank.remote_code.lowrank_plan import Plan, Spec
-from hf_lowrank.remote_code.lowrank_structures import build_shared_part, build_structure, replace_
+from hf_lowrank.remote_code.lowrank_structures import build_shared_part, build_structure, is_bias, replace_
 from hf_lowrank.solvers.storage import StateDict
 from hf_lowrank.targets import DenseMatrix
 
@@ -51,7 +51,7 @@ def load_numbers_(structure: nn.Module, state: StateDict, dense: Any) -> None:
     placed = {name: value.to(dense.weight.device).contiguous() for name, value in state.items()}
     structure.load_state_dict(placed, strict=True, assign=True)
     for name, parameter in structure.named_parameters():
-        host = dense.bias if name.endswith("bias") and dense.bias is not None else dense.weight
+        host = dense.bias if is_bias(structure, name) and dense.bias is not None else dense.weight
         parameter.requires_grad_(host.requires_grad)
 
 

@@ -11,7 +11,7 @@ from hf_lowrank.machine import machine_name
 from hf_lowrank.multiply_adds import count_multiply_adds, multiplying
 from hf_lowrank.origin import Origin
 from hf_lowrank.remote_code.lowrank_materialize import Materializing
-from hf_lowrank.remote_code.lowrank_structures import structure_name
+from hf_lowrank.remote_code.lowrank_structures import is_bias, structure_name
 
 # Parts of the provenance that have a place of their own in the report; trainings of ours with what did them.
 _TRAININGS = {"recovery": "recover", "lpaf": "lpaf"}
@@ -256,11 +256,7 @@ def _replaced(model: PreTrainedModel, provenance: dict[str, Any]) -> list[Module
             rank=getattr(structure, "rank", None),
             shape=_shape(structure),
             dense_parameters=math.prod(_shape(structure)) if structure_name(structure) else 0,
-            parameters=sum(
-                p.numel()
-                for key, p in structure.named_parameters()
-                if not (structure_name(structure) and key.endswith("bias"))  # offsets in a shared part are its own
-            ),
+            parameters=sum(p.numel() for key, p in structure.named_parameters() if not is_bias(structure, key)),
             dense_multiply_adds=_dense_multiply_adds(structure),
             multiply_adds=structure.multiply_adds(),
             relative_error=errors.get(name),

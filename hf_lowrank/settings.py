@@ -53,7 +53,8 @@ class CompressionSettings:
         embeddings: `"low_rank"`, `"autoencoder"` (longer codes for frequent tokens; see `AutoencoderEmbedding`) or
             `"dense"`, overriding the default for the token embedding and the untied head.
         embedding_objective: What an autoencoder's errors count by: `"loss"` (lowest perplexity), `"direction"`
-            (lowest cosine error over all rows alike) or `"published"` (trained; see `PublishedTraining`).
+            (lowest cosine error over all rows alike), `"published"` (trained; see `PublishedTraining`) or
+            `"nonlinear"` (trained, with a non-linear decoder; see `NonlinearTable`).
         dtype: Type of the compressed model's weights, such as `"bfloat16"`; None keeps the model's.
         device: Where to decompose; None is where the weights are.
         num_calibration_samples: Sequences of text to look at.

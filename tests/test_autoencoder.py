@@ -216,13 +216,13 @@ def test_the_objective_is_chosen_by_name_and_recorded():
     dense = build("BertModel")
     found = {
         name: compress(dense, embeddings="autoencoder", embedding_objective=name, method="svd", rank=8)
-        for name in ("loss", "direction", "published")
+        for name in ("loss", "direction", "published", "nonlinear")
     }
 
     tables = [model.get_input_embeddings().to_dense() for model in found.values()]
     assert not any(torch.allclose(*pair) for pair in itertools.combinations(tables, 2))
     assert all(m.config.plan["provenance"]["settings"]["embedding_objective"] == name for name, m in found.items())
-    with pytest.raises(InputError, match="must be one of loss, direction, published, got 'nonsense'"):
+    with pytest.raises(InputError, match="must be one of loss, direction, published, nonlinear, got 'nonsense'"):
         compress(dense, embeddings="autoencoder", embedding_objective="nonsense", rank=8)
 
 

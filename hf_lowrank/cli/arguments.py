@@ -89,7 +89,9 @@ def _add_compress(commands: "argparse._SubParsersAction[_Parser]") -> None:
         "--embeddings",
         help="low_rank, autoencoder or dense; default: low_rank where the budget is the whole model's",
     )
-    choice.add_argument("--embedding-objective", help="of autoencoders: loss (default), direction or published")
+    choice.add_argument(
+        "--embedding-objective", help="of autoencoders: loss (default), direction, published or nonlinear"
+    )
     choice.add_argument(
         "--vocabulary", metavar="TEXT", help="file or Hub data set: keep only the tokens it uses (default: keep all)"
     )

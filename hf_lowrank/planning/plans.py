@@ -211,7 +211,8 @@ def _structure(matrix: DenseMatrix, settings: CompressionSettings) -> str:
     tall one.
     """
     if matrix.role != "block" and settings.embeddings == "autoencoder":
-        return "autoencoder_embedding" if matrix.role == "embedding" else "autoencoder_head"
+        kind = "nonlinear_autoencoder" if settings.embedding_objective == "nonlinear" else "autoencoder"
+        return f"{kind}_{matrix.role}"
     if matrix.kind == "embedding":
         return "low_rank_embedding"
     return "low_rank" if matrix.role == "head" else settings.chosen_storage

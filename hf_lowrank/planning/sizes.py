@@ -16,9 +16,12 @@ _PLAN_BYTES = 150
 # Padding of the safetensors header, generation_config.json, the auto_map, what made the model.
 _OTHER_BYTES = 5000
 # What a matrix has beside two factors: tensors, and other bytes. Pivoted rows have a second bias, and where the moved
-# outputs come from and go to; on average fewer than 16 move. A decoder of its own has an entry in the plan too.
+# outputs come from and go to; on average fewer than 16 move. A decoder of its own has an entry in the plan too, unless
+# it is part of the structure.
 _EXTRA = {
     "pivoted": (3, 2 * 8 * 16),
+    "nonlinear_autoencoder_embedding": (6, 0),
+    "nonlinear_autoencoder_head": (6, 0),
     "separated_autoencoder": (2, _PLAN_BYTES),
     "separated_nonlinear_autoencoder": (6, _PLAN_BYTES),
 }

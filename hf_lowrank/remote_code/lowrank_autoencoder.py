@@ -10,6 +10,7 @@ from transformers import initialization as init
 from .lowrank_banded import BandedAutoencoder
 from .lowrank_dense import dense_shape
 from .lowrank_linear import resized_rows
+from .lowrank_materialize import Materializing, MaterializingHead
 
 
 class AutoencoderEmbedding(BandedAutoencoder):
@@ -132,7 +133,7 @@ class AutoencoderEmbedding(BandedAutoencoder):
         return f"{self.num_rows}, {self.row_length}, {self._described()}, padding_idx={self.padding_idx}"
 
 
-class AutoencoderHead(BandedAutoencoder):
+class AutoencoderHead(MaterializingHead, BandedAutoencoder):
     """Language-model head that works on codes and never decodes the table: `y = codes (basis x) + offset x + bias`.
 
     The head of a tied `AutoencoderEmbedding`, or an untied one of its own. Bands are computed one after the
@@ -162,7 +163,6 @@ class AutoencoderHead(BandedAutoencoder):
     ) -> None:
         super().__init__(out_features, in_features, sizes, device=device, dtype=dtype)
         self.bias = nn.Parameter(torch.empty(out_features, device=device, dtype=dtype)) if bias else None
-        self._table: tuple[AutoencoderEmbedding, ...] = ()  # in a tuple, it is no child of this module
 
     @classmethod
     def like(cls, dense: nn.Module, device: torch.device | str | None = None, **sizes: int) -> "AutoencoderHead":
@@ -171,28 +171,14 @@ class AutoencoderHead(BandedAutoencoder):
         weight: Any = dense.weight
         return cls(in_features, out_features, sizes, dense.bias is not None, device or weight.device, weight.dtype)
 
-    def follow_(self, table: AutoencoderEmbedding) -> None:
-        """Use the order of the tokens of the table this head is tied to, instead of one of its own."""
-        self._table = (table,)
+    def follow_(self, table: Materializing) -> None:
+        """Use the order of the tokens of the table this head is tied to, and what it keeps, instead of its own."""
+        super().follow_(table)
         self._buffers.pop("place", None)
 
     @property
     def places(self) -> torch.Tensor:
         return self._table[0].places if self._table else self.place
-
-    def materialized(self) -> torch.Tensor | None:
-        """The dense weight, where it is kept; a tied head has none beside its table's."""
-        return self._table[0].materialized() if self._table else super().materialized()
-
-    @property
-    def keeps_weight(self) -> bool:
-        """Whether the dense weight is to be kept, by the table where there is one."""
-        return self._table[0].keeps_weight if self._table else super().keeps_weight
-
-    @property
-    def materialized_bytes(self) -> int:
-        """What keeping the dense weight takes besides the numbers that are saved."""
-        return 0 if self._table else super().materialized_bytes
 
     @property
     def in_features(self) -> int:

@@ -10,11 +10,13 @@ from transformers.models.auto import modeling_auto
 
 from .configuration_lowrank import PREFIX, LowRankConfigMixin, as_stock, dense_config_class
 from .lowrank_materialize import set_materialize_
+from .lowrank_plan import Spec
 from .lowrank_structures import (
     install_plan_,
     module_name,
     named_shared_parts,
     named_structures,
+    retie_,
     structure_name,
 )
 
@@ -115,6 +117,8 @@ class LowRankMixin:
         _record_sizes_(self)
         self.config.get_text_config().vocab_size = num_tokens
         self.vocab_size = num_tokens
+        retie_(self)
+        self.all_tied_weights_keys = self.get_expanded_tied_weights_keys(all_submodels=True)
         self.tie_weights()
         _refresh_second_bias_(self)
         return self.get_input_embeddings()
@@ -136,9 +140,14 @@ def _record_sizes_(model: Any) -> None:
     plan, embedding, head = model.config.plan, model.get_input_embeddings(), model.get_output_embeddings()
     name = module_name(model.base_model, embedding)
     if name in plan["modules"]:
-        plan["modules"][name] |= getattr(embedding, "sizes", {})
+        plan["modules"][name] = _with_sizes(plan["modules"][name], embedding)
     if plan.get("output_embeddings") is not None:
-        plan["output_embeddings"] |= getattr(head, "sizes", {})
+        plan["output_embeddings"] = _with_sizes(plan["output_embeddings"], head)
+
+
+def _with_sizes(spec: Spec, structure: Any) -> Spec:
+    sizes = getattr(structure, "sizes", None)
+    return spec if sizes is None else {"structure": spec["structure"], **sizes}
 
 
 def _refresh_second_bias_(model: Any) -> None:

@@ -9,12 +9,12 @@ A structure is a module class with
     to_dense()                     the weight it stands for, (O, I)
     reset_parameters(std)          a random start whose weight has standard deviation `std`
 It may have `OPTIONS`: fields its spec can hold besides, each with the words allowed, the default first.
-One that stands by itself at a given rank also counts its numbers without the bias,
+One that stands by itself at a given rank, or in as many numbers, also counts these without the bias,
 `num_weights(O, I, rank=R)`. A linear one also gives the bias it stands for (`dense_bias`). An embedding names the
 linear structure of a head tied to it (`TIED_HEAD`, `tied_head_sizes`) and which of the head's parameters are which of
 its own (`TIED_PARAMETERS`); that structure names where its bias lives (`BIAS`), and may take more than parameters from
-the table (`follow_`). What stands at a token embedding or a
-head can be resized (`resize_`).
+the table (`follow_`). What stands at a token embedding or a head can be resized (`resize_`); if that changes what its
+spec holds, `sizes` are those it has.
 
 A structure may need a part that it shares with others, of the class it names (`SHARES`): its `like` then takes
 `shared`. A shared part is a module class with `SIZES`, `like(dense_members, device, **sizes)`, `multiply_adds`,
@@ -34,6 +34,7 @@ from .lowrank_dense import dense_kind
 from .lowrank_joint import JointLinear, SharedDown
 from .lowrank_kronecker import KroneckerLinear
 from .lowrank_linear import LowRankEmbedding, LowRankLinear
+from .lowrank_nonlinear_table import NonlinearAutoencoderEmbedding, NonlinearAutoencoderHead
 from .lowrank_pivoted import PivotedLinear
 from .lowrank_plan import Plan, PlanError, Spec, closest_name, members_of, sizes_of, validate_plan
 from .lowrank_tensor_train import CentralCore, SharedTensorTrainLinear, TensorTrainLinear
@@ -47,6 +48,8 @@ STRUCTURES: dict[str, Any] = {
     "joint_low_rank": JointLinear,
     "autoencoder_embedding": AutoencoderEmbedding,
     "autoencoder_head": AutoencoderHead,
+    "nonlinear_autoencoder_embedding": NonlinearAutoencoderEmbedding,
+    "nonlinear_autoencoder_head": NonlinearAutoencoderHead,
     "autoencoder": AutoencoderLinear,
     "nonlinear_autoencoder": NonlinearAutoencoderLinear,
     "tucker": TuckerLinear,
@@ -77,9 +80,15 @@ def named_structures(model: nn.Module) -> list[tuple[str, nn.Module]]:
 
 
 def named_shared_parts(model: nn.Module) -> list[tuple[str, nn.Module]]:
-    """Every shared part in `model` with its module name, in the model's order."""
+    """Every shared part in `model` with its module name, in the model's order; also one a structure has to itself."""
     parts = tuple(SHARED_PARTS.values())
     return [(name, module) for name, module in model.named_modules() if type(module) in parts]
+
+
+def is_bias(structure: nn.Module, name: str) -> bool:
+    """Whether parameter `name` is of the bias of the layer a structure stands for; offsets of a decoder are not."""
+    inside = any(name.startswith(f"{part}.") for part, _ in named_shared_parts(structure))
+    return structure_name(structure) is not None and name.endswith("bias") and not inside
 
 
 def build_structure(
@@ -198,9 +207,15 @@ def _install_head_(model: Any, plan: Plan) -> None:
             head.follow_(embedding)
     elif not is_tied and plan.get("output_embeddings") is not None:
         _install_(model, head_name, plan["output_embeddings"])
-    else:
-        return
-    model._tied_weights_keys = tied_factor_keys(model, head_name, embedding_name)
+    retie_(model)
+
+
+def retie_(model: Any) -> None:
+    """Name what is tied as it is now: the factors of a head that is a structure, where the host names its weight."""
+    head_name = module_name(model, model.get_output_embeddings())
+    embedding_name = module_name(model, model.get_input_embeddings())
+    if head_name is not None and embedding_name is not None and structure_name(model.get_submodule(head_name)):
+        model._tied_weights_keys = tied_factor_keys(model, head_name, embedding_name)
 
 
 def module_name(model: nn.Module, module: nn.Module | None) -> str | None:

@@ -123,7 +123,11 @@ class BandedTable:
 
     def at_rank(self, rank: int) -> BandedSolution:
         """The best codes and decoders at the size of that rank."""
-        return self.solve(bands_of(len(self._weight), self._weight.shape[1], self.sizes(rank)))
+        return self.at_sizes(self.sizes(rank))
+
+    def at_sizes(self, sizes: dict[str, int]) -> BandedSolution:
+        """The best codes and decoders of the sizes in a spec."""
+        return self.solve(bands_of(len(self._weight), self._weight.shape[1], sizes))
 
     def solve(self, bands: Sequence[Band]) -> BandedSolution:
         """The best codes and decoders for bands of those numbers of rows and code lengths."""

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch.nn import functional as F
+from torch.nn.utils import skip_init
 
 from hf_lowrank.checkpoint import NOT_KEPT, Checkpoint
 from hf_lowrank.progress import Progress, no_progress
@@ -57,6 +58,16 @@ class NonlinearCodes:
     norms: list[torch.Tensor]
     decoder: dict[str, torch.Tensor]
     losses: list[float]
+
+    @property
+    def products(self) -> list[torch.Tensor]:
+        """The rows of each matrix."""
+        (_, rank), (width, _) = self.decoder["first.weight"].shape, self.decoder["last.weight"].shape
+        decoder = skip_init(NonlinearDecoder, width, rank).to(self.codes[0])
+        decoder.load_state_dict(self.decoder)
+        with torch.no_grad():
+            pairs = zip(self.codes, self.norms, strict=True)
+            return [F.normalize(decoder(codes), dim=1) * norms.to(codes)[:, None] for codes, norms in pairs]
 
 
 def train_rows(
@@ -161,7 +172,7 @@ def _as_nonlinear(start: RowCodes, seed: int) -> tuple[NonlinearDecoder, float]:
     """The non-linear decoder that gives the directions of a linear one, and the scale of its rows."""
     rank, width = start.basis.shape
     basis, offset = start.basis.float().cpu(), start.offset.float().cpu()
-    decoder: Any = NonlinearDecoder(width, rank)
+    decoder: Any = skip_init(NonlinearDecoder, width, rank)  # nobody else's draws change
     draws = torch.Generator().manual_seed(seed)
     largest = torch.cat([codes.float().cpu() @ basis + offset for codes in start.codes]).abs().max()
     scale = _SMALL / max(float(largest), _EPSILON)

@@ -7,7 +7,7 @@ from functools import cached_property
 
 import torch
 
-from hf_lowrank.solvers.metric import DiagonalMetric, FullMetric, Metric
+from hf_lowrank.solvers.metric import DiagonalMetric, FullMetric, Metric, identity
 
 Operator = Callable[[torch.Tensor], torch.Tensor]
 
@@ -17,6 +17,8 @@ _MOST_SWEEPS = 20
 _SWEEPS_TO_LOOK = 2
 _CG_STEPS = 3
 _RIDGE = 1e-13
+# Rows shorter than the square root of this, beside the longest, count like those.
+_SHORTEST = 1e-12
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,12 @@ class Rows:
         """Length of each row, (N)."""
         norms: torch.Tensor = torch.linalg.norm(self.values, dim=1)
         return norms
+
+
+def rows_by_direction(values: torch.Tensor) -> Rows:
+    """Rows (N, D) whose errors count relative to their lengths, all entries alike: what is left is the direction."""
+    squares = values.double().square().sum(dim=1)
+    return Rows(values, DiagonalMetric(1 / squares.clamp_min(_SHORTEST * squares.max())), identity())
 
 
 @dataclass(frozen=True)

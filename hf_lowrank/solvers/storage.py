@@ -7,6 +7,7 @@ import torch
 
 from hf_lowrank.remote_code.lowrank_banded import no_order
 from hf_lowrank.solvers.factors import BandedSolution, Factors
+from hf_lowrank.solvers.nonlinear_autoencoder import NonlinearCodes
 
 StateDict = dict[str, torch.Tensor]
 
@@ -74,6 +75,13 @@ def encode_banded(solution: BandedSolution, bias: torch.Tensor | None, dtype: to
     return state if bias is None else {**state, "bias": bias.to(dtype)}
 
 
+def encode_nonlinear(solution: NonlinearCodes, bias: torch.Tensor | None, dtype: torch.dtype) -> StateDict:
+    """State of a `NonlinearAutoencoderEmbedding` or a `NonlinearAutoencoderHead`."""
+    state = {"codes": solution.codes[0].to(dtype), "norms": solution.norms[0].to(dtype)}
+    state |= {f"decoder.{name}": value.to(dtype) for name, value in solution.decoder.items()}
+    return state if bias is None else {**state, "bias": bias.to(dtype)}
+
+
 ENCODERS: dict[str, Callable[[Any, torch.Tensor | None, torch.dtype], StateDict]] = {
     "low_rank": encode_pair,
     "low_rank_embedding": encode_embedding,
@@ -81,6 +89,8 @@ ENCODERS: dict[str, Callable[[Any, torch.Tensor | None, torch.dtype], StateDict]
     "joint_low_rank": encode_member,
     "autoencoder_embedding": encode_banded,
     "autoencoder_head": encode_banded,
+    "nonlinear_autoencoder_embedding": encode_nonlinear,
+    "nonlinear_autoencoder_head": encode_nonlinear,
 }
 
 

@@ -3,16 +3,20 @@
 import torch
 
 from hf_lowrank.checkpoint import NOT_KEPT, Checkpoint
+from hf_lowrank.progress import Progress, no_progress
 from hf_lowrank.solvers.autoencoder import OBJECTIVES, BandedTable
 from hf_lowrank.solvers.metric import moment_metric
+from hf_lowrank.solvers.nonlinear_table import NonlinearTable
 from hf_lowrank.solvers.trained_autoencoder import TrainedTable
 from hf_lowrank.statistics.moments import MatrixStatistics
 
 # The gradients at an embedding are collected with those at all outputs.
 TABLE_NEEDS = frozenset({"input_moment", "output_moment", "row_weights"})
 
-# What errors count by: in closed form, or by the training that was published.
-EMBEDDING_OBJECTIVES = (*OBJECTIVES, "published")
+# What errors count by: in closed form, or by the trainings that were published.
+EMBEDDING_OBJECTIVES = (*OBJECTIVES, "published", "nonlinear")
+
+TokenTable = BandedTable | NonlinearTable
 
 _SHRINKAGE = 0.1
 
@@ -23,7 +27,9 @@ def make_table(
     counts: torch.Tensor | None = None,
     objective: str = "loss",
     checkpoint: Checkpoint = NOT_KEPT,
-) -> BandedTable:
+    seed: int = 0,
+    progress: Progress = no_progress,
+) -> TokenTable:
     """The autoencoders of a token table (V, D): an embedding, tied or not, or an untied head.
 
     Args:
@@ -31,9 +37,12 @@ def make_table(
         counts: How often tokens occur, where more text was counted than the statistics are of, (V).
         objective: Out of `EMBEDDING_OBJECTIVES`.
         checkpoint: Keeps what a training has finished.
+        seed: Of a training's draws, where they are not published.
     """
     if objective == "published":
-        return TrainedTable(weight, checkpoint=checkpoint)
+        return TrainedTable(weight, checkpoint=checkpoint, progress=progress)
+    if objective == "nonlinear":
+        return NonlinearTable(weight, seed, checkpoint=checkpoint, progress=progress)
     frequencies = counts if counts is not None or known is None else known.row_weights
     if frequencies is not None and (len(frequencies) != len(weight) or not bool(frequencies.any())):
         frequencies = None

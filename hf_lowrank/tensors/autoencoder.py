@@ -17,15 +17,11 @@ from hf_lowrank.remote_code.lowrank_autoencoder_linear import ROWS, row_shape
 from hf_lowrank.remote_code.lowrank_plan import Plan
 from hf_lowrank.remote_code.lowrank_structures import SHARED_PARTS
 from hf_lowrank.solvers import SOLVERS
-from hf_lowrank.solvers.metric import DiagonalMetric, identity
-from hf_lowrank.solvers.row_autoencoder import RowAutoencoder, Rows
+from hf_lowrank.solvers.row_autoencoder import RowAutoencoder, Rows, rows_by_direction
 from hf_lowrank.solvers.stacking import by_kind
 from hf_lowrank.solvers.storage import StateDict
 from hf_lowrank.targets import DenseMatrix
 from hf_lowrank.tensors.problem import Solved, Specs, TensorProblem
-
-# Rows shorter than the square root of this, beside the longest, count like those.
-_SHORTEST = 1e-12
 
 
 @dataclass(frozen=True)
@@ -165,8 +161,7 @@ class AutoencoderKind:
         weight = problem.weight(matrix)
         values = weight if rows == ROWS[0] else weight.T
         if self.solver is None:
-            squares = values.double().square().sum(dim=1)
-            return Rows(values, DiagonalMetric(1 / squares.clamp_min(_SHORTEST * squares.max())), identity())
+            return rows_by_direction(values)
         known = None if problem.statistics is None else problem.statistics(matrix)
         outputs, inputs = SOLVERS[self.solver].metrics(known)
         return Rows(values, outputs, inputs) if rows == ROWS[0] else Rows(values, inputs, outputs)
