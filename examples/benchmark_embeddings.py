@@ -13,6 +13,7 @@ import argparse
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +24,10 @@ from torch.nn import functional as F
 from transformers import AutoTokenizer, BertConfig, BertForMaskedLM, GPT2Config, GPT2LMHeadModel, PreTrainedModel
 
 from hf_lowrank import compress
-from hf_lowrank.remote_code.lowrank_autoencoder_linear import NonlinearDecoder
+from hf_lowrank.remote_code.lowrank_nonlinear_table import NonlinearAutoencoderTable
 from hf_lowrank.solvers import kronecker
-from hf_lowrank.solvers.metric import DiagonalMetric, identity, row_metric
-from hf_lowrank.solvers.nonlinear_autoencoder import train_rows
-from hf_lowrank.solvers.row_autoencoder import RowAutoencoder, Rows
+from hf_lowrank.solvers.metric import identity, row_metric
+from hf_lowrank.solvers.nonlinear_table import NonlinearTable
 from hf_lowrank.solvers.svd import SVD, decompose
 from hf_lowrank.solvers.token_tables import make_table
 from hf_lowrank.solvers.trained_autoencoder import TrainedTable
@@ -128,16 +128,11 @@ def published(study: Study, compression: float) -> torch.Tensor:
 
 def nonlinear(study: Study, compression: float) -> torch.Tensor:
     """The offline autoencoder with the published non-linear decoder (Banaei et al., Findings of EACL 2023)."""
-    rows, columns = study.table.shape
-    numbers = [rows * (rank + 1) + NonlinearDecoder.num_numbers(columns, rank) for rank in range(1, columns + 1)]
-    rank = max(1, sum(number <= rows * columns / compression for number in numbers))
-    squares = study.table.double().square().sum(dim=1)
-    lengths = DiagonalMetric(1 / squares.clamp_min(1e-12 * squares.max()))
-    found = train_rows([study.table], RowAutoencoder([Rows(study.table, lengths, identity())]).solve(rank))
-    decoder = NonlinearDecoder(columns, rank)
-    decoder.load_state_dict(found.decoder)
-    with torch.no_grad():
-        return F.normalize(decoder(found.codes[0]), dim=1) * found.norms[0][:, None].float()
+    budget = study.table.numel() / compression
+    cost = partial(NonlinearAutoencoderTable.num_weights, *study.table.shape)
+    lengths = range(1, study.table.shape[1] + 1)
+    longest = max(1, sum(cost(code_length=length) <= budget for length in lengths))
+    return NonlinearTable(study.table).at_sizes({"code_length": longest}).products[0]
 
 
 def directions(study: Study, compression: float) -> torch.Tensor:
