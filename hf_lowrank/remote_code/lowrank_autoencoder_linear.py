@@ -15,6 +15,8 @@ from .lowrank_materialize import Materializing
 # Which neurons a row is the weights of: those of the outputs, (O) rows of length I, or of the inputs, the columns.
 ROWS = ("output", "input")
 _HIDDEN_GAIN = 2**0.5
+# What serves all tokens of a call is counted for calls of the size that latency is measured at, 8 x 128.
+_TOKENS_OF_A_CALL = 1024
 
 
 def row_shape(dense: nn.Module, rows: str) -> tuple[int, int]:
@@ -121,6 +123,10 @@ class NonlinearDecoder(LinearDecoder):
     def decoding_cost(self) -> int:
         """Multiply-adds for one row."""
         return 10 * self.rank**2 + 4 * self.rank * self.width
+
+    def cost_for_a_token(self, num_rows: int) -> int:
+        """Multiply-adds for decoding so many rows once in a call, for each of the call's tokens."""
+        return num_rows * self.decoding_cost() // _TOKENS_OF_A_CALL
 
     def reset_parameters(self, std: float) -> None:
         """Draw the maps so that the signal keeps its size; zero offsets."""
@@ -266,6 +272,6 @@ class NonlinearAutoencoderLinear(AutoencoderLinear):
         return F.normalize(self.shared(self.codes).to(self.codes.device, wide), dim=1)
 
     def multiply_adds(self) -> int:
-        """Multiply-adds for a call of one token; its decoding serves all tokens of a call."""
-        decoding = 0 if self.keeps_weight else len(self.codes) * int(self.shared.decoding_cost())
+        """Multiply-adds for one token, and its share of the decoding in a call of 8 x 128."""
+        decoding = 0 if self.keeps_weight else int(self.shared.cost_for_a_token(len(self.codes)))
         return self.in_features * self.out_features + decoding

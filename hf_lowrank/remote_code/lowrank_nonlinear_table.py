@@ -261,8 +261,8 @@ class NonlinearAutoencoderHead(MaterializingHead, NonlinearAutoencoderTable):
         return self.num_rows
 
     def multiply_adds(self) -> int:
-        """Multiply-adds for a call of one token; its decoding serves all tokens of a call."""
-        decoding = 0 if self.keeps_weight else len(self.codes) * self.decoder.decoding_cost()
+        """Multiply-adds for one token, and its share of the decoding in a call of 8 x 128."""
+        decoding = 0 if self.keeps_weight else self.decoder.cost_for_a_token(len(self.codes))
         return self.num_rows * self.row_length + decoding
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
