@@ -56,6 +56,19 @@ def at(keep: float, method: str, *options: str) -> list[str]:
     return ["--keep-targets", f"{keep:g}", "--method", method, *options]
 
 
+# Methods that are here to compare with: one card each, like the others of 0.6.
+BASELINES = {
+    "element-weighted-svd": at(0.6, "element_weighted_svd", *CORPUS, "--fast"),
+    "kronecker-sum": at(0.6, "kronecker_sum"),
+    "whitened-tucker": at(0.6, "whitened_tucker", *CORPUS),
+    "whitened-tensor-train": at(0.6, "whitened_tensor_train", *CORPUS),
+    "shared-tensor-train": at(0.6, "shared_tensor_train"),
+    "separated-autoencoder": at(0.6, "separated_autoencoder", *CORPUS),
+    "separated-offline-autoencoder": at(0.6, "separated_offline_autoencoder"),
+    "fisher-autoencoder": at(0.6, "fisher_autoencoder", *CORPUS),
+    "separated-nonlinear-autoencoder": at(0.6, "separated_nonlinear_autoencoder"),
+}
+
 RUNS = {
     "all-MiniLM-L6-v2-svd-0.6": Run(at(0.6, "svd")),
     "all-MiniLM-L6-v2-weighted-svd-0.6": Run(at(0.6, "weighted_svd", *CORPUS, "--fast")),
@@ -78,6 +91,11 @@ RUNS = {
         ["--keep-targets", "0.25", "--dataset", "{data}/glue/SST-2/train.tsv", "--max-examples", "4000"],
         "{classifier}", SST_2, DERIVED, "lpaf",
     ),
+    "all-MiniLM-L6-v2-sst2-lpaf-by-survivors-0.25": Run(
+        [*at(0.25, "sparsity_aware_svd"), "--dataset", "{data}/glue/SST-2/train.tsv", "--max-examples", "4000"],
+        "{classifier}", SST_2, DERIVED, "lpaf",
+    ),
+    **{f"all-MiniLM-L6-v2-{name}-0.6": Run(options) for name, options in BASELINES.items()},
 }  # fmt: skip
 
 

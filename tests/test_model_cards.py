@@ -8,6 +8,8 @@ from huggingface_hub import ModelCard
 
 from hf_lowrank.cards.card import REPORT_FILE, make_card
 from hf_lowrank.report import CompressionReport
+from hf_lowrank.solvers import SOLVERS
+from hf_lowrank.solvers.tensor_methods import TENSOR_METHODS
 
 FOLDER = Path(__file__).resolve().parents[1] / "model_cards"
 CARDS = sorted(path.parent for path in FOLDER.glob(f"*/{REPORT_FILE}"))
@@ -36,5 +38,8 @@ def test_a_card_is_of_a_real_run(card):
     assert data.license is not None or report.origin.base_model is None  # unknown stays unknown
 
 
-def test_there_are_cards():
-    assert CARDS
+def test_every_method_has_a_card():
+    """But the presets, which are another method at given ranks."""
+    methods = {*SOLVERS, *(name for name, method in TENSOR_METHODS.items() if method.ranks is None)}
+
+    assert {report_of(card).provenance["settings"]["method"] for card in CARDS} >= methods
