@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 
 from hf_lowrank.errors import InputError
 from hf_lowrank.remote_code.lowrank_structures import STRUCTURES, replace_, structure_name
-from hf_lowrank.solvers.factors import Factors, balanced
+from hf_lowrank.solvers.factors import Factors, truncated
 from hf_lowrank.solvers.storage import DECODERS, ENCODERS, sizes_beside_rank
 
 _TWO_FACTORS = "low_rank"
@@ -37,26 +37,27 @@ def convert_storage_(model: PreTrainedModel, storage: str, dtype: torch.dtype | 
 
 @contextmanager
 def as_two_factors(model: PreTrainedModel) -> Iterator[None]:
-    """Within, every pivoted layer is two factors of the same rank; afterwards it is stored as it was.
+    """Within, every low-rank linear layer is two factors `U sqrt(S)` and `sqrt(S) V^T`; afterwards it is as it was.
 
-    For training: every output hangs on the pivoted rows, which steps of one size for all numbers do not suit. A layer
-    that has not changed is afterwards the very same one, without a rounding.
+    For training: steps of one size for all numbers suit orthogonal columns of like lengths. Every output hangs on
+    pivoted rows, and the factors of a data-aware solver lean on each other. A layer that has not changed is afterwards
+    the very same one, without a rounding; one that has is stored as it was.
     """
     base, modules = model.base_model, model.config.plan["modules"]
-    others = {name: spec for name, spec in modules.items() if spec["structure"] in DECODERS}
-    others = {name: spec for name, spec in others.items() if spec["structure"] != _TWO_FACTORS}
-    stored = {name: base.get_submodule(name) for name in others}
-    convert_storage_(model, _TWO_FACTORS)
-    at_first = {name: [p.detach().cpu().clone() for p in base.get_submodule(name).parameters()] for name in others}
+    specs = {name: spec for name, spec in modules.items() if spec["structure"] in DECODERS}
+    stored = {name: base.get_submodule(name) for name in specs}
+    for name in specs:
+        _convert_(model, name, _TWO_FACTORS, None)
+    at_first = {name: [p.detach().cpu().clone() for p in base.get_submodule(name).parameters()] for name in specs}
     try:
         yield
     finally:
-        for name, spec in others.items():
+        for name, spec in specs.items():
             pair: Any = base.get_submodule(name)
             if all(map(torch.equal, at_first[name], (p.detach().cpu() for p in pair.parameters()))):
                 replace_(base, name, stored[name].to(pair.up.weight.device))
                 modules[name] = spec
-            else:
+            elif spec["structure"] != _TWO_FACTORS:
                 _convert_(model, name, spec["structure"], None)
 
 
@@ -74,7 +75,7 @@ def _converted(
     """The same matrix in another structure, and the sizes that has beside its rank."""
     factors = decode(structure)
     dtype = dtype or factors.up.dtype
-    wide = balanced(factors.up.double(), factors.down.double())
+    wide = truncated(factors.up.double(), factors.down.double(), structure.rank)
     bias = structure.dense_bias()
     state = ENCODERS[storage](wide, None if bias is None else bias.detach(), dtype)
     sizes = sizes_beside_rank(state)

@@ -191,18 +191,24 @@ def test_converting_there_and_back_changes_nothing(name):
     assert small.config.plan["modules"] == shape
 
 
-def test_trained_as_two_factors_it_is_stored_as_before():
-    small = compress(build("BertModel"), keep_targets=0.6, method="svd", storage="pivoted").eval()
+@pytest.mark.parametrize("storage", ["low_rank", "pivoted"])
+def test_trained_as_orthogonal_factors_it_is_stored_as_before(storage):
+    small = compress(build("BertModel"), keep_targets=0.6, method="two_sided_svd", storage=storage).eval()
     kept, trained = "encoder.layer.0.attention.self.query", "encoder.layer.1.output.dense"
     before, first = small.get_submodule(kept), small.get_submodule(trained)
 
     with as_two_factors(small):
         assert {spec["structure"] for spec in small.config.plan["modules"].values()} == {"low_rank"}
-        assert small.get_submodule(trained).rank == first.rank
+        pair = small.get_submodule(trained)
+        left, right = pair.up.weight.T @ pair.up.weight, pair.down.weight @ pair.down.weight.T
+        assert pair.rank == first.rank
+        torch.testing.assert_close(left, left.diagonal().diag(), atol=1e-5, rtol=0)
+        torch.testing.assert_close(right, left, atol=1e-5, rtol=0)
+        torch.testing.assert_close(pair.to_dense(), first.to_dense())
         small.get_submodule(trained).up.weight.data.mul_(2)
 
     assert small.get_submodule(kept) is before
-    assert {spec["structure"] for spec in small.config.plan["modules"].values()} == {"pivoted"}
+    assert {spec["structure"] for spec in small.config.plan["modules"].values()} == {storage}
     torch.testing.assert_close(small.get_submodule(trained).to_dense(), 2 * first.to_dense())
 
 

@@ -57,3 +57,15 @@ def balanced(up: torch.Tensor, down: torch.Tensor) -> Factors:
     usable = (up_norms > 0) & (down_norms > 0)
     scale = torch.where(usable, down_norms.sqrt() / up_norms.sqrt(), 1.0).to(up.dtype)
     return Factors(up * scale, down / scale[:, None])
+
+
+def truncated(up: torch.Tensor, down: torch.Tensor, rank: int) -> Factors:
+    """The best rank-`rank` approximation of `up @ down`, `U sqrt(S)` and `sqrt(S) V^T`, in float64 inside.
+
+    The product is never formed: with `up = Q_u R_u` and `down^T = Q_d R_d` it has the singular values of `R_u R_d^T`.
+    """
+    left, left_core = torch.linalg.qr(up.double())
+    right, right_core = torch.linalg.qr(down.double().T)
+    vectors, values, others = torch.linalg.svd(left_core @ right_core.T)
+    found = balanced(left @ vectors[:, :rank] * values[:rank], others[:rank] @ right.T)
+    return Factors(found.up.to(up.dtype), found.down.to(down.dtype))

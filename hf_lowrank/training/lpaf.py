@@ -13,6 +13,7 @@ from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainerCallb
 from transformers.trainer_utils import get_last_checkpoint
 
 from hf_lowrank.compression import compress
+from hf_lowrank.conversion import as_two_factors
 from hf_lowrank.errors import InputError
 from hf_lowrank.loading import find_tokenizer, load_dense
 from hf_lowrank.settings import CompressionSettings, make_settings
@@ -157,7 +158,8 @@ def lpaf(
         if training.prune_epochs:
             pruned, ranks = _prune(copy.deepcopy(dense), lesson, training, settings, folder)
         small = compress(pruned, settings, calibration=features if settings.looks_at_text else None)
-        chosen = _tune(small, pruned, lesson, training, folder)
+        with as_two_factors(small):
+            chosen = _tune(small, pruned, lesson, training, folder)
     small.config.compression["provenance"]["lpaf"] = {
         **{name: value for name, value in asdict(training).items() if name != "work_dir"},
         "losses": dict(losses),

@@ -10,23 +10,11 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from hf_lowrank.errors import InputError
 from hf_lowrank.remote_code.lowrank_linear import LowRankLinear
 from hf_lowrank.remote_code.lowrank_structures import named_structures, replace_
-from hf_lowrank.solvers.factors import Factors, balanced
+from hf_lowrank.solvers.factors import truncated
 from hf_lowrank.targets import DenseMatrix, Patterns, dense_weight, find_matrices, select_matrices
 from hf_lowrank.training.schedules import Span, compressed_model, cubic
 
 _POWER_STEPS = 12
-
-
-def truncated(up: torch.Tensor, down: torch.Tensor, rank: int) -> Factors:
-    """The balanced factors of the best rank-`rank` approximation of `up @ down`, in float64 inside.
-
-    The product is never formed: with `up = Q_u R_u` and `down^T = Q_d R_d` it has the singular values of `R_u R_d^T`.
-    """
-    left, left_core = torch.linalg.qr(up.double())
-    right, right_core = torch.linalg.qr(down.double().T)
-    vectors, values, others = torch.linalg.svd(left_core @ right_core.T)
-    found = balanced(left @ vectors[:, :rank] * values[:rank], others[:rank] @ right.T)
-    return Factors(found.up.to(up.dtype), found.down.to(down.dtype))
 
 
 class RankScheduleCallback(TrainerCallback):
