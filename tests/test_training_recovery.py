@@ -171,7 +171,7 @@ def test_the_learning_rate_follows_the_method():
     budgets = {"svd": {"rank": 4}, "tucker": {"keep_targets": 0.5}}
     rates = [default_learning_rate(compress(model, method=name, **budget)) for name, budget in budgets.items()]
 
-    assert rates == [1e-4, 5e-4]
+    assert rates == [5e-5, 5e-4]
 
 
 def test_answers_become_the_tokens_that_hold_them():

@@ -69,7 +69,7 @@ class LPAFOptions:
     losses: Mapping[str, float] | None = None
     temperature: float = 1.0
     tune_epochs: float = 3
-    tune_learning_rate: float = 1e-4
+    tune_learning_rate: float = 5e-5
     batch_size: int = 16
     max_seq_length: int = 128
     max_examples: int | None = None
