@@ -26,6 +26,7 @@ from hf_lowrank.remote_code.lowrank_tensor_train import factor_shape
 from hf_lowrank.solvers.tensor_train import tensor_train
 from hf_lowrank.solvers.tucker import TuckerRanks, relative_error, tucker
 
+PRESETS = ("tucker-III-64", "tucker-IV-36-128", "tucker-IV-72-384")
 TINY = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 256}
 
 
@@ -110,6 +111,7 @@ def main() -> None:
     """Run all of it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--smoke", action="store_true", help="a tiny model, for a test")
+    parser.add_argument("--methods", nargs="+", choices=PRESETS, default=list(PRESETS))
     parser.add_argument("--rounds", type=int, default=5)
     arguments = parser.parse_args()
     if arguments.smoke:
@@ -119,8 +121,7 @@ def main() -> None:
         benchmark_compiled(models, 1, [8, 12], backend="eager")
         compare_with_tensorly(6, 24, TuckerRanks(8, 8, 3))
         return
-    names = ("tucker-III-64", "tucker-IV-36-128", "tucker-IV-72-384")
-    models = compressed(build_model(smoke=False), {name: {"method": name} for name in names})
+    models = compressed(build_model(smoke=False), {name: {"method": name} for name in arguments.methods})
     for batch, length in ((32, 128), (1, 128), (1, 16)):
         benchmark_encoder(models, arguments.rounds, batch, length)
     benchmark_compiled(models, arguments.rounds, [128, 32, 16], backend="inductor")
