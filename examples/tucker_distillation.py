@@ -13,7 +13,6 @@ scores and by hidden states; a second one on the task by the teacher's predictio
 import argparse
 import copy
 import json
-import os
 import random
 import tempfile
 import time
@@ -35,13 +34,13 @@ from transformers import (
 )
 
 from hf_lowrank import CardCallback, as_two_factors, compress, make_report
+from hf_lowrank.cards.card import shown_precision
 from hf_lowrank.data import load_rows
 from hf_lowrank.remote_code.lowrank_structures import named_shared_parts, named_structures
 from hf_lowrank.tasks import make_task
 from hf_lowrank.training.distillation import DistillationTrainer, repeated_blocks
 from hf_lowrank.training.preparation import prepared
 
-PRECISION = "ACCELERATE_MIXED_PRECISION"
 INNER = {"hidden": 1.0, "attention": 1.0}
 SMOKE_ROWS = [{"sentence": "a charming film", "label": 1}, {"sentence": "a dull film", "label": 0}] * 8
 
@@ -210,8 +209,7 @@ def main() -> None:
             folder = arguments.out / name.replace(" ", "-")
             student_of = f"--teacher FOLDER --data SST-2 --students {name!r}"
             sizes = f"--task-steps {arguments.task_steps} --learning-rate {arguments.learning_rate:g}"
-            precision = f"{PRECISION}={kind} " if (kind := os.environ.get(PRECISION)) else ""
-            made_by = f"{precision}python examples/tucker_distillation.py {student_of} {sizes}"
+            made_by = f"{shown_precision()}python examples/tucker_distillation.py {student_of} {sizes}"
             student.config.compression["provenance"]["command"] = made_by
             student.save_pretrained(folder)
             tokenizer.save_pretrained(folder)

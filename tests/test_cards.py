@@ -391,6 +391,12 @@ def test_the_command_is_shown_as_it_was_given():
     assert shown == "hf-lowrank compress @MODEL@ 'out dir' --keep-params 0.6 --x hf_***"
 
 
+def test_the_command_names_the_precision_that_the_environment_sets(monkeypatch):
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+
+    assert shown_command(["lpaf", "bert"], "gpt2") == "ACCELERATE_MIXED_PRECISION=bf16 hf-lowrank lpaf bert"
+
+
 def test_the_command_names_the_dense_model_as_others_find_it(report):
     provenance = {**report.provenance, "command": shown_command(["compress", "/home/bert", "out"], "/home/bert")}
 

@@ -1,6 +1,7 @@
 """The card of a compressed model: everything it says comes out of one report."""
 
 import html
+import os
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,7 @@ from hf_lowrank.wording import megabytes, milliseconds, share, speed_in_words
 
 REPORT_FILE = "compression_report.json"
 KEPT_LINE = "<!-- What you write below this line is kept. -->"
+_PRECISION = "ACCELERATE_MIXED_PRECISION"
 _MODEL = "@MODEL@"  # where the dense model stands in a recorded command
 _TEMPLATE = Path(__file__).with_name("template.md")
 Row = tuple[str, str, str, str]
@@ -177,7 +179,13 @@ def shown_command(arguments: list[str], model: str) -> str:
         model: The argument that is the dense model; the card puts its name there.
     """
     shown = [_MODEL if part == model else Path(part).name if Path(part).is_absolute() else part for part in arguments]
-    return without_tokens(shlex.join(["hf-lowrank", *shown]))
+    return shown_precision() + without_tokens(shlex.join(["hf-lowrank", *shown]))
+
+
+def shown_precision() -> str:
+    """What stands before a command where the environment sets the precision of trainings: Accelerate's variable."""
+    kind = os.environ.get(_PRECISION)
+    return f"{_PRECISION}={shlex.quote(kind)} " if kind else ""
 
 
 def _quality_row(entry: QualityReport) -> Row:
