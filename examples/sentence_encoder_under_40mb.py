@@ -56,11 +56,11 @@ def main() -> None:
     if arguments.smoke:
         torch.manual_seed(0)
         config = BertConfig(
-            vocab_size=2000, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64
+            vocab_size=20000, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64
         )
-        batches = [{"input_ids": torch.randint(2000, (4, 12)), "attention_mask": torch.ones(4, 12).long()}] * 4
+        batches = [{"input_ids": torch.randint(20000, (4, 12)), "attention_mask": torch.ones(4, 12).long()}] * 4
         with tempfile.TemporaryDirectory() as folder:
-            size = encoder_under(250_000, BertModel(config).eval(), None, None, batches, Path(folder) / "out")
+            size = encoder_under(1_000_000, BertModel(config).eval(), None, None, batches, Path(folder) / "out")
         print(f"saved: {size:,} bytes")
         return
     dense = AutoModel.from_pretrained(arguments.model, dtype=torch.float32).eval()
