@@ -26,7 +26,7 @@ PLAN = {
 def members():
     """Three members of one factor, and a list that grows by one with each product of that factor."""
     shared = SharedDown(8, 3, num_members=3)
-    found = [JointLinear(shared, rows) for rows in (5, 5, 7)]
+    found = [JointLinear(8, rows, shared) for rows in (5, 5, 7)]
     calls = []
     shared.down.register_forward_hook(lambda *_: calls.append(1))
     return found, calls

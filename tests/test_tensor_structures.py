@@ -22,9 +22,9 @@ SHAPES = [(8, 8), (32, 8), (8, 32), (19, 8), (8, 19), (24, 8), (5, 8), (11, 21)]
 
 def tucker(shape, ranks=(3, 2), bank=None, side="left", width=8):
     if bank is None:
-        layer = TuckerLinear(TuckerBasis(width, *ranks, **KIND), shape[1], shape[0], side, **KIND)
+        layer = TuckerLinear(shape[1], shape[0], TuckerBasis(width, *ranks, **KIND), side, **KIND)
     else:
-        layer = BankedTuckerLinear(TuckerBank(width, *ranks, bank, **KIND), shape[1], shape[0], side, **KIND)
+        layer = BankedTuckerLinear(shape[1], shape[0], TuckerBank(width, *ranks, bank, **KIND), side, **KIND)
     return drawn(layer)
 
 
@@ -148,7 +148,7 @@ def test_the_route_is_the_cheapest_for_the_call(name):
 
 def two_of_one_basis():
     first = tucker((8, 8), ranks=(2, 7))
-    second = TuckerLinear(first.shared, 8, 8, **KIND).eval()
+    second = TuckerLinear(8, 8, first.shared, **KIND).eval()
     second.reset_parameters(std=1.0)
     return first, second
 

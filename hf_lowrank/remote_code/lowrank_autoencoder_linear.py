@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import initialization as init
 
-from .lowrank_dense import dense_shape
+from .lowrank_dense import LinearStructure, dense_shape
 from .lowrank_linear import check_rank
 from .lowrank_materialize import Materializing
 
@@ -136,7 +136,7 @@ class NonlinearDecoder(LinearDecoder):
             init.zeros_(child.bias)
 
 
-class AutoencoderLinear(Materializing):
+class AutoencoderLinear(LinearStructure, Materializing):
     """Linear layer whose weight has rows `norm_i * (code_i @ basis + offset)`, decoded by what other layers share too.
 
     The offline compression of Banaei et al. (Findings of EACL 2023) with a linear decoder: rows of the output neurons,
@@ -153,18 +153,19 @@ class AutoencoderLinear(Materializing):
 
     Args:
         shared: The decoder. It is registered, and saved, where the plan says; a member only refers to it.
+
+    Raises:
+        ValueError: If the decoder makes rows of another length.
     """
 
     SIZES: tuple[str, ...] = ()
     SHARES: type[LinearDecoder] = LinearDecoder
-    HOSTS = "linear"
-    BIAS = "bias"
 
     def __init__(
         self,
-        shared: LinearDecoder,
         in_features: int,
         out_features: int,
+        shared: LinearDecoder,
         bias: bool = True,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -172,22 +173,12 @@ class AutoencoderLinear(Materializing):
         super().__init__()
         self._shared = (shared,)  # in a tuple, it is no child of this module
         self.in_features, self.out_features = in_features, out_features
-        num_rows = out_features if shared.rows == ROWS[0] else in_features
+        num_rows, width = (out_features, in_features) if shared.rows == ROWS[0] else (in_features, out_features)
+        if width != shared.width:
+            raise ValueError(f"the decoder makes rows of length {shared.width}, the matrix has rows of {width}.")
         self.codes = nn.Parameter(torch.empty(num_rows, shared.rank, device=device, dtype=dtype))
         self.norms = nn.Parameter(torch.empty(num_rows, device=device, dtype=dtype))
         self.bias = nn.Parameter(torch.empty(out_features, device=device, dtype=dtype)) if bias else None
-
-    @classmethod
-    def like(cls, dense: nn.Module, device: torch.device | str | None = None, *, shared: Any) -> Any:
-        """A layer of the shape and dtype of `dense` (`nn.Linear` or `Conv1D`), on its device unless one is given."""
-        width = row_shape(dense, shared.rows)[1]
-        if width != shared.width:
-            raise ValueError(f"the decoder makes rows of length {shared.width}, the matrix has rows of {width}.")
-        out_features, in_features = dense_shape(dense)
-        weight: Any = dense.weight
-        return cls(
-            shared, in_features, out_features, dense.bias is not None, device or weight.device, weight.dtype
-        )  # fmt: skip
 
     @property
     def shared(self) -> Any:
@@ -240,10 +231,6 @@ class AutoencoderLinear(Materializing):
         if self.keeps_weight:
             return self.in_features * self.out_features
         return self.rank * (self.in_features + self.out_features) + int(self.shared.width)
-
-    def dense_bias(self) -> torch.Tensor | None:
-        """The bias of the layer this one stands for, (O)."""
-        return self.bias
 
     def reset_parameters(self, std: float) -> None:
         """Draw the codes so that the weight has standard deviation `std`; zero the bias."""

@@ -8,7 +8,7 @@ from torch.nn import functional as F
 from transformers import initialization as init
 
 from .lowrank_linear import factor_std
-from .lowrank_materialize import Materializing
+from .lowrank_tables import CodedRows
 
 # Rows of a band, and the length of their codes.
 Band = tuple[int, int]
@@ -50,7 +50,7 @@ def sizes_of_bands(bands: list[Band]) -> dict[str, int]:
     }
 
 
-class BandedAutoencoder(Materializing):
+class BandedAutoencoder(CodedRows):
     """What a token table and a head have in common: rows in bands, each with codes of one length and a decoder.
 
         W_v = codes_v @ basis_k + offset_k        for the rows v of band k
@@ -118,11 +118,6 @@ class BandedAutoencoder(Materializing):
         """Where in the codes, one band after the other, each row is, (V)."""
         return self.place
 
-    @property
-    def dense_size(self) -> tuple[int, int]:
-        """`(V, D)`."""
-        return self.num_rows, self.row_length
-
     def to_dense(self) -> torch.Tensor:
         """The weight this module stands for, (V, D), from sums in float32 at least."""
         wide = torch.promote_types(self.basis.dtype, torch.float32)
@@ -140,7 +135,7 @@ class BandedAutoencoder(Materializing):
         init.copy_(self.places, no_order(self.num_rows, self.places.device))
 
     @torch.no_grad()
-    def _resize_codes_(self, num_rows: int) -> None:
+    def _resize_rows_(self, num_rows: int) -> None:
         """Drop rows from the end, or add rows that equal the mean of the present ones, to the first band.
 
         Where the mean is not in the reach of that band's decoder, its codes get one entry more.
@@ -185,9 +180,6 @@ class BandedAutoencoder(Materializing):
     def _band(self, rows: int, rank: int, **kind: Any) -> nn.Module:
         """The module that holds the codes of one band."""
         raise NotImplementedError
-
-    def _described(self) -> str:
-        return ", ".join(f"{name}={size}" for name, size in self.sizes.items())
 
 
 def no_order(num_rows: int, device: Any) -> torch.Tensor:

@@ -1,7 +1,9 @@
-"""The dense matrices of a host model: what counts as one, and its shape as `(O, I)` whatever the host stores."""
+"""The dense matrices of a host model: what counts as one, its shape as `(O, I)`, and what can stand in its place."""
 
+from operator import attrgetter
 from typing import Any
 
+import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
@@ -20,3 +22,26 @@ def dense_kind(module: nn.Module) -> str | None:
     if type(module) in DENSE_LINEARS:
         return "linear"
     return "embedding" if type(module) is nn.Embedding else None
+
+
+class LinearStructure(nn.Module):
+    """What structures in the place of a linear layer have in common.
+
+    Their constructors take `in_features`, `out_features`, `bias`, `device`, `dtype` and the sizes of their specs.
+    """
+
+    HOSTS = "linear"
+    BIAS = "bias"
+
+    @classmethod
+    def like(cls, dense: nn.Module, device: torch.device | str | None = None, **sizes: Any) -> Any:
+        """A layer of the shape and dtype of `dense` (`nn.Linear` or `Conv1D`), on its device unless one is given."""
+        out_features, in_features = dense_shape(dense)
+        weight: Any = dense.weight
+        kind: dict[str, Any] = {"device": device or weight.device, "dtype": weight.dtype}
+        return cls(in_features, out_features, bias=dense.bias is not None, **sizes, **kind)
+
+    def dense_bias(self) -> torch.Tensor | None:
+        """The bias of the layer this one stands for, (O)."""
+        bias: torch.Tensor | None = attrgetter(self.BIAS)(self)
+        return bias

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from transformers import initialization as init
 
-from .lowrank_dense import dense_shape
+from .lowrank_dense import LinearStructure, dense_shape
 from .lowrank_linear import check_rank, dense_product, factor_std
 from .lowrank_products import InputProduct
 
@@ -79,7 +79,7 @@ class SharedDown(nn.Module):
         return f"{self.in_features}, rank={self.rank}, num_members={self.num_members}"
 
 
-class JointLinear(nn.Module):
+class JointLinear(LinearStructure):
     """Linear layer of rank `R` that shares its first factor with others of the same input: `W = up @ shared.down`.
 
     `k` matrices of `O` rows cost `R (I + k O)` numbers and multiply-adds together, where pairs of their own cost
@@ -93,35 +93,30 @@ class JointLinear(nn.Module):
 
     Args:
         shared: The common factor. It is registered, and saved, where the plan says; a member only refers to it.
+
+    Raises:
+        ValueError: If the common factor has other inputs.
     """
 
     SIZES: tuple[str, ...] = ()
     SHARES = SharedDown
-    HOSTS = "linear"
     BIAS = "up.bias"
 
     def __init__(
         self,
-        shared: SharedDown,
+        in_features: int,
         out_features: int,
+        shared: SharedDown,
         bias: bool = True,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        self._shared = (shared,)  # in a tuple, it is no child of this module
-        self.in_features = shared.in_features
-        self.out_features = out_features
-        self.up = nn.Linear(shared.rank, out_features, bias=bias, device=device, dtype=dtype)
-
-    @classmethod
-    def like(cls, dense: nn.Module, device: torch.device | str | None = None, *, shared: SharedDown) -> "JointLinear":
-        """A layer of the shape and dtype of `dense` (`nn.Linear` or `Conv1D`), on its device unless one is given."""
-        out_features, in_features = dense_shape(dense)
         if in_features != shared.in_features:
             raise ValueError(f"the shared factor has {shared.in_features} inputs, the matrix {in_features}.")
-        weight: Any = dense.weight
-        return cls(shared, out_features, dense.bias is not None, device or weight.device, weight.dtype)
+        self._shared = (shared,)  # in a tuple, it is no child of this module
+        self.in_features, self.out_features = in_features, out_features
+        self.up = nn.Linear(shared.rank, out_features, bias=bias, device=device, dtype=dtype)
 
     @property
     def shared(self) -> SharedDown:
@@ -143,10 +138,6 @@ class JointLinear(nn.Module):
     def to_dense(self) -> torch.Tensor:
         """The weight this layer stands for, (O, I)."""
         return dense_product(self.up.weight, self.shared.down.weight)
-
-    def dense_bias(self) -> torch.Tensor | None:
-        """The bias of the layer this one stands for, (O)."""
-        return self.up.bias
 
     def reset_parameters(self, std: float) -> None:
         """Draw the layer's own factor so that the product has standard deviation `std`; zero the bias."""

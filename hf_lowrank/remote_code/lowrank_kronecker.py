@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import initialization as init
 
-from .lowrank_dense import dense_shape
+from .lowrank_dense import LinearStructure
 from .lowrank_linear import factor_std
 from .lowrank_products import HeldProducts, cheapest_route
 
@@ -53,7 +53,7 @@ def check_kronecker_rank(rank: int, out_features: int, in_features: int) -> None
         )
 
 
-class KroneckerLinear(HeldProducts):
+class KroneckerLinear(LinearStructure, HeldProducts):
     """Linear layer whose weight is a sum of Kronecker products, its outputs and inputs counted in mixed radix.
 
         W[(o_1, o_2), (i_1, i_2)] = sum_r left[r, o_1, i_1] right[r, o_2, i_2]
@@ -79,8 +79,6 @@ class KroneckerLinear(HeldProducts):
     """
 
     SIZES = ("rank",)
-    HOSTS = "linear"
-    BIAS = "bias"
 
     def __init__(
         self,
@@ -100,13 +98,6 @@ class KroneckerLinear(HeldProducts):
         self.right = nn.Parameter(torch.empty(rank, self.outputs[1], self.inputs[1], **kind))
         self.bias = nn.Parameter(torch.empty(out_features, **kind)) if bias else None
         self._routes = self._costs()
-
-    @classmethod
-    def like(cls, dense: nn.Module, device: torch.device | str | None = None, *, rank: int) -> "KroneckerLinear":
-        """A layer of the shape and dtype of `dense` (`nn.Linear` or `Conv1D`), on its device unless one is given."""
-        out_features, in_features = dense_shape(dense)
-        weight: Any = dense.weight
-        return cls(in_features, out_features, rank, dense.bias is not None, device or weight.device, weight.dtype)
 
     @staticmethod
     def num_weights(out_features: int, in_features: int, *, rank: int) -> int:
@@ -150,10 +141,6 @@ class KroneckerLinear(HeldProducts):
         """The weight this layer stands for, (O, I)."""
         wide = torch.promote_types(self.left.dtype, torch.float32)
         return self._formed(self.left.to(wide), self.right.to(wide)).to(self.left.dtype)
-
-    def dense_bias(self) -> torch.Tensor | None:
-        """The bias of the layer this one stands for, (O)."""
-        return self.bias
 
     def reset_parameters(self, std: float) -> None:
         """Draw both sides so that the weight has standard deviation `std`; zero the bias."""

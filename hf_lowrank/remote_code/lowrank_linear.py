@@ -4,13 +4,13 @@ Letters used in every docstring of this project: `B` batch, `T` tokens, `I` in_f
 `D` hidden size, `V` vocabulary. Weights are `(O, I)`; an embedding table is `(V, D)`.
 """
 
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import nn
 from transformers import initialization as init
 
-from .lowrank_dense import dense_shape
+from .lowrank_dense import LinearStructure, dense_shape
 
 
 def check_rank(rank: int, rows: int, columns: int) -> None:
@@ -40,7 +40,7 @@ def resized_rows(values: torch.Tensor, num_rows: int) -> torch.Tensor:
     return torch.cat([values[:num_rows], added])
 
 
-class LowRankLinear(nn.Module):
+class LowRankLinear(LinearStructure):
     """Linear layer whose weight is a product of two thin matrices: `W = up @ down`.
 
     Costs `R * (I + O)` multiply-adds per token instead of `I * O`, so it pays off when `R < I * O / (I + O)`.
@@ -61,7 +61,6 @@ class LowRankLinear(nn.Module):
     """
 
     SIZES = ("rank",)
-    HOSTS = "linear"
     BIAS = "up.bias"
 
     def __init__(
@@ -81,13 +80,6 @@ class LowRankLinear(nn.Module):
         self.down = nn.Linear(in_features, rank, bias=False, device=device, dtype=dtype)
         self.up = nn.Linear(rank, out_features, bias=bias, device=device, dtype=dtype)
 
-    @classmethod
-    def like(cls, dense: nn.Module, device: torch.device | str | None = None, *, rank: int) -> "LowRankLinear":
-        """A layer of the shape and dtype of `dense` (`nn.Linear` or `Conv1D`), on its device unless one is given."""
-        out_features, in_features = dense_shape(dense)
-        weight: Any = dense.weight
-        return cls(in_features, out_features, rank, dense.bias is not None, device or weight.device, weight.dtype)
-
     @staticmethod
     def num_weights(out_features: int, in_features: int, *, rank: int) -> int:
         """Stored numbers, bias not counted: `R (I + O)`."""
@@ -103,10 +95,6 @@ class LowRankLinear(nn.Module):
     def to_dense(self) -> torch.Tensor:
         """The weight this layer stands for, (O, I)."""
         return dense_product(self.up.weight, self.down.weight)
-
-    def dense_bias(self) -> torch.Tensor | None:
-        """The bias of the layer this one stands for, (O)."""
-        return self.up.bias
 
     def reset_parameters(self, std: float) -> None:
         """Draw the factors so that the entries of their product have standard deviation `std`; zero the bias."""

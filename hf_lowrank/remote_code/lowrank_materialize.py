@@ -63,30 +63,6 @@ class Materializing(nn.Module):
         return {key: value for key, value in self.__dict__.items() if key != "_kept"}
 
 
-class MaterializingHead(Materializing):
-    """A head that may be tied to a table, and then has no dense weight beside the table's."""
-
-    _table: tuple[Any, ...] = ()  # in a tuple, it is no child of this module
-
-    def follow_(self, table: Materializing) -> None:
-        """Use what the table this head is tied to keeps, instead of something of its own."""
-        self._table = (table,)
-
-    def materialized(self) -> torch.Tensor | None:
-        """The dense weight, where it is kept; a tied head has none beside its table's."""
-        return self._table[0].materialized() if self._table else super().materialized()
-
-    @property
-    def keeps_weight(self) -> bool:
-        """Whether the dense weight is to be kept, by the table where there is one."""
-        return self._table[0].keeps_weight if self._table else super().keeps_weight
-
-    @property
-    def materialized_bytes(self) -> int:
-        """What keeping the dense weight takes besides the numbers that are saved."""
-        return 0 if self._table else super().materialized_bytes
-
-
 def set_materialize_(model: nn.Module, mode: str) -> None:
     """Switch every structure of a model that can keep its dense weight.
 

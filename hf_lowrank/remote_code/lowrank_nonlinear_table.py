@@ -8,12 +8,11 @@ from torch.nn import functional as F
 from transformers import initialization as init
 
 from .lowrank_autoencoder_linear import NonlinearDecoder
-from .lowrank_dense import dense_shape
 from .lowrank_linear import resized_rows
-from .lowrank_materialize import Materializing, MaterializingHead
+from .lowrank_tables import CodedEmbedding, CodedHead, CodedRows
 
 
-class NonlinearAutoencoderTable(Materializing):
+class NonlinearAutoencoderTable(CodedRows):
     """What a token table and a head have in common: rows `W_v = norm_v * f(code_v) / |f(code_v)|`, decoded by one `f`.
 
     No code stands for the mean of the rows where `f` is not linear. Rows added later are therefore kept as they are,
@@ -35,6 +34,7 @@ class NonlinearAutoencoderTable(Materializing):
         super().__init__()
         self.num_rows = num_rows
         self.row_length = row_length
+        self.sizes = sizes
         self.rank, num_added = sizes["code_length"], sizes.get("added", 0)
         if not 1 <= self.rank <= row_length:
             raise ValueError(
@@ -58,17 +58,6 @@ class NonlinearAutoencoderTable(Materializing):
             return num_rows * (code_length + 1) + NonlinearDecoder.num_numbers(row_length, code_length)
         least = NonlinearAutoencoderTable.num_weights(num_rows, row_length, code_length=1)
         return max(rank * (num_rows + row_length) + row_length, least)
-
-    @property
-    def sizes(self) -> dict[str, int]:
-        """What they are called in a plan."""
-        added = {} if self.added is None else {"added": len(self.added)}
-        return {"code_length": self.rank, **added}
-
-    @property
-    def dense_size(self) -> tuple[int, int]:
-        """`(V, D)`."""
-        return self.num_rows, self.row_length
 
     def to_dense(self) -> torch.Tensor:
         """The weight this module stands for, (V, D)."""
@@ -98,14 +87,12 @@ class NonlinearAutoencoderTable(Materializing):
         is_trained = self.codes.requires_grad
         added = added if added is not None and len(added) else None
         self.num_rows = len(codes) + (0 if added is None else len(added))
+        self.sizes = {"code_length": self.rank, **({} if added is None else {"added": len(added)})}
         self.codes, self.norms = (nn.Parameter(own.clone(), is_trained) for own in (codes, norms))
         self.added = None if added is None else nn.Parameter(added.clone(), is_trained)
 
-    def _described(self) -> str:
-        return ", ".join(f"{name}={size}" for name, size in self.sizes.items())
 
-
-class NonlinearAutoencoderEmbedding(NonlinearAutoencoderTable):
+class NonlinearAutoencoderEmbedding(CodedEmbedding, NonlinearAutoencoderTable):
     """Token embedding with a non-linear decoder: each token of the batch is decoded once.
 
         e_t = norm_t * f(code_t) / |f(code_t)|
@@ -127,43 +114,7 @@ class NonlinearAutoencoderEmbedding(NonlinearAutoencoderTable):
         ValueError: If a size is out of bounds.
     """
 
-    HOSTS = "embedding"
     TIED_HEAD = "nonlinear_autoencoder_head"
-
-    def __init__(
-        self,
-        num_embeddings: int,
-        embedding_dim: int,
-        sizes: dict[str, int],
-        padding_idx: int | None = None,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        super().__init__(num_embeddings, embedding_dim, sizes, device=device, dtype=dtype)
-        self.padding_idx = padding_idx
-        if self.codes.device.type != "meta":
-            self.reset_parameters(std=0.02)
-
-    @classmethod
-    def like(cls, dense: nn.Embedding, device: torch.device | str | None = None, **sizes: int) -> Any:
-        """A table of the shape, padding and dtype of `dense`, on its device unless one is given."""
-        weight = dense.weight
-        return cls(*dense_shape(dense), sizes, dense.padding_idx, device or weight.device, weight.dtype)
-
-    @property
-    def num_embeddings(self) -> int:
-        """`V`."""
-        return self.num_rows
-
-    @property
-    def embedding_dim(self) -> int:
-        """`D`."""
-        return self.row_length
-
-    @property
-    def tied_head_sizes(self) -> dict[str, int]:
-        """Sizes of the head that shares this table's numbers."""
-        return self.sizes
 
     @property
     def TIED_PARAMETERS(self) -> dict[str, str]:
@@ -174,18 +125,11 @@ class NonlinearAutoencoderEmbedding(NonlinearAutoencoderTable):
         """Multiply-adds for one token: `10 R^2 + 4 R D`; look-ups cost none."""
         return 0 if self.keeps_weight else self.decoder.decoding_cost()
 
-    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
-        table = self.materialized()
-        if table is not None:
-            return F.embedding(input_ids, table)
+    def _looked_up(self, input_ids: torch.Tensor) -> torch.Tensor:
         if torch.compiler.is_compiling():  # no shape may depend on the tokens
-            rows = self._rows(input_ids.flatten()).unflatten(0, input_ids.shape)
-        else:
-            distinct, places = input_ids.unique(return_inverse=True)
-            rows = F.embedding(places, self._rows(distinct))
-        if self.padding_idx is not None and torch.is_grad_enabled():
-            rows = torch.where((input_ids == self.padding_idx)[..., None], rows.detach(), rows)
-        return rows
+            return self._rows(input_ids.flatten()).unflatten(0, input_ids.shape)
+        distinct, places = input_ids.unique(return_inverse=True)
+        return F.embedding(places, self._rows(distinct))
 
     def _rows(self, ids: torch.Tensor) -> torch.Tensor:
         """(N) -> (N, D)."""
@@ -203,16 +147,8 @@ class NonlinearAutoencoderEmbedding(NonlinearAutoencoderTable):
         if self.padding_idx is not None and is_drawn and self.padding_idx < len(self.norms):
             init.zeros_(self.norms[self.padding_idx])
 
-    @torch.no_grad()
-    def resize_(self, num_embeddings: int) -> None:
-        """Drop tokens from the end, or add tokens whose rows are the mean of the present ones."""
-        self._resize_rows_(num_embeddings)
 
-    def extra_repr(self) -> str:
-        return f"{self.num_rows}, {self.row_length}, {self._described()}, padding_idx={self.padding_idx}"
-
-
-class NonlinearAutoencoderHead(MaterializingHead, NonlinearAutoencoderTable):
+class NonlinearAutoencoderHead(CodedHead, NonlinearAutoencoderTable):
     """Language-model head with a non-linear decoder: `y = W x + bias`, where `W` has the rows of the decoded table.
 
     The head of a tied `NonlinearAutoencoderEmbedding`, or an untied one of its own. Nothing can be multiplied by but
@@ -228,38 +164,6 @@ class NonlinearAutoencoderHead(MaterializingHead, NonlinearAutoencoderTable):
         ValueError: If a size is out of bounds.
     """
 
-    HOSTS = "linear"
-    BIAS = "bias"
-
-    def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        sizes: dict[str, int],
-        bias: bool = True,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        super().__init__(out_features, in_features, sizes, device=device, dtype=dtype)
-        self.bias = nn.Parameter(torch.empty(out_features, device=device, dtype=dtype)) if bias else None
-
-    @classmethod
-    def like(cls, dense: nn.Module, device: torch.device | str | None = None, **sizes: int) -> Any:
-        """A head of the shape and dtype of `dense`, on its device unless one is given."""
-        out_features, in_features = dense_shape(dense)
-        weight: Any = dense.weight
-        return cls(in_features, out_features, sizes, dense.bias is not None, device or weight.device, weight.dtype)
-
-    @property
-    def in_features(self) -> int:
-        """`I`."""
-        return self.row_length
-
-    @property
-    def out_features(self) -> int:
-        """`O`."""
-        return self.num_rows
-
     def multiply_adds(self) -> int:
         """Multiply-adds for one token, and its share of the decoding in a call of 8 x 128."""
         decoding = 0 if self.keeps_weight else self.decoder.cost_for_a_token(len(self.codes))
@@ -269,28 +173,5 @@ class NonlinearAutoencoderHead(MaterializingHead, NonlinearAutoencoderTable):
         weight = self.materialized()
         return F.linear(hidden_states, self.to_dense() if weight is None else weight, self.bias)
 
-    def dense_bias(self) -> torch.Tensor | None:
-        """The bias of the layer this one stands for, (O)."""
-        return self.bias
-
-    def reset_parameters(self, std: float) -> None:
-        super().reset_parameters(std)
-        if self.bias is not None:
-            init.zeros_(self.bias)
-
-    @torch.no_grad()
-    def resize_(self, out_features: int) -> None:
-        """Drop outputs from the end, or add outputs that equal the mean of the present ones.
-
-        A tied head takes over what its table, resized before, has become.
-        """
-        if self._table:
-            table: Any = self._table[0]
-            self._become_(table.codes, table.norms, table.added)
-        else:
-            self._resize_rows_(out_features)
-        if self.bias is not None:
-            self.bias = nn.Parameter(resized_rows(self.bias, out_features), self.bias.requires_grad)
-
-    def extra_repr(self) -> str:
-        return f"{self.row_length}, {self.num_rows}, {self._described()}, bias={self.bias is not None}"
+    def _share_(self, table: Any) -> None:
+        self._become_(table.codes, table.norms, table.added)

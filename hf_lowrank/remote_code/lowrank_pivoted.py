@@ -7,11 +7,11 @@ import torch
 from torch import nn
 from transformers import initialization as init
 
-from .lowrank_dense import dense_shape
+from .lowrank_dense import LinearStructure
 from .lowrank_linear import check_rank, dense_product
 
 
-class PivotedLinear(nn.Module):
+class PivotedLinear(LinearStructure):
     """Linear layer of rank `R` that keeps `R` rows of its weight and the others as combinations of them.
 
         z[:R] = pivots x        z[R:] = coefficients z[:R]        y = z, but y[moved_to] = z[moved_from]
@@ -44,7 +44,6 @@ class PivotedLinear(nn.Module):
 
     SIZES = ("rank",)
     OPTIONAL_SIZES = ("moved",)
-    HOSTS = "linear"
 
     def __init__(
         self,
@@ -70,16 +69,6 @@ class PivotedLinear(nn.Module):
             self.coefficients = nn.Linear(rank, out_features - rank, bias=bias, device=device, dtype=dtype)
         for places in ("moved_from", "moved_to") if moved else ():
             self.register_buffer(places, torch.arange(moved, device=device))
-
-    @classmethod
-    def like(
-        cls, dense: nn.Module, device: torch.device | str | None = None, *, rank: int, moved: int = 0
-    ) -> "PivotedLinear":
-        """A layer of the shape and dtype of `dense` (`nn.Linear` or `Conv1D`), on its device unless one is given."""
-        out_features, in_features = dense_shape(dense)
-        weight: Any = dense.weight
-        has_bias = dense.bias is not None
-        return cls(in_features, out_features, rank, has_bias, device or weight.device, weight.dtype, moved)
 
     @staticmethod
     def num_weights(out_features: int, in_features: int, *, rank: int) -> int:

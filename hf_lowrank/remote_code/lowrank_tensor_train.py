@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import initialization as init
 
-from .lowrank_dense import dense_shape
+from .lowrank_dense import LinearStructure, dense_shape
 from .lowrank_products import HeldProducts, cheapest_route
 
 _NUM_CORES = 3
@@ -58,7 +58,7 @@ def check_train_ranks(left_rank: int, right_rank: int, out_features: int, in_fea
             )
 
 
-class TensorTrainLinear(HeldProducts):
+class TensorTrainLinear(LinearStructure, HeldProducts):
     """Linear layer whose weight is a train of three cores, its outputs and inputs counted in mixed radix.
 
         W[(o_1, o_2, o_3), (i_1, i_2, i_3)] = first[o_1, i_1, :] central[:, o_2, i_2, :] last[:, o_3, i_3]
@@ -86,8 +86,6 @@ class TensorTrainLinear(HeldProducts):
     """
 
     SIZES: tuple[str, ...] = ("left_rank", "right_rank")
-    HOSTS = "linear"
-    BIAS = "bias"
 
     def __init__(
         self,
@@ -117,14 +115,6 @@ class TensorTrainLinear(HeldProducts):
 
     def _cores(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         return self.first, self.central, self.last
-
-    @classmethod
-    def like(cls, dense: nn.Module, device: torch.device | str | None = None, **sizes: Any) -> Any:
-        """A layer of the shape and dtype of `dense` (`nn.Linear` or `Conv1D`), on its device unless one is given."""
-        out_features, in_features = dense_shape(dense)
-        weight: Any = dense.weight
-        kind = {"device": device or weight.device, "dtype": weight.dtype}
-        return cls(in_features, out_features, bias=dense.bias is not None, **sizes, **kind)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         weights = self._cores()
@@ -170,10 +160,6 @@ class TensorTrainLinear(HeldProducts):
         """The weight this layer stands for, (O, I)."""
         wide = torch.promote_types(self.first.dtype, torch.float32)
         return self._formed(*(core.to(self.first.device, wide) for core in self._cores())).to(self.first.dtype)
-
-    def dense_bias(self) -> torch.Tensor | None:
-        """The bias of the layer this one stands for, (O)."""
-        return self.bias
 
     def reset_parameters(self, std: float) -> None:
         """Draw the cores so that the weight has standard deviation `std`; zero the bias."""

@@ -8,12 +8,12 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import initialization as init
 
-from .lowrank_dense import dense_shape
+from .lowrank_dense import LinearStructure
 from .lowrank_products import HeldProducts, cheapest_route
 from .lowrank_tucker_factors import TuckerBank, TuckerBasis
 
 
-class TuckerLinear(HeldProducts):
+class TuckerLinear(LinearStructure, HeldProducts):
     """Linear layer whose weight is a grid of blocks `left C_i right^T` with shared `left` and `right` (format III).
 
     Ren et al., "Exploring extreme parameter compression for pre-trained language models" (ICLR 2022). A block is a
@@ -42,14 +42,12 @@ class TuckerLinear(HeldProducts):
     SIZES: tuple[str, ...] = ()
     OPTIONS: ClassVar[dict[str, tuple[str, ...]]] = {"input_side": ("left", "right")}
     SHARES: type[TuckerBasis] = TuckerBasis
-    HOSTS = "linear"
-    BIAS = "bias"
 
     def __init__(
         self,
-        shared: TuckerBasis,
         in_features: int,
         out_features: int,
+        shared: TuckerBasis,
         input_side: str = "left",
         bias: bool = True,
         device: torch.device | str | None = None,
@@ -65,16 +63,6 @@ class TuckerLinear(HeldProducts):
 
     def _own_shape(self) -> tuple[int, ...]:
         return math.prod(self.grid), self.shared.left_rank, self.shared.right_rank
-
-    @classmethod
-    def like(
-        cls, dense: nn.Module, device: torch.device | str | None = None, *, shared: Any, input_side: str = "left"
-    ) -> Any:
-        """A layer of the shape and dtype of `dense` (`nn.Linear` or `Conv1D`), on its device unless one is given."""
-        out_features, in_features = dense_shape(dense)
-        weight: Any = dense.weight
-        sizes = (in_features, out_features, input_side, dense.bias is not None)
-        return cls(shared, *sizes, device or weight.device, weight.dtype)
 
     @property
     def shared(self) -> Any:
@@ -164,10 +152,6 @@ class TuckerLinear(HeldProducts):
         whole = blocks.unflatten(0, (num_left, num_right)).transpose(1, 2).flatten(2).flatten(0, 1)
         whole = whole.T if self.input_side == "left" else whole
         return whole[: self.out_features, : self.in_features].to(self.own.dtype)
-
-    def dense_bias(self) -> torch.Tensor | None:
-        """The bias of the layer this one stands for, (O)."""
-        return self.bias
 
     def reset_parameters(self, std: float) -> None:
         """Draw the layer's own matrices so that its weight has standard deviation `std`; zero the bias."""
