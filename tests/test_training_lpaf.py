@@ -40,9 +40,17 @@ def test_a_plain_compressed_model_of_the_size_asked_for_remains(method, tmp_path
     assert all(torch.equal(before[name], value) for name, value in dense.state_dict().items())
     assert not any("full_rank" in name or "parametrizations" in name for name in small.state_dict())
     assert found["held_out_loss"]["after"] <= found["held_out_loss"]["before"]
-    assert all(one["kept"] == pytest.approx(0.4, abs=0.01) for one in found["ranks_after_pruning"].values())
+    assert all(one["kept"] == pytest.approx(0.5, abs=0.01) for one in found["ranks_after_pruning"].values())
     inputs = {"input_ids": torch.randint(3, 30, (2, 9))}
     tiny_models.assert_same_function(small, load_compressed(tmp_path), inputs)
+
+
+@pytest.mark.parametrize(("options", "kept"), [({}, 0.5), ({"keep_targets": 0.7}, 0.7), ({"prune_keep": 0.3}, 0.3)])
+def test_pruning_takes_no_more_than_a_half_of_the_entries_or_the_budget_unless_asked_to(options, kept):
+    found = run(method="svd", **options).config.compression["provenance"]["lpaf"]
+
+    assert found["prune_keep"] == kept
+    assert all(one["kept"] == pytest.approx(kept, abs=0.01) for one in found["ranks_after_pruning"].values())
 
 
 def test_without_epochs_of_pruning_the_model_is_factorized_as_it_is():
@@ -98,6 +106,7 @@ def test_a_killed_run_goes_on_and_ends_bit_identical(tmp_path):
         ({"tune_epochs": 0}, "tune_epochs must be positive"),
         ({"prune_epochs": -1}, "prune_epochs must not be negative"),
         ({"prune_keep": 3.0}, "keep must be above 0"),
+        ({"prune_keep": 0.0}, "keep must be above 0"),
         ({"keep_targts": 0.5}, "no option 'keep_targts'"),
         ({"importance": "luck"}, "importance must be one of"),
         ({"method": "svdd"}, "method must be one of"),

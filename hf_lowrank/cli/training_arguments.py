@@ -49,7 +49,7 @@ def _add_lpaf(commands: Commands) -> None:
     parser.add_argument("--method", help="how the sparse matrices are factorized (default: importance_aware_svd)")
     parser.add_argument("--importance", help="sensitivity, movement, magnitude or random (default: sensitivity)")
     for name, meaning in (
-        ("prune-keep", "fraction of the entries pruning keeps (default: the budget's)"),
+        ("prune-keep", "fraction of the entries pruning keeps (default: 0.5, or keep-targets if that is more)"),
         ("probability", "of a layer to take its sparse weight at first, such as 0.5 (default: 0)"),
         ("consistency", "weight of the consistency loss (default: 0)"),
         ("prune-epochs", "passes over the data while pruning (default: 3)"),
