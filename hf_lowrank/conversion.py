@@ -54,6 +54,8 @@ def as_two_factors(model: PreTrainedModel) -> Iterator[None]:
     finally:
         for name, spec in specs.items():
             pair: Any = base.get_submodule(name)
+            if structure_name(pair) != _TWO_FACTORS:  # an error came through, and what a training put around it stays
+                continue
             if all(map(torch.equal, at_first[name], (p.detach().cpu() for p in pair.parameters()))):
                 replace_(base, name, stored[name].to(pair.up.weight.device))
                 modules[name] = spec

@@ -212,6 +212,22 @@ def test_trained_as_orthogonal_factors_it_is_stored_as_before(storage):
     torch.testing.assert_close(small.get_submodule(trained).to_dense(), 2 * first.to_dense())
 
 
+def test_an_error_within_a_training_is_the_error_that_is_seen():
+    small = compress(build("BertModel"), keep_targets=0.5, method="svd", storage="pivoted")
+    name = next(iter(small.config.plan["modules"]))
+
+    def fail_with_a_layer_wrapped():
+        with as_two_factors(small):
+            small.set_submodule(name, torch.nn.Sequential(small.get_submodule(name)))
+            raise KeyError("of the training")
+
+    with pytest.raises(KeyError, match="of the training"):
+        fail_with_a_layer_wrapped()
+
+    others = [spec["structure"] for other, spec in small.config.plan["modules"].items() if other != name]
+    assert set(others) == {"pivoted"}
+
+
 def test_it_holds_more_rank_than_two_factors_at_the_same_size():
     dense = build("BertModel")
     ranks = {}
