@@ -166,12 +166,16 @@ def test_a_folder_without_a_tokenizer_has_none(tmp_path):
     recover(small, teacher=dense, dataset=TEXTS, tokenizer=tokenizer_for("Bert"), max_seq_length=16, epochs=1)
 
 
-def test_the_learning_rate_follows_the_method():
-    model = tiny_models.build("BertModel")
-    budgets = {"svd": {"rank": 4}, "tucker": {"keep_targets": 0.5}}
-    rates = [default_learning_rate(compress(model, method=name, **budget)) for name, budget in budgets.items()]
-
-    assert rates == [5e-5, 5e-4]
+@pytest.mark.parametrize(
+    ("head", "options", "rate"),
+    [
+        ("BertModel", {"method": "svd", "rank": 4}, 5e-5),
+        ("BertModel", {"method": "tucker", "keep_targets": 0.5}, 5e-4),
+        ("GPT2LMHeadModel", {"method": "svd", "rank": 4}, 5e-4),
+    ],
+)
+def test_the_learning_rate_follows_the_method_and_the_head(head, options, rate):
+    assert default_learning_rate(compress(tiny_models.build(head), **options)) == rate
 
 
 def test_answers_become_the_tokens_that_hold_them():

@@ -5,7 +5,7 @@ from typing import Any
 
 _RECOVER_EXAMPLES = """examples:
   hf-lowrank recover small-bert healed-bert --teacher my-bert --dataset train.tsv
-  hf-lowrank recover small-gpt2 healed --teacher my-gpt2 --dataset texts.txt --epochs 1 --learning-rate 5e-4
+  hf-lowrank recover small-gpt2 healed --teacher my-gpt2 --dataset texts.txt --epochs 1
   hf-lowrank recover small healed --teacher my-bert --dataset nyu-mll/glue:sst2:train --losses logits=1 task=0.5
 
 The state with the least loss on examples set aside is kept; the one before the training competes."""

@@ -9,6 +9,7 @@ from typing import Any
 
 from transformers import PreTrainedModel, PrinterCallback, TrainerCallback, TrainingArguments
 
+from hf_lowrank.calibration import is_causal
 from hf_lowrank.conversion import as_two_factors
 from hf_lowrank.errors import InputError
 from hf_lowrank.loading import find_tokenizer, load_dense
@@ -21,10 +22,10 @@ from hf_lowrank.training.distillation import DistillationTrainer, check_teacher,
 from hf_lowrank.training.features import Features, PaddingCollator, hold_out, make_features
 from hf_lowrank.training.preparation import prepared
 
-# Peak of AdamW's learning rate, found on classifiers by the loss on examples set aside. Pairs come as far at twice the
+# Peak of AdamW's learning rate, found by the loss on examples set aside. On classifiers pairs come as far at twice the
 # first in hundreds of steps, and less far in a hundred or where little was lost; Tucker's factors, which all layers
-# share, learn alike from 3e-4 to 1e-3.
-_RATE, _RATE_OF_TUCKER = 5e-5, 5e-4
+# share, learn alike from 3e-4 to 1e-3. A language model has a target at every token, and far less noise in its steps.
+_RATE, _RATE_OF_TUCKER, _RATE_OF_LANGUAGE = 5e-5, 5e-4, 5e-4
 _BATCH_SIZE = 16
 _EPOCHS = 3
 _STEP_DOWN = 4
@@ -155,7 +156,9 @@ class RecoveryOptions:
 
 
 def default_learning_rate(model: PreTrainedModel) -> float:
-    """5e-5; 5e-4 for Tucker's factors."""
+    """5e-5; 5e-4 for Tucker's factors, and for causal language models."""
+    if is_causal(model):
+        return _RATE_OF_LANGUAGE
     method = model.config.plan.get("provenance", {}).get("settings", {}).get("method", "")
     tensor_method = TENSOR_METHODS.get(method)
     return _RATE_OF_TUCKER if tensor_method is not None and tensor_method.kind == "tucker" else _RATE
