@@ -4,11 +4,11 @@ r"""What pruning, row weights, mixed ranks and consistency each add: accuracy of
         --work-dir build/lpaf
     python examples/benchmark_lpaf.py --smoke        # a tiny model with random weights, seconds
 
-Every row of the second table has the same teacher, the dense model, and the same loss, and makes as many steps in
-all: the rows without pruning train the dense model as long as the others prune it, and rows that prune alike start
-from the same pruned model. The third table is of `recover`, from what each method makes of the dense model. Nothing
-is chosen on the test data. Finished cells and pruned models are kept in the work directory. In 16 bits, under
-`accelerate launch --mixed_precision bf16`.
+The first table prunes to the budgets, the second as `lpaf` does. Every row of the second has the same teacher, the
+dense model, and the same loss, and makes as many steps in all: the rows without pruning train the dense model as long
+as the others prune it, and rows that prune alike start from the same pruned model. The third table is of `recover`,
+from what each method makes of the dense model or of a pruned one. Nothing is chosen on the test data. Finished cells
+and pruned models are kept in the work directory. In 16 bits, under `accelerate launch --mixed_precision bf16`.
 """
 
 import argparse
@@ -49,7 +49,15 @@ ROWS: dict[str, tuple[str | None, dict[str, Any]]] = {
     "... two-sided": ("sensitivity", {"method": "two_sided_svd"}),
 }
 NOT_PRUNED = "none"
-RECOVERED = ("svd", "weighted_svd", "whitened_svd", "two_sided_svd")
+# what is healed -> what prunes the dense model before, and the method
+RECOVERED = {
+    "svd": (None, "svd"),
+    "weighted_svd": (None, "weighted_svd"),
+    "whitened_svd": (None, "whitened_svd"),
+    "two_sided_svd": (None, "two_sided_svd"),
+    "pruned, svd": ("sensitivity", "svd"),
+    "pruned, by importance": ("sensitivity", "importance_aware_svd"),
+}
 
 
 class Study:
@@ -109,21 +117,26 @@ class Study:
         shares = [[one.rank / one.full_rank for one in ranks], [one.energy_rank / one.full_rank for one in ranks]]
         return model, [self.accuracy(model.eval()), *(statistics.mean(share) for share in shares)]
 
+    def start(self, importance: str | None, keep: float, seed: int) -> Any:
+        """What is compressed to a budget: pruned as `lpaf` prunes for it, or trained as long."""
+        return self.pruned(importance, max(keep, LPAFOptions.prune_keep), seed)[0]
+
     def compressed(self, row: str, keep: float, seed: int) -> float:
         """Accuracy of one row of the table at one budget."""
         importance, options = ROWS[row]
-        start, sizes = self.pruned(importance, keep, seed)[0], self.options
+        start, sizes = self.start(importance, keep, seed), self.options
         small = lpaf(
             start, dataset=self.train, tokenizer=self.tokenizer, teacher=self.dense, keep_targets=keep, seed=seed,
             max_examples=sizes.max_examples, prune_epochs=0, tune_epochs=sizes.epochs, losses=sizes.losses, **options,
         )  # fmt: skip
         return self.accuracy(small)
 
-    def recovered(self, method: str, keep: float, seed: int) -> tuple[float, float, float]:
+    def recovered(self, name: str, keep: float, seed: int) -> tuple[float, float, float]:
         """Accuracy before and after `recover`, and the minutes that took."""
-        sizes = self.options
+        importance, method = RECOVERED[name]
+        dense, sizes = self.start(importance, keep, seed) if importance else self.dense, self.options
         small = compress(
-            self.dense, method=method, keep_targets=keep, allocation="uniform", refine_passes=0,
+            dense, method=method, keep_targets=keep, allocation="uniform", refine_passes=0,
             calibration=self.train, tokenizer=self.tokenizer, seed=seed,
         )  # fmt: skip
         before, start = self.accuracy(small), time.perf_counter()
@@ -177,18 +190,18 @@ def print_compressed(study: Study) -> None:
 def print_recovered(study: Study) -> None:
     """What `recover` brings back of what each method loses."""
     rate = study.options.recover_rate
-    print(f"\n{'recovered':<16}{'kept':>6}{'before':>18}{'after':>18}{'loss closed':>13}{'minutes':>9}")
-    for method in study.options.recover:
+    print(f"\n{'recovered':<24}{'kept':>6}{'before':>18}{'after':>18}{'loss closed':>13}{'minutes':>9}")
+    for name in study.options.recover:
         for keep in study.options.keep:
             found = [
-                study.cell(f"recover {method} {keep} {seed} {rate}", partial(study.recovered, method, keep, seed))
+                study.cell(f"recover {name} {keep} {seed} {rate}", partial(study.recovered, name, keep, seed))
                 for seed in study.options.seeds
             ]
             before, after, minutes = zip(*found, strict=True)
             lost = study.cells["dense"] - mean(before)
             closed = f"{(mean(after) - mean(before)) / lost:.0%}" if lost > 0 else "-"
             print(
-                f"{method:<16}{keep:>6.2f}{spread(before):>18}{spread(after):>18}{closed:>13}{mean(minutes):>9.1f}",
+                f"{name:<24}{keep:>6.2f}{spread(before):>18}{spread(after):>18}{closed:>13}{mean(minutes):>9.1f}",
                 flush=True,
             )
 
@@ -213,7 +226,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--keep", nargs="+", type=float, default=[0.5, 0.25, 0.16])
     parser.add_argument("--rows", nargs="*", default=list(ROWS), choices=list(ROWS))
     parser.add_argument("--importances", nargs="*", default=[NOT_PRUNED, *IMPORTANCES])
-    parser.add_argument("--recover", nargs="*", default=list(RECOVERED), help="methods to heal in the third table")
+    parser.add_argument(
+        "--recover", nargs="*", default=list(RECOVERED), choices=list(RECOVERED), help="of the third table"
+    )
     parser.add_argument("--recover-rate", type=float, help="of that (default: what suits the method)")
     parser.add_argument("--epochs", type=float, default=3, help="of pruning, and again of the factors")
     parser.add_argument("--losses", nargs="+", type=name_and_weight, help="of all rows (default: lpaf's own)")
