@@ -31,7 +31,7 @@ from hf_lowrank.cli.training_arguments import name_and_weight
 from hf_lowrank.loading import load_dense
 from hf_lowrank.training.distillation import default_losses
 from hf_lowrank.training.features import hold_out, make_features
-from hf_lowrank.training.lpaf import Lesson, LPAFOptions, train
+from hf_lowrank.training.lpaf import Lesson, LPAFOptions, default_prune_keep, train
 from hf_lowrank.training.pruning import IMPORTANCES
 
 # row -> what prunes (None: trained as long, nothing pruned), and options of `lpaf`, without mixed ranks unless given
@@ -119,7 +119,7 @@ class Study:
 
     def start(self, importance: str | None, keep: float, seed: int) -> Any:
         """What is compressed to a budget: pruned as `lpaf` prunes for it, or trained as long."""
-        return self.pruned(importance, max(keep, LPAFOptions.prune_keep), seed)[0]
+        return self.pruned(importance, default_prune_keep(keep), seed)[0]
 
     def compressed(self, row: str, keep: float, seed: int) -> float:
         """Accuracy of one row of the table at one budget."""

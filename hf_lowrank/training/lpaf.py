@@ -192,6 +192,11 @@ def _losses(training: LPAFOptions, features: Features) -> Mapping[str, float]:
     return training.losses or (_WITH_CONSISTENCY if training.consistency else default_losses(features))
 
 
+def default_prune_keep(keep_targets: float | None) -> float:
+    """What pruning keeps for a budget where nothing is said: a half, or `keep_targets` where that is more."""
+    return max(_KEEP, keep_targets or 0.0)
+
+
 def _split(options: dict[str, Any]) -> tuple[LPAFOptions, CompressionSettings]:
     """Each option to whom it belongs; what both know, such as the seed, to both."""
     ours = {field.name for field in fields(LPAFOptions)}
@@ -200,7 +205,7 @@ def _split(options: dict[str, Any]) -> tuple[LPAFOptions, CompressionSettings]:
     settings = make_settings({**defaults, **{k: v for k, v in options.items() if k in theirs or k not in ours}})
     given = {name: value for name, value in options.items() if name in ours}
     if given.get("prune_keep") is None:
-        given["prune_keep"] = max(_KEEP, settings.keep_targets or 0.0)
+        given["prune_keep"] = default_prune_keep(settings.keep_targets)
     return LPAFOptions(**given), settings
 
 
