@@ -24,6 +24,22 @@ def dense_kind(module: nn.Module) -> str | None:
     return "embedding" if type(module) is nn.Embedding else None
 
 
+class EmbeddingStructure(nn.Module):
+    """What structures in the place of a token embedding have in common.
+
+    Their constructors take `num_embeddings`, `embedding_dim`, `padding_idx`, `device`, `dtype` and the sizes of their
+    specs.
+    """
+
+    HOSTS = "embedding"
+
+    @classmethod
+    def like(cls, dense: nn.Embedding, device: torch.device | str | None = None, **sizes: Any) -> Any:
+        """A table of the shape, padding and dtype of `dense`, on its device unless one is given."""
+        kind: dict[str, Any] = {"device": device or dense.weight.device, "dtype": dense.weight.dtype}
+        return cls(*dense_shape(dense), padding_idx=dense.padding_idx, **sizes, **kind)
+
+
 class LinearStructure(nn.Module):
     """What structures in the place of a linear layer have in common.
 

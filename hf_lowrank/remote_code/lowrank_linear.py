@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from transformers import initialization as init
 
-from .lowrank_dense import LinearStructure, dense_shape
+from .lowrank_dense import EmbeddingStructure, LinearStructure
 
 
 def check_rank(rank: int, rows: int, columns: int) -> None:
@@ -115,7 +115,7 @@ class LowRankLinear(LinearStructure):
         return f"{self.in_features}, {self.out_features}, rank={self.rank}, bias={self.up.bias is not None}"
 
 
-class LowRankEmbedding(nn.Module):
+class LowRankEmbedding(EmbeddingStructure):
     """Token embedding whose table is a product of two thin matrices: `E = codes @ basis`.
 
     Stores `R * (V + D)` numbers instead of `V * D` and decodes only the tokens of the batch. A language-model head
@@ -137,7 +137,6 @@ class LowRankEmbedding(nn.Module):
     """
 
     SIZES = ("rank",)
-    HOSTS = "embedding"
     TIED_HEAD = "low_rank"
     TIED_PARAMETERS: ClassVar[dict[str, str]] = {"up.weight": "codes.weight", "down.weight": "basis"}
 
@@ -159,12 +158,6 @@ class LowRankEmbedding(nn.Module):
         self.basis = nn.Parameter(torch.empty(rank, embedding_dim, device=device, dtype=dtype))
         if self.basis.device.type != "meta":
             self.reset_parameters(std=0.02)
-
-    @classmethod
-    def like(cls, dense: nn.Embedding, device: torch.device | str | None = None, *, rank: int) -> "LowRankEmbedding":
-        """A table of the shape, padding and dtype of `dense`, on its device unless one is given."""
-        weight = dense.weight
-        return cls(*dense_shape(dense), rank, dense.padding_idx, device or weight.device, weight.dtype)
 
     @staticmethod
     def num_weights(num_embeddings: int, embedding_dim: int, *, rank: int) -> int:

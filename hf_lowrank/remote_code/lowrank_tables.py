@@ -7,7 +7,7 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import initialization as init
 
-from .lowrank_dense import LinearStructure, dense_shape
+from .lowrank_dense import EmbeddingStructure, LinearStructure
 from .lowrank_linear import resized_rows
 from .lowrank_materialize import Materializing
 
@@ -36,10 +36,8 @@ class CodedRows(Materializing):
         return ", ".join(f"{name}={size}" for name, size in self.sizes.items())
 
 
-class CodedEmbedding(CodedRows):
+class CodedEmbedding(EmbeddingStructure, CodedRows):
     """A token embedding; to be joined with a kind of rows, which then looks them up (`_looked_up`)."""
-
-    HOSTS = "embedding"
 
     def __init__(
         self,
@@ -58,8 +56,7 @@ class CodedEmbedding(CodedRows):
     @classmethod
     def like(cls, dense: nn.Embedding, device: torch.device | str | None = None, **sizes: int) -> Any:
         """A table of the shape, padding and dtype of `dense`, on its device unless one is given."""
-        weight = dense.weight
-        return cls(*dense_shape(dense), sizes, dense.padding_idx, device or weight.device, weight.dtype)
+        return super().like(dense, device, sizes=sizes)
 
     @property
     def num_embeddings(self) -> int:
