@@ -25,7 +25,7 @@ from transformers.pytorch_utils import Conv1D
 from hf_lowrank import compress
 from hf_lowrank.planning.tensor_ranks import tucker_ranks
 from hf_lowrank.solvers.svd import SVD
-from hf_lowrank.solvers.tucker import mode_spectra, tucker
+from hf_lowrank.solvers.tucker import tucker
 from hf_lowrank.targets import DenseMatrix, find_matrices, matching
 from hf_lowrank.tasks import make_task
 from hf_lowrank.tasks.base import Step
@@ -82,8 +82,7 @@ def tucker_heads(study: Study, matrices: Sequence[DenseMatrix], compression: flo
     config: Any = study.model.config
     height = config.hidden_size // config.num_attention_heads
     stack = torch.cat([matrix.weight.unflatten(0, (-1, height)) for matrix in matrices])
-    spectra = [values.numpy() for values in mode_spectra(stack)]
-    ranks = tucker_ranks(spectra, stack.numel() / compression)
+    ranks = tucker_ranks(stack, stack.numel() / compression)
     assert ranks is not None  # the compressions are far from what there is no Tucker decomposition for
     blocks = tucker(stack, ranks).blocks()
     return [part.flatten(0, 1) for part in blocks.split(len(blocks) // len(matrices))]

@@ -167,7 +167,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--keep-targets", type=float, default=1 / 7)
     parser.add_argument("--students", nargs="+", default=["whitened tucker", "random start", "pairs by SVD"])
     parser.add_argument("--general-steps", type=int, default=100)
-    parser.add_argument("--task-steps", type=int, default=1700, help="of each of the two stages on the task")
+    parser.add_argument("--task-steps", type=int, default=2400, help="of each of the two stages on the task")
     parser.add_argument("--learning-rate", type=float, default=1e-3, help="half of it in the last stage")
     parser.add_argument("--min-words", type=int, default=8, help="of the sentences it is trained on, at least")
     parser.add_argument("--last-block-only", action="store_true", help="hidden states of the last block only")

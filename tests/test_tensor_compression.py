@@ -4,7 +4,6 @@ import copy
 import json
 from itertools import product
 
-import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -22,7 +21,7 @@ from hf_lowrank.remote_code.modeling_lowrank import compressed_model_class
 from hf_lowrank.settings import CompressionSettings
 from hf_lowrank.solvers.stacking import in_group
 from hf_lowrank.solvers.tensor_methods import TENSOR_METHODS
-from hf_lowrank.solvers.tucker import TuckerRanks
+from hf_lowrank.solvers.tucker import TuckerRanks, hosvd, relative_error
 from hf_lowrank.targets import find_matrices
 from hf_lowrank.tensors import KINDS
 from hf_lowrank.tensors.problem import TensorProblem
@@ -210,22 +209,47 @@ def test_the_dtype_asked_for_is_that_of_every_part():
     assert {p.dtype for p in small.parameters()} == {torch.bfloat16}
 
 
-def test_a_budget_picks_the_ranks_that_keep_most_energy():
-    spectra = np.array([9.0, 1, 0, 0]), np.array([5.0, 3, 1, 1]), np.array([4.0, 4, 1, 1])
+@pytest.mark.parametrize("method", [name for name in FREE if "nonlinear" not in name])  # trained: seconds, and chaotic
+def test_a_16_bit_model_gives_nearly_what_it_would_in_32_bits(method):
+    dense = build("BertModel").bfloat16()
+    found, wanted = (
+        compress(model, method=method, keep_targets=0.8) for model in (dense, copy.deepcopy(dense).float())
+    )
 
-    every = [TuckerRanks(*sizes) for sizes in product(range(1, 5), range(1, 5), [1, 2, 3, None])]
+    assert {p.dtype for p in found.parameters()} == {torch.bfloat16}
+    inputs = {"input_ids": torch.arange(3, 15)[None]}
+    with torch.no_grad():
+        outputs = [model.float()(**inputs).last_hidden_state for model in (found, wanted)]
+    assert (outputs[0] - outputs[1]).norm() <= 0.1 * outputs[1].norm()
 
-    def kept(ranks):
-        sizes = ranks.left, ranks.right, ranks.bank or 4
-        return np.prod([values[:size].sum() for values, size in zip(spectra, sizes, strict=True)])
 
-    for budget in (13, 25, 40, 70):
-        found = tucker_ranks(spectra, budget)
-        affordable = [ranks for ranks in every if ranks.num_weights(4, 4, 4) <= budget]
+@pytest.mark.parametrize("budget", [13, 25, 40, 70])
+def test_a_budget_picks_the_ranks_that_keep_the_largest_share_of_each_block(budget):
+    generator = torch.Generator().manual_seed(0)
+    decay = torch.tensor([3.0, 1, 0.3, 0.1])
+    stack = torch.randn(4, 4, 4, dtype=torch.float64, generator=generator) * decay * decay[:, None]
+    every = [TuckerRanks(*sizes) for sizes in product(range(1, 5), range(1, 5), [1, 2, None])]
+    affordable = [ranks for ranks in every if ranks.num_weights(4, 4, 4) <= budget]
 
-        assert found in affordable
-        assert kept(found) == max(map(kept, affordable))
-    assert tucker_ranks(spectra, budget=8) is None
+    stack /= stack.flatten(1).norm(dim=1)[:, None, None]
+    errors = {ranks: relative_error(stack, hosvd(stack, ranks)) for ranks in affordable}
+    blocks_of_all_sizes = stack * decay[:, None, None]
+
+    found = tucker_ranks(blocks_of_all_sizes, budget)
+    assert found in affordable
+    assert errors[found] == pytest.approx(min(errors.values()), abs=1e-9)
+
+
+def test_a_budget_below_ranks_of_one_picks_none():
+    assert tucker_ranks(torch.randn(4, 4, 4), budget=8) is None
+
+
+def test_a_budget_picks_a_bank_where_blocks_are_mixed_from_one():
+    generator = torch.Generator().manual_seed(0)
+    bank = torch.randn(2, 6, 6, generator=generator)
+    stack = torch.tensordot(torch.randn(12, 2, generator=generator), bank, dims=1)
+
+    assert tucker_ranks(stack, budget=2 * 36 + 12 * 2 + 2 * 36) == TuckerRanks(6, 6, 2)
 
 
 @pytest.mark.parametrize("budget", [5, 14, 30, 41])

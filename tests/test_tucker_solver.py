@@ -21,9 +21,10 @@ from hf_lowrank.solvers.tucker import (
     BlockMetrics,
     Tucker,
     TuckerRanks,
+    captured_energy,
     hooi,
     hosvd,
-    mode_spectra,
+    refitted,
     relative_error,
     tucker,
 )
@@ -90,12 +91,24 @@ def test_full_ranks_are_exact(ranks, metrics):
 @pytest.mark.parametrize("ranks", RANKS, ids=str)
 def test_hosvd_error_is_at_most_the_energy_cut_off_in_each_mode(ranks):
     stack = stack_of()
-    left, right, bank = mode_spectra(stack)
-    lost = (
-        left[ranks.left :].sum() + right[ranks.right :].sum() + (0 if ranks.bank is None else bank[ranks.bank :].sum())
+    kept = {1: ranks.left, 2: ranks.right, 0: ranks.bank or BLOCKS}
+    lost = sum(
+        torch.linalg.svdvals(stack.movedim(mode, 0).flatten(1))[rank:].square().sum() for mode, rank in kept.items()
     )
 
     assert relative_error(stack, hosvd(stack, ranks)) ** 2 <= float(lost / stack.square().sum()) + 1e-12
+
+
+@pytest.mark.parametrize("ranks", RANKS + FULL, ids=str)
+def test_what_hosvd_keeps_is_known_for_all_ranks_from_one_core(ranks):
+    stack = stack_of()
+    kept = captured_energy(stack, [1, ranks.left, LEFT], [ranks.right, RIGHT])
+
+    lost = relative_error(stack, hosvd(stack, ranks)) ** 2
+    assert kept.shape == (BLOCKS, 3, 2)
+    torch.testing.assert_close(
+        kept[(ranks.bank or BLOCKS) - 1, 1, 0] / stack.square().sum(), torch.tensor(1 - lost).double()
+    )
 
 
 def test_a_full_bank_is_no_bank():
@@ -231,3 +244,27 @@ def test_unknown_and_empty_groups_are_refused():
         in_group(matrices, "heads")
     with pytest.raises(InputError, match="No matrix belongs"):
         in_group([m for m in matrices if group_of(m) == "attention"], "feed_forward")
+
+
+@pytest.mark.parametrize("shape", [(9, 9), (18, 9), (9, 27), (20, 9), (9, 20)], ids=str)
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_refitted_matrices_leave_no_error_that_the_factors_could_take_away(side, shape):
+    generator = torch.Generator().manual_seed(3)
+    layout = BlockLayout(side, 9, 9, shape)
+    rows, columns = layout.grid if side == "right" else layout.grid[::-1]
+    whole = BlockLayout(side, 9, 9, (9 * rows, 9 * columns))  # the last blocks filled with zeros
+    weight = torch.randn(shape, dtype=torch.float64, generator=generator)
+    drawn = (torch.randn(9, rank, dtype=torch.float64, generator=generator) for rank in (4, 3))
+    left, right = (torch.linalg.qr(one).Q for one in drawn)
+    tokens = torch.randn(60, 9 * columns, dtype=torch.float64, generator=generator)
+    tokens[:, 0] *= 5
+    tokens[:, shape[1] :] = 0
+    metric = moment_metric(tokens.T @ tokens / 60, 60, 0.01)
+
+    own = refitted(weight, layout, left, right, metric)
+
+    lost = join_blocks(cut_blocks(weight, layout) - left @ own @ right.T, whole)
+    rooted = torch.cat(list(metric.rooted_chunks(lost.T, 99)))  # L^T E^T
+    pulled = cut_blocks(metric.root(rooted).T, whole)  # E C, block by block
+    assert own.shape == (layout.num_blocks, 4, 3)
+    torch.testing.assert_close(left.T @ pulled @ right, torch.zeros_like(own), rtol=0, atol=1e-10)

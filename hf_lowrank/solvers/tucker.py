@@ -1,5 +1,6 @@
 """Tucker decomposition of stacked blocks: factors shared by all blocks, a small matrix of its own for each."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -7,6 +8,7 @@ import torch
 from hf_lowrank.errors import InputError
 from hf_lowrank.progress import Progress, no_progress
 from hf_lowrank.solvers.metric import Metric
+from hf_lowrank.solvers.stacking import BlockLayout, cut_blocks
 
 _TOLERANCE = 1e-5
 _MOST_SWEEPS = 50
@@ -166,6 +168,37 @@ def hooi(
     return found
 
 
+def refitted(
+    weight: torch.Tensor, layout: BlockLayout, left: torch.Tensor, right: torch.Tensor, metric: Metric
+) -> torch.Tensor:
+    """The own matrices of the blocks of one weight (O, I) that are best between given factors, (p, rl, rr).
+
+    With `F` and `G` the factors on the sides of its inputs and of its outputs, one copy for each row or column of the
+    grid, `tr((W - G M F^T) C (W - G M F^T)^T)` is least at `M = G^T W C F (F^T C F)^-1`: exact in the metric `C` of
+    all inputs of this very weight, where the decomposition knows one metric for all blocks.
+
+    Args:
+        left: Factor with orthonormal columns, as `right`.
+        metric: Of the inputs, of those too that are missing from the last block.
+    """
+    rows, columns = layout.grid
+    blocks = cut_blocks(weight.to(left.dtype), layout).unflatten(0, (rows, columns))
+    if layout.input_side == "left":
+        factor, projected = torch.block_diag(*[left] * rows), (blocks @ right).permute(0, 2, 1, 3)
+    else:
+        factor, projected = torch.block_diag(*[right] * columns), (blocks.mT @ left).permute(1, 2, 0, 3)
+    tall = projected.flatten(2).flatten(0, 1)  # W^T G, a row an input
+    rooted, wanted = (torch.cat(list(metric.rooted_chunks(one, _CHUNK))) for one in (factor, tall))
+    basis, triangle = torch.linalg.qr(rooted)
+    found = torch.linalg.solve_triangular(triangle, basis.T @ wanted, upper=True).to(left.dtype)
+    own: torch.Tensor
+    if layout.input_side == "left":
+        own = found.unflatten(0, (rows, -1)).unflatten(2, (columns, -1)).permute(0, 2, 1, 3)
+    else:
+        own = found.unflatten(0, (columns, -1)).unflatten(2, (rows, -1)).permute(2, 0, 3, 1)
+    return own.flatten(0, 1)
+
+
 def orthonormal(found: Tucker) -> Tucker:
     """The same blocks by factors with orthonormal columns, their triangular parts in the core.
 
@@ -180,11 +213,20 @@ def orthonormal(found: Tucker) -> Tucker:
     return Tucker(left, right, torch.tensordot(from_mixing, core, dims=1), mixing)
 
 
-def mode_spectra(stack: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Eigenvalues of the Gram matrices of the left, the right and the bank mode, largest first, float64."""
-    grams = (_left_gram(stack), _right_gram(stack), bank_gram(stack))
-    left, right, bank = (torch.linalg.eigvalsh(gram.double()).flip(0).clamp_min(0) for gram in grams)
-    return left, right, bank
+def captured_energy(stack: torch.Tensor, lefts: Sequence[int], rights: Sequence[int]) -> torch.Tensor:
+    """`||core||^2` of `hosvd(stack, ranks)` for any ranks, of (B, m, n) without a bank cut first.
+
+    Cutting a rank leaves a corner of the core, so that one core of full ranks tells of all; one of its B matrices is
+    held at a time.
+
+    Shapes:
+        found  (B, len(lefts), len(rights)), float64, by the size of the bank minus one and by the ranks asked for
+    """
+    num_blocks, height, width = stack.shape
+    full = hosvd(stack, TuckerRanks(height, width, num_blocks))
+    rows, columns = torch.as_tensor(lefts) - 1, torch.as_tensor(rights) - 1
+    corners = [part.double().square().cumsum(0)[rows].cumsum(1)[:, columns] for part in full.core.cpu()]
+    return torch.stack(corners).cumsum(0)
 
 
 def relative_error(stack: torch.Tensor, found: Tucker) -> float:

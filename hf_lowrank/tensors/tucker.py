@@ -3,13 +3,15 @@
 from collections.abc import Iterable, Sequence
 
 import torch
+from torch.nn import functional as F
 
 from hf_lowrank.errors import InputError
 from hf_lowrank.planning.tensor_ranks import tucker_ranks
 from hf_lowrank.remote_code.lowrank_plan import Plan, Spec
 from hf_lowrank.solvers.metric import moment_metric
 from hf_lowrank.solvers.stacking import INPUT_SIDES, BlockLayout, block_layout, stack_blocks
-from hf_lowrank.solvers.tucker import BlockMetrics, TuckerRanks, mode_spectra, tucker
+from hf_lowrank.solvers.tucker import BlockMetrics, Tucker, TuckerRanks, refitted, tucker
+from hf_lowrank.targets import DenseMatrix
 from hf_lowrank.tensors.problem import Solved, Specs, TensorProblem
 
 PART = "tucker_factors"
@@ -31,8 +33,7 @@ class TuckerKind:
     def specs_within(self, problem: TensorProblem, budget: float) -> tuple[Specs, Specs] | None:
         """The specs that keep most energy in `budget` numbers."""
         stack, metrics = _stack(problem)
-        spectra = mode_spectra(stack if metrics is None else metrics.whiten(stack))
-        found = tucker_ranks([values.cpu().numpy() for values in spectra], budget)
+        found = tucker_ranks(stack if metrics is None else metrics.whiten(stack), budget)
         return None if found is None else _specs(problem, found)
 
     def least(self, problem: TensorProblem) -> int:
@@ -49,9 +50,23 @@ class TuckerKind:
         state = {"left": found.left, "right": found.right}
         if found.mixing is not None:
             state["core"] = found.core
-        own = (found.core if found.mixing is None else found.mixing).split([x.num_blocks for x in _layouts(problem)])
+        own: Iterable[torch.Tensor]
+        if metrics is not None and found.mixing is None:
+            own = (_refitted(problem, matrix, found) for matrix in problem.matrices)
+        else:
+            parts = found.core if found.mixing is None else found.mixing
+            own = parts.split([layout.num_blocks for layout in _layouts(problem)])
         members = {matrix.name: {"own": part} for matrix, part in zip(problem.matrices, own, strict=True)}
         yield Solved(members, PART, state)
+
+
+def _refitted(problem: TensorProblem, matrix: DenseMatrix, found: Tucker) -> torch.Tensor:
+    """Its own matrices, best in the metric of its own inputs."""
+    layout = block_layout(matrix, problem.width)
+    moment, num_tokens = problem.moment(matrix)
+    missing = -len(moment) % problem.width
+    metric = moment_metric(F.pad(moment, (0, missing, 0, missing)), num_tokens, _SHRINKAGE)
+    return refitted(problem.weight(matrix), layout, found.left, found.right, metric)
 
 
 def _specs(problem: TensorProblem, ranks: TuckerRanks) -> tuple[Specs, Specs]:
