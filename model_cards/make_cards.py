@@ -91,10 +91,13 @@ RUNS = {
         ["--keep-targets", "0.25", "--dataset", "{data}/glue/SST-2/train.tsv", "--max-examples", "4000"],
         "{classifier}", SST_2, DERIVED, "lpaf",
     ),
-    "all-MiniLM-L6-v2-sst2-lpaf-by-survivors-0.25": Run(
-        [*at(0.25, "sparsity_aware_svd"), "--dataset", "{data}/glue/SST-2/train.tsv", "--max-examples", "4000"],
-        "{classifier}", SST_2, DERIVED, "lpaf",
-    ),
+    **{
+        f"all-MiniLM-L6-v2-sst2-lpaf-by-{rows}-0.25": Run(
+            [*at(0.25, method), "--dataset", "{data}/glue/SST-2/train.tsv", "--max-examples", "4000"],
+            "{classifier}", SST_2, DERIVED, "lpaf",
+        )
+        for rows, method in (("survivors", "sparsity_aware_svd"), ("importance", "importance_aware_svd"))
+    },
     **{f"all-MiniLM-L6-v2-{name}-0.6": Run(options) for name, options in BASELINES.items()},
 }  # fmt: skip
 

@@ -46,7 +46,7 @@ def _add_lpaf(commands: Commands) -> None:
     group.add_argument("--rank", type=int, metavar="N", help="rank of every replaced matrix")
     _add_data(parser)
     _add_losses(parser)
-    parser.add_argument("--method", help="how the sparse matrices are factorized (default: importance_aware_svd)")
+    parser.add_argument("--method", help="how the sparse matrices are factorized (default: two_sided_svd)")
     parser.add_argument("--importance", help="sensitivity, movement, magnitude or random (default: sensitivity)")
     for name, meaning in (
         ("prune-keep", "fraction of the entries pruning keeps (default: 0.5, or keep-targets if that is more)"),

@@ -113,8 +113,9 @@ def lpaf(
 
     1. A copy is trained on the task, and towards the model as it was, while first-order pruning thins out matrices,
        which lowers their rank.
-    2. The sparse matrices are factorized to the budget by `method` (default: `importance_aware_svd`) into two factors,
-       which `convert_storage_` can store smaller afterwards.
+    2. The sparse matrices are factorized to the budget into two factors, which `convert_storage_` can store smaller
+       afterwards. Published are rows weighted by what pruning left (`sparsity_aware_svd`, `importance_aware_svd`); the
+       default method, `two_sided_svd`, asks what rows and columns do to the loss, and measured better.
     3. The factors are trained in the same way; with `probability` a layer now and then still takes its sparse weight,
        ever less often. The state with the least loss on held-out examples is kept.
 
@@ -201,7 +202,7 @@ def _split(options: dict[str, Any]) -> tuple[LPAFOptions, CompressionSettings]:
     """Each option to whom it belongs; what both know, such as the seed, to both."""
     ours = {field.name for field in fields(LPAFOptions)}
     theirs = {field.name for field in fields(CompressionSettings)}
-    defaults = {"method": "importance_aware_svd", "storage": "low_rank", "refine_passes": 0}
+    defaults = {"method": "two_sided_svd", "storage": "low_rank", "refine_passes": 0}
     settings = make_settings({**defaults, **{k: v for k, v in options.items() if k in theirs or k not in ours}})
     given = {name: value for name, value in options.items() if name in ours}
     if given.get("prune_keep") is None:
