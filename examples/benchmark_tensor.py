@@ -75,15 +75,11 @@ def benchmark_encoder(models: dict[str, BertModel], rounds: int, batch: int, len
 
 
 def benchmark_compiled(models: dict[str, BertModel], rounds: int, shapes: Sequence[tuple[int, int]], how: str) -> None:
-    """The same, each model compiled for each shape, by the backend `how`.
-
-    Weights are frozen, as for any model that is only used: what no token changes is formed once, by the compiler.
-    """
-    options = {"freezing": True} if how == "inductor" else None
+    """The same, each model compiled for each shape, by the backend `how`."""
     for batch, length in shapes:
         torch.compiler.reset()  # it stops compiling what it has compiled eight times: four models at two shapes
         for model in models.values():
-            model.encoder.compile(backend=how, options=options, dynamic=False)
+            model.encoder.compile(backend=how, dynamic=False)
         benchmark_encoder(models, rounds, batch, length, ", compiled")
 
 
