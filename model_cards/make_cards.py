@@ -56,6 +56,13 @@ def at(keep: float, method: str, *options: str) -> list[str]:
     return ["--keep-targets", f"{keep:g}", "--method", method, *options]
 
 
+# Prune and factorize, by what the sparse matrices are factorized by.
+PRUNED = {
+    "lpaf": ["--keep-targets", "0.25"],
+    "lpaf-by-survivors": at(0.25, "sparsity_aware_svd"),
+    "lpaf-by-importance": at(0.25, "importance_aware_svd"),
+}
+
 # Methods that are here to compare with: one card each, like the others of 0.6.
 BASELINES = {
     "element-weighted-svd": at(0.6, "element_weighted_svd", *CORPUS, "--fast"),
@@ -87,16 +94,12 @@ RUNS = {
     "minilm-l6-mlm-two-sided-svd-0.6": Run(
         ["--keep-targets", "0.6", *CORPUS], "{models}/minilm-l6-mlm", ["--task", "masked-lm", *WIKITEXT], DERIVED
     ),
-    "all-MiniLM-L6-v2-sst2-lpaf-0.25": Run(
-        ["--keep-targets", "0.25", "--dataset", "{data}/glue/SST-2/train.tsv", "--max-examples", "4000"],
-        "{classifier}", SST_2, DERIVED, "lpaf",
-    ),
     **{
-        f"all-MiniLM-L6-v2-sst2-lpaf-by-{rows}-0.25": Run(
-            [*at(0.25, method), "--dataset", "{data}/glue/SST-2/train.tsv", "--max-examples", "4000"],
+        f"all-MiniLM-L6-v2-sst2-{name}-0.25": Run(
+            [*options, "--dataset", "{data}/glue/SST-2/train.tsv", "--max-examples", "4000"],
             "{classifier}", SST_2, DERIVED, "lpaf",
         )
-        for rows, method in (("survivors", "sparsity_aware_svd"), ("importance", "importance_aware_svd"))
+        for name, options in PRUNED.items()
     },
     **{f"all-MiniLM-L6-v2-{name}-0.6": Run(options) for name, options in BASELINES.items()},
 }  # fmt: skip

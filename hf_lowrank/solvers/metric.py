@@ -32,6 +32,10 @@ class Metric(ABC):
     def rooted_chunks(self, tall: torch.Tensor, size: int) -> Iterator[torch.Tensor]:
         """The rows of `L^T T` for (n, k) `T`, in float64 pieces."""
 
+    def rooted(self, tall: torch.Tensor) -> torch.Tensor:
+        """`L^T T` for (n, k) `T`, float64."""
+        return torch.cat(list(self.rooted_chunks(tall, len(tall))))
+
 
 class DiagonalMetric(Metric):
     """`M = diag(w)`; no `w` means the identity.
@@ -106,10 +110,7 @@ class BlockMetric(Metric):
         return torch.cat([metric.solve(part) for metric, part in self._parts(vectors)])
 
     def congruent(self, gram: torch.Tensor) -> torch.Tensor:
-        half = [metric.rooted_chunks(part, len(part)) for metric, part in self._parts(gram)]  # L^T A, by rows
-        rows = torch.cat([chunk for chunks in half for chunk in chunks])
-        other = [metric.rooted_chunks(part, len(part)) for metric, part in self._parts(rows.T)]
-        return torch.cat([chunk for chunks in other for chunk in chunks]).T
+        return self.rooted(self.rooted(gram).T).T
 
     def rooted_chunks(self, tall: torch.Tensor, size: int) -> Iterator[torch.Tensor]:
         for metric, part in self._parts(tall):

@@ -218,7 +218,7 @@ class _Member:
 
 def applied(metric: Metric, vectors: torch.Tensor) -> torch.Tensor:
     """`M V` for (n, k) `V`."""
-    return metric.root(torch.cat(list(metric.rooted_chunks(vectors, len(vectors)))))
+    return metric.root(metric.rooted(vectors))
 
 
 def conjugate_gradients(

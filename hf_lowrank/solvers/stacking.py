@@ -44,6 +44,12 @@ class BlockLayout:
         rows, columns = self.grid
         return rows * columns
 
+    def of_blocks(self, left: int, right: int) -> "BlockLayout":
+        """The same grid of blocks of another size, all of them full."""
+        rows, columns = self.grid[0] * left, self.grid[1] * right
+        shape = (rows, columns) if self.input_side == "right" else (columns, rows)
+        return BlockLayout(self.input_side, left, right, shape)
+
 
 def group_of(matrix: DenseMatrix) -> str:
     """`attention` for a matrix inside a module so called, `feed_forward` for any other of a block."""

@@ -8,11 +8,10 @@ import torch
 from hf_lowrank.errors import InputError
 from hf_lowrank.progress import Progress, no_progress
 from hf_lowrank.solvers.metric import Metric
-from hf_lowrank.solvers.stacking import BlockLayout, cut_blocks
+from hf_lowrank.solvers.stacking import BlockLayout, cut_blocks, join_blocks
 
 _TOLERANCE = 1e-5
 _MOST_SWEEPS = 50
-_CHUNK = 4096
 
 
 @dataclass(frozen=True)
@@ -96,8 +95,7 @@ class BlockMetrics:
         """`sqrt(w_i) L_A^T W_i L_C` for each block of (B, m, n)."""
         whitened = torch.empty_like(stack)
         for index, block in enumerate(stack):
-            rooted = torch.cat(list(self.left.rooted_chunks(block, _CHUNK)))
-            rooted = torch.cat(list(self.right.rooted_chunks(rooted.T, _CHUNK))).T
+            rooted = self.right.rooted(self.left.rooted(block).T).T
             whitened[index] = rooted if self.weights is None else rooted * self.weights[index].sqrt()
         return whitened
 
@@ -181,22 +179,16 @@ def refitted(
         left: Factor with orthonormal columns, as `right`.
         metric: Of the inputs, of those too that are missing from the last block.
     """
+    blocks = cut_blocks(weight.to(left.dtype), layout)
     rows, columns = layout.grid
-    blocks = cut_blocks(weight.to(left.dtype), layout).unflatten(0, (rows, columns))
     if layout.input_side == "left":
-        factor, projected = torch.block_diag(*[left] * rows), (blocks @ right).permute(0, 2, 1, 3)
+        factor, projected = torch.block_diag(*[left] * rows), blocks @ right
     else:
-        factor, projected = torch.block_diag(*[right] * columns), (blocks.mT @ left).permute(1, 2, 0, 3)
-    tall = projected.flatten(2).flatten(0, 1)  # W^T G, a row an input
-    rooted, wanted = (torch.cat(list(metric.rooted_chunks(one, _CHUNK))) for one in (factor, tall))
-    basis, triangle = torch.linalg.qr(rooted)
-    found = torch.linalg.solve_triangular(triangle, basis.T @ wanted, upper=True).to(left.dtype)
-    own: torch.Tensor
-    if layout.input_side == "left":
-        own = found.unflatten(0, (rows, -1)).unflatten(2, (columns, -1)).permute(0, 2, 1, 3)
-    else:
-        own = found.unflatten(0, (columns, -1)).unflatten(2, (rows, -1)).permute(2, 0, 3, 1)
-    return own.flatten(0, 1)
+        factor, projected = torch.block_diag(*[right] * columns), left.T @ blocks
+    wanted = join_blocks(projected, layout.of_blocks(*projected.shape[1:]))  # G^T W
+    basis, triangle = torch.linalg.qr(metric.rooted(factor))
+    found = torch.linalg.solve_triangular(triangle, basis.T @ metric.rooted(wanted.T), upper=True)  # M^T
+    return cut_blocks(found.T.to(left.dtype), layout.of_blocks(left.shape[1], right.shape[1]))
 
 
 def orthonormal(found: Tucker) -> Tucker:
@@ -214,13 +206,10 @@ def orthonormal(found: Tucker) -> Tucker:
 
 
 def captured_energy(stack: torch.Tensor, lefts: Sequence[int], rights: Sequence[int]) -> torch.Tensor:
-    """`||core||^2` of `hosvd(stack, ranks)` for any ranks, of (B, m, n) without a bank cut first.
-
-    Cutting a rank leaves a corner of the core, so that one core of full ranks tells of all; one of its B matrices is
-    held at a time.
+    """`||core||^2` of `hosvd(stack, ranks)` for many ranks of (B, m, n): corners of the one core of full ranks.
 
     Shapes:
-        found  (B, len(lefts), len(rights)), float64, by the size of the bank minus one and by the ranks asked for
+        found  (B, len(lefts), len(rights)), float64, by the size of the bank minus one and the ranks on either side
     """
     num_blocks, height, width = stack.shape
     full = hosvd(stack, TuckerRanks(height, width, num_blocks))

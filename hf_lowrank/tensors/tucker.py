@@ -31,7 +31,7 @@ class TuckerKind:
         return _specs(problem, TuckerRanks(left, right, bank[0] if bank else None))
 
     def specs_within(self, problem: TensorProblem, budget: float) -> tuple[Specs, Specs] | None:
-        """The specs that keep most energy in `budget` numbers."""
+        """The specs that keep most of each block in `budget` numbers; see `tucker_ranks`."""
         stack, metrics = _stack(problem)
         found = tucker_ranks(stack if metrics is None else metrics.whiten(stack), budget)
         return None if found is None else _specs(problem, found)
