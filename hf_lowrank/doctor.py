@@ -1,6 +1,7 @@
-"""Looks for what commonly stands in the way: old libraries, idle cores, a cache nobody can write, no tokenizer."""
+"""Looks for what commonly stands in the way: old libraries, idle cores, slow memory, a cache nobody can write."""
 
 import importlib.metadata
+import mmap
 import os
 import re
 import shutil
@@ -22,6 +23,8 @@ from hf_lowrank.wording import megabytes
 OK, HINT, PROBLEM = "ok", "hint", "problem"
 _DISTRIBUTION = "hf-lowrank"
 _ENOUGH_DISK = 2_000_000_000  # bytes: a model of BERT's size, its copy, and room for statistics
+_LARGE_OUTPUT = 1 << 26  # bytes: more than glibc ever keeps for the next use, less than a batch of BERT-base's makes
+_LARGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")  # of Linux: `always [madvise] never`
 
 
 @dataclass(frozen=True)
@@ -41,7 +44,7 @@ class Finding:
 
 def diagnose(path: str | Path | None = None) -> list[Finding]:
     """Look at this installation and machine and, if there is a path, at the model folder there."""
-    findings = [*_libraries(), _threads(), _accelerator(), *_caches(), _hub()]
+    findings = [*_libraries(), _threads(), *_memory(), _accelerator(), *_caches(), _hub()]
     return findings if path is None else [*findings, *_folder(Path(path))]
 
 
@@ -88,6 +91,29 @@ def _threads() -> Finding:
         remedy = f"unset OMP_NUM_THREADS (it is {limit})" if limit else f"torch.set_num_threads({cores})"
         return Finding("processor", HINT, f"{found}: most cores stay idle", remedy)
     return Finding("processor", OK, found)
+
+
+def _memory() -> Iterator[Finding]:
+    """Whether each large output is new memory, which the system fills with zeros page by page at its first use."""
+    if not _LARGE_PAGES.is_file() or "[never]" in _LARGE_PAGES.read_text(encoding="utf-8"):
+        return
+    if _faults_of_large_output() < _LARGE_OUTPUT // mmap.PAGESIZE // 2:
+        yield Finding("memory", OK, "large outputs are no work for the system")
+        return
+    found = "large outputs are new memory each time, in small pages: batches wait for the system"
+    yield Finding("memory", HINT, found, "export THP_MEM_ALLOC_ENABLE=1 (torch then asks for large pages)")
+
+
+def _faults_of_large_output() -> int:
+    """Pages the system has to provide for an output as large as one that was freed before, at best."""
+    import resource  # Unix alone has it, as has Linux what calls this
+
+    faults = []
+    for _ in range(5):  # the first are new in any case, and a small block in the way makes another one new
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        torch.ones(_LARGE_OUTPUT, dtype=torch.uint8)
+        faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+    return min(faults)
 
 
 def _accelerator() -> Finding:

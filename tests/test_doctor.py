@@ -2,6 +2,11 @@
 
 import importlib.metadata
 import json
+import mmap
+import os
+import platform
+import subprocess
+import sys
 
 import huggingface_hub
 import pytest
@@ -81,6 +86,35 @@ def test_a_cache_that_cannot_be_written_is_a_problem(monkeypatch, tmp_path):
     found = finding("Hub cache")
 
     assert (found.verdict, found.remedy) == (doctor.PROBLEM, "set HF_HOME to a folder of yours")
+
+
+@pytest.mark.parametrize(
+    ("pages", "faults", "verdict"),
+    [("always [madvise] never", 16384, doctor.HINT), ("always [madvise] never", 32, doctor.OK), ("[never]", 1, None)],
+)
+def test_large_outputs_in_small_pages_are_named_where_there_are_large_ones(
+    monkeypatch, tmp_path, pages, faults, verdict
+):
+    (tmp_path / "enabled").write_text(pages)
+    monkeypatch.setattr(doctor, "_LARGE_PAGES", tmp_path / "enabled")
+    monkeypatch.setattr(doctor, "_faults_of_large_output", lambda: faults)
+
+    found = finding("memory")
+
+    assert (found and found.verdict) == verdict
+    assert verdict != doctor.HINT or "THP_MEM_ALLOC_ENABLE=1" in found.remedy
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the variables are of glibc")
+def test_memory_that_is_kept_is_not_faulted_in_again():
+    code = "from hf_lowrank import doctor; print(doctor._faults_of_large_output())"
+    kept = {"MALLOC_MMAP_THRESHOLD_": str(1 << 30), "MALLOC_TRIM_THRESHOLD_": str(1 << 31)}
+
+    run = subprocess.run(
+        [sys.executable, "-c", code], env=os.environ | kept, capture_output=True, text=True, check=True
+    )
+
+    assert int(run.stdout) < doctor._LARGE_OUTPUT // mmap.PAGESIZE / 100
 
 
 @pytest.mark.parametrize(("is_offline", "verdict"), [(True, doctor.HINT), (False, doctor.OK)])
