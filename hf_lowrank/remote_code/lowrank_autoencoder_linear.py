@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import initialization as init
 
-from .lowrank_dense import LinearStructure, dense_shape
+from .lowrank_dense import SharingStructure, dense_shape
 from .lowrank_linear import check_rank
 from .lowrank_materialize import Materializing
 
@@ -136,7 +136,7 @@ class NonlinearDecoder(LinearDecoder):
             init.zeros_(child.bias)
 
 
-class AutoencoderLinear(LinearStructure, Materializing):
+class AutoencoderLinear(SharingStructure, Materializing):
     """Linear layer whose weight has rows `norm_i * (code_i @ basis + offset)`, decoded by what other layers share too.
 
     The offline compression of Banaei et al. (Findings of EACL 2023) with a linear decoder: rows of the output neurons,
@@ -152,7 +152,7 @@ class AutoencoderLinear(LinearStructure, Materializing):
         output  (..., O)
 
     Args:
-        shared: The decoder. It is registered, and saved, where the plan says; a member only refers to it.
+        shared: The decoder.
 
     Raises:
         ValueError: If the decoder makes rows of another length.
@@ -171,7 +171,7 @@ class AutoencoderLinear(LinearStructure, Materializing):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        self._shared = (shared,)  # in a tuple, it is no child of this module
+        self._refer_to(shared)
         self.in_features, self.out_features = in_features, out_features
         num_rows, width = (out_features, in_features) if shared.rows == ROWS[0] else (in_features, out_features)
         if width != shared.width:
@@ -179,11 +179,6 @@ class AutoencoderLinear(LinearStructure, Materializing):
         self.codes = nn.Parameter(torch.empty(num_rows, shared.rank, device=device, dtype=dtype))
         self.norms = nn.Parameter(torch.empty(num_rows, device=device, dtype=dtype))
         self.bias = nn.Parameter(torch.empty(out_features, device=device, dtype=dtype)) if bias else None
-
-    @property
-    def shared(self) -> Any:
-        """The decoder."""
-        return self._shared[0]
 
     @property
     def rank(self) -> int:

@@ -61,3 +61,20 @@ class LinearStructure(nn.Module):
         """The bias of the layer this one stands for, (O)."""
         bias: torch.Tensor | None = attrgetter(self.BIAS)(self)
         return bias
+
+
+class SharingStructure(LinearStructure):
+    """A linear structure that needs a part other layers use too, of the class `SHARES`.
+
+    The part is registered, and saved, where the plan says: a member only refers to it.
+    """
+
+    SHARES: type[nn.Module]
+
+    def _refer_to(self, part: nn.Module) -> None:
+        self._shared = (part,)  # in a tuple, it is no child of this module
+
+    @property
+    def shared(self) -> Any:
+        """The part that other layers use too."""
+        return self._shared[0]

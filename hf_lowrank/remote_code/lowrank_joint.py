@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from transformers import initialization as init
 
-from .lowrank_dense import LinearStructure, dense_shape
+from .lowrank_dense import SharingStructure, dense_shape
 from .lowrank_linear import check_rank, dense_product, factor_std
 from .lowrank_products import InputProduct
 
@@ -79,7 +79,7 @@ class SharedDown(nn.Module):
         return f"{self.in_features}, rank={self.rank}, num_members={self.num_members}"
 
 
-class JointLinear(LinearStructure):
+class JointLinear(SharingStructure):
     """Linear layer of rank `R` that shares its first factor with others of the same input: `W = up @ shared.down`.
 
     `k` matrices of `O` rows cost `R (I + k O)` numbers and multiply-adds together, where pairs of their own cost
@@ -92,7 +92,7 @@ class JointLinear(LinearStructure):
         output  (..., O)
 
     Args:
-        shared: The common factor. It is registered, and saved, where the plan says; a member only refers to it.
+        shared: The common factor.
 
     Raises:
         ValueError: If the common factor has other inputs.
@@ -114,14 +114,9 @@ class JointLinear(LinearStructure):
         super().__init__()
         if in_features != shared.in_features:
             raise ValueError(f"the shared factor has {shared.in_features} inputs, the matrix {in_features}.")
-        self._shared = (shared,)  # in a tuple, it is no child of this module
+        self._refer_to(shared)
         self.in_features, self.out_features = in_features, out_features
         self.up = nn.Linear(shared.rank, out_features, bias=bias, device=device, dtype=dtype)
-
-    @property
-    def shared(self) -> SharedDown:
-        """The common factor."""
-        return self._shared[0]
 
     @property
     def rank(self) -> int:

@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import initialization as init
 
-from .lowrank_dense import LinearStructure, dense_shape
+from .lowrank_dense import LinearStructure, SharingStructure, dense_shape
 from .lowrank_products import HeldProducts, cheapest_route
 
 _NUM_CORES = 3
@@ -235,11 +235,11 @@ class CentralCore(nn.Module):
         return ", ".join(f"{size}={getattr(self, size)}" for size in self.SIZES)
 
 
-class SharedTensorTrainLinear(TensorTrainLinear):
+class SharedTensorTrainLinear(SharingStructure, TensorTrainLinear):
     """A `TensorTrainLinear` that shares its central core with other layers' (MPOBERT: Liu et al., EMNLP 2023).
 
     Args:
-        shared: The core. It is registered, and saved, where the plan says; a member only refers to it.
+        shared: The core.
     """
 
     SIZES: tuple[str, ...] = ()
@@ -248,7 +248,7 @@ class SharedTensorTrainLinear(TensorTrainLinear):
     def __init__(
         self, in_features: int, out_features: int, shared: CentralCore, bias: bool = True, **kind: Any
     ) -> None:
-        self._unregistered = (shared,)
+        self._refer_to(shared)
         super().__init__(in_features, out_features, shared.left_rank, shared.right_rank, bias, **kind)
 
     def _make_central(self, **kind: Any) -> None:
@@ -256,11 +256,6 @@ class SharedTensorTrainLinear(TensorTrainLinear):
 
     def _cores(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         return self.first, self.shared(), self.last
-
-    @property
-    def shared(self) -> Any:
-        """The central core."""
-        return self._unregistered[0]
 
 
 def _through(states: torch.Tensor, first: torch.Tensor, central: torch.Tensor, last: torch.Tensor) -> torch.Tensor:

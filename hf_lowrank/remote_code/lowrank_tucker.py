@@ -1,19 +1,19 @@
 """Layers whose weights are blocks of one tensor: each its own small matrices between factors that all share."""
 
 import math
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 from transformers import initialization as init
 
-from .lowrank_dense import LinearStructure
+from .lowrank_dense import SharingStructure
 from .lowrank_products import HeldProducts, cheapest_route
 from .lowrank_tucker_factors import TuckerBank, TuckerBasis
 
 
-class TuckerLinear(LinearStructure, HeldProducts):
+class TuckerLinear(SharingStructure, HeldProducts):
     """Linear layer whose weight is a grid of blocks `left C_i right^T` with shared `left` and `right` (format III).
 
     Ren et al., "Exploring extreme parameter compression for pre-trained language models" (ICLR 2022). A block is a
@@ -54,7 +54,7 @@ class TuckerLinear(LinearStructure, HeldProducts):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        self._shared = (shared,)  # in a tuple, it is no child of this module
+        self._refer_to(shared)
         self.in_features, self.out_features, self.input_side = in_features, out_features, input_side
         self.grid = -(-in_features // shared.width), -(-out_features // shared.width)  # g, h
         self.own = nn.Parameter(torch.empty(*self._own_shape(), device=device, dtype=dtype))
@@ -63,11 +63,6 @@ class TuckerLinear(LinearStructure, HeldProducts):
 
     def _own_shape(self) -> tuple[int, ...]:
         return math.prod(self.grid), self.shared.left_rank, self.shared.right_rank
-
-    @property
-    def shared(self) -> Any:
-        """The shared factors."""
-        return self._shared[0]
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         weights = self.shared()
