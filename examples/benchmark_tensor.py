@@ -67,9 +67,10 @@ def attention_multiply_adds(model: BertModel, length: int) -> int:
 
 def benchmark_encoder(models: dict[str, BertModel], rounds: int, batch: int, length: int, how: str = "") -> None:
     """Speed-up of the encoder beside the ratio of multiply-adds: of the replaced matrices, and with attention."""
-    print(f"\nencoder{how}, batch {batch} x {length} tokens, {torch.get_num_threads()} threads")
-    print("model                  multiply-adds  with attention  throughput  share of the ratio  with attention")
     seconds = interleaved(encoder_runs(models, batch, length), rounds)
+    shape = f"batch {batch} x {length} tokens, {torch.get_num_threads()} threads"
+    print(f"\nencoder{how}, {shape}: dense {seconds['dense'] * 1e3:.0f} ms")
+    print("model                  multiply-adds  with attention  throughput  share of the ratio  with attention")
     for name, model in models.items():
         if name == "dense":
             continue

@@ -94,8 +94,7 @@ class DistillationTrainer(Trainer):
     ) -> Any:
         """The weighted sum of the terms; see the class."""
         student = self.accelerator.unwrap_model(model)
-        with fast_attention(self.accelerator, inputs["input_ids"].shape[1]):
-            compared = self._compare(model, student, inputs)
+        compared = self._compare(model, student, inputs)
         total = torch.zeros((), device=self.args.device)
         for name, weight in self.losses.items():
             loss = LOSSES[name](compared)
@@ -116,6 +115,7 @@ class DistillationTrainer(Trainer):
         ):
             reference = self.teacher(**_accepted(self.teacher, unlabelled))
         with (
+            fast_attention(self.accelerator, inputs["input_ids"].shape[1]),
             recorded_outputs(student, self._student_blocks) as found,
             recorded_attention(student, attends) as attention,
         ):

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 
+import torch
 from accelerate import Accelerator
 from accelerate.utils import extract_model_from_parallel
 from torch import nn
@@ -16,8 +17,9 @@ _SHORT = 128
 
 
 def fast_attention(accelerator: Accelerator, num_tokens: int) -> AbstractContextManager[None]:
-    """What short rows are attended in where the fused kernel is slow: in 16 bits on a CPU."""
-    is_slow = accelerator.device.type == "cpu" and accelerator.mixed_precision == "bf16" and num_tokens <= _SHORT
+    """What short rows are attended in where the fused kernel is slow: backwards, in 16 bits on a CPU."""
+    is_16_bit_cpu = accelerator.device.type == "cpu" and accelerator.mixed_precision == "bf16"
+    is_slow = torch.is_grad_enabled() and is_16_bit_cpu and num_tokens <= _SHORT
     fast: AbstractContextManager[None] = sdpa_kernel(SDPBackend.MATH) if is_slow else nullcontext()
     return fast
 
