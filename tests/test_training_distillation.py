@@ -8,6 +8,7 @@ import tiny_models
 import torch
 from tiny_training import StopAt, arguments, rows
 from torch.nn import functional as F
+from torch.nn.functional import scaled_dot_product_attention
 from transformers import set_seed
 
 from hf_lowrank import InputError, compress
@@ -232,14 +233,35 @@ def test_a_task_loss_needs_labels(tmp_path):
         trainer_of(tmp_path, student, teacher, losses={"task": 1}).train()
 
 
-@pytest.mark.parametrize(("kind", "length", "is_plain"), [("bf16", 9, True), ("bf16", 200, False), ("no", 9, False)])
-def test_short_rows_are_attended_without_the_fused_kernel_in_16_bits_on_a_cpu(kind, length, is_plain):
-    accelerator = SimpleNamespace(device=torch.device("cpu"), mixed_precision=kind)
+@pytest.mark.parametrize(
+    ("kind", "length", "learns", "is_plain"),
+    [("bf16", 9, True, True), ("bf16", 200, True, False), ("bf16", 9, False, False), ("no", 9, True, False)],
+)
+def test_short_rows_are_attended_without_the_fused_kernel_where_16_bits_learn_on_a_cpu(kind, length, learns, is_plain):
+    accelerator, kernels = SimpleNamespace(device=torch.device("cpu"), mixed_precision=kind), torch.backends.cuda
 
-    with fast_attention(accelerator, length):
-        assert torch.backends.cuda.flash_sdp_enabled() is not is_plain
+    with torch.set_grad_enabled(learns), fast_attention(accelerator, length):
+        assert kernels.flash_sdp_enabled() is not is_plain
+        assert kernels.fp16_bf16_reduction_math_sdp_allowed() is is_plain  # the plain products stay in 16 bits
 
-    assert torch.backends.cuda.flash_sdp_enabled()
+    assert kernels.flash_sdp_enabled()
+    assert not kernels.fp16_bf16_reduction_math_sdp_allowed()
+
+
+def test_the_plain_products_of_16_bits_have_the_gradients_of_32():
+    accelerator = SimpleNamespace(device=torch.device("cpu"), mixed_precision="bf16")
+    torch.manual_seed(0)
+    states = [torch.randn(2, 3, 24, 8).bfloat16() for _ in range(3)]
+    mask = torch.arange(24)[None, None, None, :] < 20
+
+    def gradients(dtype):
+        given = [state.to(dtype).requires_grad_() for state in states]
+        with fast_attention(accelerator, 24):
+            output = scaled_dot_product_attention(*given, attn_mask=mask.expand(2, 1, 24, 24))
+        return torch.autograd.grad(output.square().sum(), given)
+
+    for ours, exact in zip(gradients(torch.bfloat16), gradients(torch.float32), strict=True):
+        assert (ours.float() - exact).norm() < 2e-2 * exact.norm()
 
 
 def test_the_teacher_computes_in_the_precision_of_the_training(tmp_path):
