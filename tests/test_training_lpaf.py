@@ -83,6 +83,24 @@ def test_language_models_can_be_pruned_on_their_text():
     assert make_report(small).kept_targets_fraction <= 0.4
 
 
+@pytest.mark.parametrize(
+    ("head", "asked", "rate"),
+    [
+        ("BertForSequenceClassification", {}, 5e-5),
+        ("GPT2LMHeadModel", {}, 5e-4),
+        ("GPT2LMHeadModel", {"tune_learning_rate": 0.0}, 0.0),
+    ],
+)
+def test_factors_learn_at_the_rate_that_recovers_such_a_model_unless_another_is_asked_for(head, asked, rate):
+    is_bert = head.startswith("Bert")
+    tokenizer = tiny_tokenizers.encoder_tokenizer() if is_bert else tiny_tokenizers.decoder_tokenizer()
+    rows = ROWS if is_bert else [row["text"] for row in ROWS]
+
+    small = run(dense_model(head), dataset=rows, tokenizer=tokenizer, prune_epochs=0, method="svd", **asked)
+
+    assert small.config.compression["provenance"]["lpaf"]["tune_learning_rate"] == rate
+
+
 def test_a_killed_run_goes_on_and_ends_bit_identical(tmp_path):
     whole = run(consistency=0.1, work_dir=str(tmp_path / "whole"))
     run(consistency=0.1, work_dir=str(tmp_path / "cut"))

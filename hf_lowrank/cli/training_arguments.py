@@ -56,7 +56,7 @@ def _add_lpaf(commands: Commands) -> None:
         ("tune-epochs", "passes with the factors (default: 3)"),
         ("prune-learning-rate", "peak while pruning (default: 1e-4)"),
         ("score-learning-rate", "peak of the scores (default: 1e-2)"),
-        ("tune-learning-rate", "peak of the factors (default: 5e-5)"),
+        ("tune-learning-rate", "peak of the factors (default: 5e-5; 5e-4 for causal language models)"),
     ):
         parser.add_argument(f"--{name}", type=float, metavar="F", help=meaning)
     parser.add_argument("--work-dir", metavar="DIR", help="keep checkpoints there, and go on from them after a kill")

@@ -4,7 +4,7 @@ import copy
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from hf_lowrank.training.features import Features, PaddingCollator, has_labels, 
 from hf_lowrank.training.mixed_rank import MixedRankCallback
 from hf_lowrank.training.preparation import prepared
 from hf_lowrank.training.pruning import FirstOrderPruningCallback
+from hf_lowrank.training.recovery import default_learning_rate
 
 # Less pruning left less loss on examples set aside, at a quarter of a classifier's parameters: docs/results.md.
 _KEEP = 0.5
@@ -50,7 +51,7 @@ class LPAFOptions:
             the model as it was being the teacher. `{"task": 1}` is the labels alone, as published.
         temperature: Of the logits.
         tune_epochs: Passes over the data with the factors.
-        tune_learning_rate: Peak of the factors' rate.
+        tune_learning_rate: Peak of the factors' rate. Default: as in `recover`, by the kind of model.
         batch_size: Examples a step.
         max_seq_length: Tokens of an example at most.
         max_examples: Examples at most, drawn by `seed`.
@@ -70,7 +71,7 @@ class LPAFOptions:
     losses: Mapping[str, float] | None = None
     temperature: float = 1.0
     tune_epochs: float = 3
-    tune_learning_rate: float = 5e-5
+    tune_learning_rate: float | None = None
     batch_size: int = 16
     max_seq_length: int = 128
     max_examples: int | None = None
@@ -160,6 +161,8 @@ def lpaf(
         if training.prune_epochs:
             pruned, ranks = _prune(copy.deepcopy(dense), lesson, training, settings, folder)
         small = compress(pruned, settings, calibration=features if settings.looks_at_text else None)
+        if training.tune_learning_rate is None:
+            training = replace(training, tune_learning_rate=default_learning_rate(small))
         with as_two_factors(small):
             chosen = _tune(small, pruned, lesson, training, folder)
     small.config.compression["provenance"]["lpaf"] = {
