@@ -69,6 +69,7 @@ class Study:
 
     def __init__(self, options: argparse.Namespace) -> None:
         self.options = options
+        self.pruned_to = f" {options.prune_keep}" if options.prune_keep else ""  # of a cell's name
         self._scratch = tempfile.TemporaryDirectory()
         self.folder = Path(options.work_dir or self._scratch.name)
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -119,7 +120,7 @@ class Study:
 
     def start(self, importance: str | None, keep: float, seed: int) -> Any:
         """What is compressed to a budget: pruned as `lpaf` prunes for it, or trained as long."""
-        return self.pruned(importance, default_prune_keep(keep), seed)[0]
+        return self.pruned(importance, self.options.prune_keep or default_prune_keep(keep), seed)[0]
 
     def compressed(self, row: str, keep: float, seed: int) -> float:
         """Accuracy of one row of the table at one budget."""
@@ -180,7 +181,7 @@ def print_compressed(study: Study) -> None:
         cells = []
         for keep in study.options.keep:
             found = [
-                study.cell(f"{row} {keep} {seed}", partial(study.compressed, row, keep, seed))
+                study.cell(f"{row} {keep} {seed}{study.pruned_to}", partial(study.compressed, row, keep, seed))
                 for seed in study.options.seeds
             ]
             cells.append(spread(found))
@@ -194,7 +195,9 @@ def print_recovered(study: Study) -> None:
     for name in study.options.recover:
         for keep in study.options.keep:
             found = [
-                study.cell(f"recover {name} {keep} {seed} {rate}", partial(study.recovered, name, keep, seed))
+                study.cell(
+                    f"recover {name} {keep} {seed} {rate}{study.pruned_to}", partial(study.recovered, name, keep, seed)
+                )
                 for seed in study.options.seeds
             ]
             before, after, minutes = zip(*found, strict=True)
@@ -224,6 +227,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--train", help="examples to train on")
     parser.add_argument("--test", help="examples to report on")
     parser.add_argument("--keep", nargs="+", type=float, default=[0.5, 0.25, 0.16])
+    parser.add_argument("--prune-keep", type=float, help="entries that pruning keeps before (default: as in `lpaf`)")
     parser.add_argument("--rows", nargs="*", default=list(ROWS), choices=list(ROWS))
     parser.add_argument("--importances", nargs="*", default=[NOT_PRUNED, *IMPORTANCES])
     parser.add_argument(
