@@ -67,7 +67,7 @@ def attention_multiply_adds(model: BertModel, length: int) -> int:
 
 def benchmark_encoder(models: dict[str, BertModel], rounds: int, batch: int, length: int, how: str = "") -> None:
     """Speed-up of the encoder beside the ratio of multiply-adds: of the replaced matrices, and with attention."""
-    seconds = interleaved(encoder_runs(models, batch, length), rounds)
+    seconds = interleaved(encoder_runs(models, batch, length), rounds if batch > 1 else 10 * rounds)  # milliseconds
     shape = f"batch {batch} x {length} tokens, {torch.get_num_threads()} threads"
     print(f"\nencoder{how}, {shape}: dense {seconds['dense'] * 1e3:.0f} ms")
     print("model                  multiply-adds  with attention  throughput  share of the ratio  with attention")
