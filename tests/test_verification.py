@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import BertConfig, BertForMaskedLM, GPT2Config, GPT2DoubleHeadsModel
 
-from hf_lowrank import InputError, compress
+from hf_lowrank import InputError, compress, verification
 from hf_lowrank.verification import _max_difference, _problem, verify
 
 BERT = BertConfig(
@@ -66,6 +66,28 @@ def test_another_model_than_the_saved_one_is_found_out(saved):
 
     assert not verification.ok
     assert "differ by up to" in verification.message
+
+
+@pytest.mark.parametrize(("change", "is_ok"), [(1e-7, True), (1e-4, False)])
+def test_outputs_may_differ_by_rounding_and_no_more(saved, monkeypatch, change, is_ok):
+    exact = verification._outputs
+
+    def rounded(*args):
+        return {name: output * (1 + change) for name, output in exact(*args).items()}
+
+    monkeypatch.setattr(verification, "_outputs", rounded)
+
+    found = verification.verify(saved[1])
+
+    assert found.ok is is_ok
+    assert found.max_difference > 0
+
+
+def test_in_16_bits_no_rounding_is_allowed_for():
+    outputs = {"logits": torch.ones(2, 3)}
+
+    assert 0 < verification._rounding(outputs) < 1e-5
+    assert verification._rounding({"logits": outputs["logits"].bfloat16()}) == 0
 
 
 def test_missing_shipped_code_is_named(copy_of):
@@ -165,7 +187,7 @@ GOOD = {
     ],
 )
 def test_every_failed_check_has_its_sentence(answer, difference, message):
-    problem = _problem(GOOD | answer, difference)
+    problem = _problem(GOOD | answer, difference, 0.0)
 
     assert message in problem
     assert bool(problem) == bool(message)

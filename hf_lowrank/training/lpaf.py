@@ -100,6 +100,12 @@ class LPAFOptions:
                 f"logits, got {', '.join(self.losses)}."
             )
 
+    @property
+    def of_data(self) -> dict[str, Any]:
+        """Those that `make_features` takes."""
+        names = ("max_seq_length", "max_examples", "seed", "text_column", "label_column")
+        return {name: getattr(self, name) for name in names}
+
 
 def lpaf(
     model: PreTrainedModel | str | Path,
@@ -142,15 +148,13 @@ def lpaf(
     training, settings = _split(options)
     dense = load_dense(model)
     tokenizer = tokenizer if tokenizer is not None else find_tokenizer(dense)
-    names = ("max_seq_length", "max_examples", "seed", "text_column", "label_column")
-    of_data: dict[str, Any] = {name: getattr(training, name) for name in names}
-    features = make_features(dense, tokenizer, dataset, **of_data)
+    features = make_features(dense, tokenizer, dataset, **training.of_data)
     if not has_labels(features):
         raise InputError("lpaf trains a model on its task, and the data have no labels. Give labels or label_column.")
     if eval_dataset is None:
         features, held_out = hold_out(features, training.seed)
     else:
-        held_out = make_features(dense, tokenizer, eval_dataset, **of_data)
+        held_out = make_features(dense, tokenizer, eval_dataset, **training.of_data)
     losses = _losses(training, features)
     lesson = Lesson(
         load_dense(teacher or dense), losses, features, held_out, getattr(tokenizer, "pad_token_id", None) or 0
