@@ -23,9 +23,6 @@ from hf_lowrank.remote_code.lowrank_plan import PlanError
 from hf_lowrank.saving import compressed_class, load_compressed, one_line
 
 _BATCH, _TOKENS = 2, 12
-# Of the precision of an output, where it is of 32 bits or more: on some processors MKL rounds a product by where its
-# operands lie in memory, so that the same model called twice can differ in the last bits.
-_ROUNDING = 32
 
 
 @dataclass(frozen=True)
@@ -50,10 +47,7 @@ class Verification:
 
 
 def verify(path: str | Path, model: PreTrainedModel | None = None) -> Verification:
-    """Load a folder in a process that cannot import this library and compare its outputs with ours.
-
-    They are equal if they differ by no more than the rounding of one product: 32 times the precision of the largest
-    output, about 4e-6 of it in float32; bit for bit in 16 bits.
+    """Load a folder in a process that cannot import this library and compare its outputs bit for bit with ours.
 
     Args:
         model: The model that was saved; its outputs are compared too. None compares only with the folder loaded here.
@@ -67,7 +61,7 @@ def verify(path: str | Path, model: PreTrainedModel | None = None) -> Verificati
     model_class = compressed_class(folder)
     auto_class = find_auto_class(model_class)
     try:
-        ours = load_compressed(folder)
+        ours = verification_child.realigned(load_compressed(folder))
     except (InputError, PlanError) as error:
         return Verification(False, one_line(error), auto_class)
     with tempfile.TemporaryDirectory(prefix="hf-lowrank-verify-") as scratch:
@@ -79,12 +73,12 @@ def verify(path: str | Path, model: PreTrainedModel | None = None) -> Verificati
     if model is not None:
         difference = max(difference, _max_difference(_outputs(_on_cpu(model), inputs), theirs))
     keys = {name: tuple(answer[name]) for name in ("missing_keys", "unexpected_keys")}
-    problem = _problem(answer, difference, _rounding(theirs))
+    problem = _problem(answer, difference)
     proved = f"{answer['class_name']} loads without this library and its outputs are equal (difference {difference})."
     return Verification(not problem, problem or proved, auto_class, answer["class_name"], difference, **keys)
 
 
-def _problem(answer: dict[str, Any], difference: float, rounding: float) -> str:
+def _problem(answer: dict[str, Any], difference: float) -> str:
     """The first thing that is wrong with what the other process found, or nothing."""
     if not answer["class_module"].startswith("transformers_modules."):
         return f"{answer['class_name']} was not loaded from the shipped code but from {answer['class_module']}."
@@ -93,7 +87,7 @@ def _problem(answer: dict[str, Any], difference: float, rounding: float) -> str:
             return f"Without this library {len(keys)} weights are {name.partition('_')[0]}, such as {keys[0]!r}."
     if answer["loads_untrusted"]:
         return "The folder loads without trust_remote_code=True, so its weights may be random."
-    if difference > rounding:
+    if difference != 0:
         return f"Outputs with and without this library differ by up to {difference:g}."
     return ""
 
@@ -176,9 +170,7 @@ def _outputs(model: Any, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Ten
 
 def _on_cpu(model: Any) -> Any:
     """The model as it will be used: on the CPU, where the folder is loaded, and in evaluation mode."""
-    if model.device.type == "cpu" and not model.training:
-        return model
-    return copy.deepcopy(model).cpu().eval()
+    return copy.deepcopy(model).cpu().eval()  # a copy even of such a model: its weights are where those compared are
 
 
 def _max_difference(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> float:
@@ -189,17 +181,6 @@ def _max_difference(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tenso
         (ours[name].double() - theirs[name].double()).abs().nan_to_num(nan=float("inf")).max() for name in ours
     ]
     return float(torch.stack(differences).max()) if differences else float("inf")
-
-
-def _rounding(outputs: dict[str, torch.Tensor]) -> float:
-    """How far outputs of the same model may lie apart."""
-    exact = (torch.float32, torch.float64)
-    sizes = [
-        torch.finfo(one.dtype).eps * float(one.abs().max())
-        for one in outputs.values()
-        if one.dtype in exact and one.numel()
-    ]
-    return _ROUNDING * max(sizes, default=0.0)
 
 
 def _explain(folder: Path, error: str) -> str:

@@ -31,6 +31,16 @@ def tensors_of(output: Any) -> dict[str, Any]:
     return found
 
 
+def realigned(model: Any) -> Any:
+    """The model with its weights moved to where tensors are made.
+
+    In a mapped file they lie anywhere, and on some processors MKL rounds a product by the addresses of its operands.
+    """
+    for weight in (*model.parameters(), *model.buffers()):
+        weight.data = weight.data.clone()
+    return model
+
+
 def _loads_without_trust(auto_class: Any, folder: str) -> bool:
     try:
         auto_class.from_pretrained(folder, trust_remote_code=False)
@@ -51,7 +61,7 @@ def _load(request: dict[str, Any]) -> tuple[Any, dict[str, Any], bool]:
         source, trusting = transformers.AutoModel, get_class_from_dynamic_module(request["class_reference"], folder)
     loads_untrusted = _loads_without_trust(source, folder)
     model, info = trusting.from_pretrained(folder, trust_remote_code=True, dtype="auto", output_loading_info=True)
-    return model.eval(), info, loads_untrusted
+    return realigned(model.eval()), info, loads_untrusted
 
 
 def main() -> None:
