@@ -23,7 +23,7 @@ from hf_lowrank.wording import megabytes
 OK, HINT, PROBLEM = "ok", "hint", "problem"
 _DISTRIBUTION = "hf-lowrank"
 _ENOUGH_DISK = 2_000_000_000  # bytes: a model of BERT's size, its copy, and room for statistics
-_LARGE_OUTPUT = 1 << 26  # bytes: more than glibc ever keeps for the next use, less than a batch of BERT-base's makes
+_LARGE_OUTPUT = 1 << 26  # bytes, as BERT-base makes of 43 x 128 tokens: more than glibc keeps for the next use, 32 MiB
 _LARGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")  # of Linux: `always [madvise] never`
 
 
