@@ -1,18 +1,28 @@
-"""Two processes with gloo have the losses of one with the same global batch."""
+"""Two processes (gloo) have the losses of one with the same global batch, whatever is trained."""
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import tiny_models
+import tiny_tokenizers
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.utils import FullyShardedDataParallelPlugin
+from trainings_elsewhere import TRAININGS
+
+from hf_lowrank import compress
+from hf_lowrank.saving import load_compressed
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIGURATIONS = ROOT / "examples" / "accelerate"
+TRAININGS_ELSEWHERE = ROOT / "tests" / "trainings_elsewhere.py"
+ALONE = [sys.executable]
+TOGETHER = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
 
 
 def run(command, tmp_path):
@@ -23,41 +33,65 @@ def run(command, tmp_path):
     return found.stdout
 
 
+@pytest.fixture(scope="module")
+def trainings(tmp_path_factory):
+    """What every training found alone, and in each of two processes."""
+    found = []
+    for start, count in ((ALONE, 1), (TOGETHER, 2)):
+        folder = tmp_path_factory.mktemp("trainings")
+        run([*start, TRAININGS_ELSEWHERE, folder], folder)
+        each = [json.loads((folder / f"{rank}.json").read_text()) for rank in range(count)]
+        assert [one["processes"] for one in each] == [count] * count
+        found.append([one["found"] for one in each])
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", TRAININGS)
+def test_two_processes_have_the_losses_of_one_and_end_with_one_model(name, trainings):
+    (alone,), (first, second) = trainings
+
+    assert len(alone[name]["losses"]) >= 3
+    assert first[name] == second[name]
+    assert first[name]["losses"] == pytest.approx(alone[name]["losses"], abs=1e-5)
+    assert first[name]["says"] == pytest.approx(alone[name]["says"], abs=1e-4)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("consistency", [0.0, 0.5])
 def test_mixed_rank_training_in_an_accelerate_loop(consistency, tmp_path):
-    losses = []
-    for name in ("one_process", "two_cpu_processes"):
+    found = []
+    for name in ("one_process", "two_processes"):
         launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", CONFIGURATIONS / f"{name}.yaml",
                   "--main_process_port", "0"]  # fmt: skip
         script = [CONFIGURATIONS / "mixed_rank.py", "--smoke", "--consistency", str(consistency)]
-        found = run([*launch, *script, "--out", tmp_path / name], tmp_path)
-        losses.append(json.loads(next(line for line in found.splitlines() if line.startswith("["))))
+        said = run([*launch, *script, "--out", tmp_path / name], tmp_path)
+        found.append(json.loads(next(line for line in said.splitlines() if line.startswith("{"))))
 
-    assert losses[1] == pytest.approx(losses[0], abs=1e-5)
-    assert len(set(losses[0])) == 6
+    assert [one["processes"] for one in found] == [1, 2]
+    assert found[1]["losses"] == pytest.approx(found[0]["losses"], abs=1e-5)
+    assert len(set(found[0]["losses"])) == 6
 
 
 @pytest.mark.slow
-def test_distillation_with_a_trainer(tmp_path):
-    script = ROOT / "tests" / "distillation_elsewhere.py"
-    launch = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--nproc-per-node",
-        "2",
-        "--standalone",
-    ]
-    losses = []
-    for start in ([sys.executable], launch):
-        found = run([*start, script, tmp_path / "out"], tmp_path)
-        line = next(line for line in found.splitlines() if "LOSSES" in line)
-        losses.append(json.loads(line.partition("LOSSES")[2]))
+@pytest.mark.parametrize("command", ["recover", "lpaf"])
+def test_a_command_in_two_processes_writes_and_prints_once(command, tmp_path):
+    dense = tiny_models.build("BertForSequenceClassification", vocab_size=30)
+    for model, name in ((dense, "dense"), (compress(dense, rank=4, method="svd"), "small")):
+        model.save_pretrained(tmp_path / name)
+        tiny_tokenizers.encoder_tokenizer().save_pretrained(tmp_path / name)
+    rows = [{"text": f"{'abcdefgh'[i % 8]} b c", "label": i % 2} for i in range(32)]
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    of_command = {
+        "recover": ["small", "out", "--teacher", "dense", "--epochs", "1"],
+        "lpaf": ["dense", "out", "--keep-targets", "0.5", "--prune-epochs", "1", "--tune-epochs", "1"],
+    }
+    hf_lowrank = shutil.which("hf-lowrank", path=str(Path(sys.executable).parent))
 
-    assert len(losses[0]) == 4
-    for one, two in zip(*losses, strict=True):
-        assert two == pytest.approx(one, abs=1e-5)
+    said = run([*TOGETHER, hf_lowrank, command, *of_command[command], "--dataset", "train.jsonl"], tmp_path)
+
+    assert said.count("saved:") == 1
+    assert load_compressed(tmp_path / "out").num_parameters() < dense.num_parameters()
 
 
 @pytest.mark.parametrize("path", sorted(CONFIGURATIONS.glob("*.yaml")), ids=lambda path: path.stem)

@@ -2,8 +2,8 @@
 
     accelerate launch --config_file examples/accelerate/one_process.yaml examples/accelerate/mixed_rank.py --smoke
 
-Prints the loss of every step as one JSON list: the same for any number of processes, since the batch is split among
-them and a layer's draw is the same in all.
+Prints the number of processes and the loss of every step as one JSON object: the same losses for any number of
+processes, since the batch is split among them and a layer's draw is the same in all.
 """
 
 import argparse
@@ -12,7 +12,7 @@ import json
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate import Accelerator, DataLoaderConfiguration, DistributedDataParallelKwargs
 from accelerate.utils import set_seed
 from torch.utils.data import DataLoader
 from transformers import AutoTokenizer, BertConfig, BertForSequenceClassification
@@ -21,16 +21,28 @@ from hf_lowrank import MixedRank, compress
 from hf_lowrank.loading import load_dense
 from hf_lowrank.targets import find_matrices
 from hf_lowrank.training.features import PaddingCollator, make_features
+from hf_lowrank.training.processes import end_as_first
 from hf_lowrank.training.schedules import Span
 
 
 def main() -> None:
-    """Train the factors of one sparse model."""
+    """Train, and leave no thread behind."""
     options = parse()
     set_seed(options.seed)
+    # The order of the data follows from the seed alone, not from the process that draws it.
+    data = DataLoaderConfiguration(split_batches=True, use_seedable_sampler=True, data_seed=options.seed)
     # A layer that takes its full-rank weight leaves its factors without a gradient in that step.
     unused = DistributedDataParallelKwargs(find_unused_parameters=True)
-    accelerator = Accelerator(kwargs_handlers=[unused], split_batches=True)
+    accelerator = Accelerator(kwargs_handlers=[unused], dataloader_config=data)
+    losses = train(accelerator, options)
+    if accelerator.is_main_process:
+        print(json.dumps({"processes": accelerator.num_processes, "losses": losses}))
+    accelerator.free_memory()
+    end_as_first()
+
+
+def train(accelerator: Accelerator, options: argparse.Namespace) -> list[float]:
+    """Train the factors of one sparse model; the loss of every step."""
     if options.smoke:
         pruned, features, padding = tiny()
         options.steps, options.batch_size, options.keep_targets, options.learning_rate = 6, 8, 0.5, 1e-3
@@ -59,11 +71,9 @@ def main() -> None:
             if len(losses) == options.steps:
                 break
     mixed.finish()
-    if accelerator.is_main_process:
-        if options.out:
-            accelerator.unwrap_model(model, keep_fp32_wrapper=False).save_pretrained(options.out)
-        print(json.dumps(losses))
-    accelerator.end_training()
+    if options.out and accelerator.is_main_process:
+        accelerator.unwrap_model(model, keep_fp32_wrapper=False).save_pretrained(options.out)
+    return losses
 
 
 def tiny() -> tuple[BertForSequenceClassification, list[dict[str, torch.Tensor]], int]:

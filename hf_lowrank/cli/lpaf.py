@@ -8,6 +8,7 @@ from hf_lowrank.loading import load_dense
 from hf_lowrank.report import make_report
 from hf_lowrank.saving import check_output, save_folder
 from hf_lowrank.training.lpaf import lpaf
+from hf_lowrank.training.processes import end_as_first
 
 # Options that carry the names of `lpaf`'s; only those that were given are passed on.
 _OPTIONS = (
@@ -25,6 +26,8 @@ def run(arguments: argparse.Namespace) -> int:
         given["losses"] = dict(arguments.losses)
     dense = load_dense(arguments.model)
     small = lpaf(dense, dataset=arguments.dataset, eval_dataset=arguments.eval_dataset, **given)
+    if not end_as_first():
+        return 0
     small.config.compression["provenance"]["command"] = shown_command(arguments.given, arguments.model)
     folder = save_folder(small, arguments.out, arguments.model, arguments.overwrite)
     report, found = make_report(small), small.config.compression["provenance"]["lpaf"]

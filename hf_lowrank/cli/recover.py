@@ -5,6 +5,7 @@ import argparse
 from hf_lowrank.cards.card import shown_command
 from hf_lowrank.cli import tables
 from hf_lowrank.saving import check_output, save_folder
+from hf_lowrank.training.processes import end_as_first
 from hf_lowrank.training.recovery import recover
 
 # Options that carry the names of `recover`'s; only those that were given are passed on.
@@ -27,6 +28,8 @@ def run(arguments: argparse.Namespace) -> int:
         eval_dataset=arguments.eval_dataset,
         **given,
     )
+    if not end_as_first():
+        return 0
     provenance = model.config.compression["provenance"]
     commands = [provenance["command"]] if "command" in provenance else []
     provenance["command"] = "\n".join([*commands, shown_command(arguments.given, arguments.teacher)])

@@ -3,6 +3,7 @@
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from transformers import TrainingArguments
 
 _EVALUATIONS = 10
@@ -15,6 +16,7 @@ def make_arguments(folder: str, *, batch_size: int, epochs: float, **options: An
 
     Args:
         folder: Where checkpoints go, if any are asked for.
+        batch_size: Examples a step, of all processes together; each takes the same share of them, rounded up.
         options: More of `TrainingArguments`.
     """
     defaults: dict[str, Any] = {
@@ -31,10 +33,11 @@ def make_arguments(folder: str, *, batch_size: int, epochs: float, **options: An
         "disable_tqdm": True,
         "dataloader_pin_memory": torch.cuda.is_available(),
     }
+    share = -(-batch_size // PartialState().num_processes)
     return TrainingArguments(
         output_dir=folder,
-        per_device_train_batch_size=batch_size,
-        per_device_eval_batch_size=2 * batch_size,
+        per_device_train_batch_size=share,
+        per_device_eval_batch_size=2 * share,
         num_train_epochs=epochs,
         **{**defaults, **options},
     )

@@ -8,6 +8,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from hf_lowrank.training.processes import share_, told_by_first
+
 _FILE = "best.safetensors"
 
 
@@ -15,7 +17,7 @@ class BestStateCallback(TrainerCallback):
     """Keeps the trainable parameters of the evaluation with the least loss, and gives them back at the end.
 
     With `eval_on_start=True` the state before the first step competes, so that the training never makes a model
-    worse on the evaluation data. The best state lies in `output_dir` and survives a kill.
+    worse on the evaluation data. The best state lies in `output_dir` of the first process and survives a kill.
 
     Args:
         metric: What is least.
@@ -30,14 +32,16 @@ class BestStateCallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        file = _file(args)
-        if state.global_step and file.is_file():
-            with safe_open(file, framework="pt") as saved:
-                numbers = saved.metadata()
+        file, numbers = _file(args), None
+        if state.is_world_process_zero:
+            if state.global_step and file.is_file():
+                with safe_open(file, framework="pt") as saved:
+                    numbers = saved.metadata()
+            else:
+                file.unlink(missing_ok=True)
+        if numbers := told_by_first(numbers):
             self.before, self.after = float(numbers["before"]), float(numbers["after"])
             self.step = int(numbers["step"])
-        elif state.is_world_process_zero:
-            file.unlink(missing_ok=True)
 
     def on_evaluate(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -59,11 +63,12 @@ class BestStateCallback(TrainerCallback):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            torch.distributed.barrier()
-        with safe_open(_file(args), framework="pt") as saved, torch.no_grad():
-            for name, parameter in _trained(kwargs["model"]):
-                parameter.copy_(saved.get_tensor(name))
+        trained = _trained(kwargs["model"])
+        if state.is_world_process_zero:
+            with safe_open(_file(args), framework="pt") as saved, torch.no_grad():
+                for name, parameter in trained:
+                    parameter.copy_(saved.get_tensor(name))
+        share_(parameter for _, parameter in trained)
 
 
 def _file(args: TrainingArguments) -> Path:

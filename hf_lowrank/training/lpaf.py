@@ -275,6 +275,7 @@ def train(
             data_collator=PaddingCollator(lesson.padding),
             callbacks=callbacks,
         )
+        trainer.model_accepts_loss_kwargs = False  # or a classifier's loss would count once for every process
         trainer.remove_callback(PrinterCallback)  # standard output is the caller's
         trainer.train(resume_from_checkpoint=get_last_checkpoint(folder) if Path(folder).is_dir() else None)
 

@@ -244,7 +244,8 @@ class MixedRankCallback(TrainerCallback):
         if args.world_size > 1 and finds_unused is not True and (_recomputes(args) or finds_unused is False):
             raise InputError("Mixed ranks in several processes leave weights unused. Set ddp_find_unused_parameters.")
         self.mixed = MixedRank(kwargs["model"], self._dense, seed=args.seed, **self._options)
-        self.mixed.loss_share = 1 / (args.gradient_accumulation_steps * args.world_size)
+        parts = args.world_size if args.average_tokens_across_devices else 1
+        self.mixed.loss_share = 1 / (args.gradient_accumulation_steps * parts)
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

@@ -1,0 +1,34 @@
+"""One training in several processes: what all of them must have, and what only one does afterwards."""
+
+import gc
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import broadcast, broadcast_object_list
+
+
+@torch.no_grad()
+def share_(tensors: Iterable[torch.Tensor]) -> None:
+    """Overwrite tensors by those of the first process."""
+    for tensor in tensors:
+        tensor.copy_(broadcast(tensor.detach().clone()))
+
+
+def told_by_first(value: Any) -> Any:
+    """What the first process has as `value`."""
+    return broadcast_object_list([value])[0]
+
+
+def end_as_first() -> bool:
+    """End the group of processes, if there is one; whether this process is the one that writes and prints.
+
+    A model in its wrapper holds the group, whose threads drop their last tensors when they come to it. Left to the
+    end of the process, torch 2.13 with gloo at times aborts or hangs there, after all work is done.
+    """
+    state = PartialState()
+    is_first = bool(state.is_main_process)
+    gc.collect()  # the wrapper, which its trainer holds in a circle
+    state.destroy_process_group()
+    return is_first
