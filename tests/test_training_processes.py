@@ -13,6 +13,7 @@ import tiny_tokenizers
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.utils import FullyShardedDataParallelPlugin
+from sharded_elsewhere import CASES, MIXED
 from trainings_elsewhere import TRAININGS
 
 from hf_lowrank import compress
@@ -21,6 +22,7 @@ from hf_lowrank.saving import load_compressed
 ROOT = Path(__file__).resolve().parents[1]
 CONFIGURATIONS = ROOT / "examples" / "accelerate"
 TRAININGS_ELSEWHERE = ROOT / "tests" / "trainings_elsewhere.py"
+SHARDED_ELSEWHERE = ROOT / "tests" / "sharded_elsewhere.py"
 ALONE = [sys.executable]
 TOGETHER = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
 
@@ -55,6 +57,19 @@ def test_two_processes_have_the_losses_of_one_and_end_with_one_model(name, train
     assert first[name] == second[name]
     assert first[name]["losses"] == pytest.approx(alone[name]["losses"], abs=1e-5)
     assert first[name]["says"] == pytest.approx(alone[name]["says"], abs=1e-4)
+
+
+@pytest.fixture(scope="module")
+def sharded_differences(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("sharded")
+    run([*TOGETHER, SHARDED_ELSEWHERE, folder], folder)
+    return json.loads((folder / "differences.json").read_text())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", [*CASES, MIXED])
+def test_a_sharded_model_trains_and_says_as_the_whole_one(case, sharded_differences):
+    assert max(sharded_differences[case]) < 1e-5
 
 
 @pytest.mark.slow

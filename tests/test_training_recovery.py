@@ -6,12 +6,14 @@ import pytest
 import tiny_models
 import tiny_tokenizers
 import torch
+from every_structure import build_every_structure
 from tiny_training import StopAt, arguments, rows
 from transformers import TrainerCallback
 
 from hf_lowrank import InputError, compress, recover
 from hf_lowrank.cli import main
 from hf_lowrank.loading import find_tokenizer, load_dense
+from hf_lowrank.remote_code.lowrank_structures import STRUCTURES
 from hf_lowrank.saving import load_compressed
 from hf_lowrank.training.features import PaddingCollator, hold_out, make_features
 from hf_lowrank.training.recovery import default_learning_rate
@@ -54,6 +56,20 @@ def test_it_lowers_the_held_out_loss_of_any_head(head, data, has_task):
     assert ("task" in found["losses"]) is has_task
     assert not healed.training
     assert all(parameter.requires_grad and parameter.grad is None for parameter in healed.parameters())
+
+
+@pytest.mark.parametrize("head", ["BertForMaskedLM", "GPT2LMHeadModel"])
+@pytest.mark.parametrize("name", STRUCTURES)
+def test_it_trains_every_structure(name, head):
+    names = (name,) if STRUCTURES[name].HOSTS == "linear" else ("low_rank", name)
+    small = build_every_structure(head, names)
+    options = {"epochs": 4, "batch_size": 8, "learning_rate": 2e-3}
+
+    recover(small, teacher=tiny_models.build(head), dataset=rows(32, length=11), **options)
+    found = small.config.compression["provenance"]["recovery"]
+
+    assert found["step"] > 0
+    assert found["after"] < found["before"]
 
 
 def test_it_keeps_the_model_as_it_was_where_training_harms():

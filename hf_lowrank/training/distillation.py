@@ -12,6 +12,7 @@ from transformers import PreTrainedModel, Trainer
 
 from hf_lowrank.blocks import block_name, recorded_outputs
 from hf_lowrank.errors import InputError
+from hf_lowrank.remote_code.lowrank_structures import named_structures
 from hf_lowrank.training.attention import recorded_attention
 from hf_lowrank.training.features import Features, has_labels
 from hf_lowrank.training.losses import LOSSES, Comparison, Watched, make_projections
@@ -185,10 +186,15 @@ def check_teacher(student: PreTrainedModel, teacher: PreTrainedModel, compares_l
 
 
 def repeated_blocks(model: PreTrainedModel) -> list[str]:
-    """Full names of the repeated blocks of a model's body, in its order."""
+    """Full names of the repeated blocks of a model's body, in its order.
+
+    What a structure numbers of its own, such as the parts of a table, is no block.
+    """
     base = model.base_model
     prefix = next(f"{name}." if name else "" for name, module in model.named_modules() if module is base)
-    return [prefix + name for name, _ in base.named_modules() if name and block_name(name) == name]
+    own = tuple(f"{name}." for name, _ in named_structures(base))
+    named = [name for name, _ in base.named_modules() if name and block_name(name) == name]
+    return [prefix + name for name in named if not name.startswith(own)]
 
 
 def spread_layers(num_layers: int, num_teacher_layers: int) -> list[tuple[int, int]]:

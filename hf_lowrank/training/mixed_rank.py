@@ -110,7 +110,10 @@ class MixedRank:
             layer.draws = (first, second) if self._consistency else (first,)
 
     def finish(self) -> None:
-        """Leave a plain compressed model."""
+        """Leave a plain compressed model.
+
+        A sharded one (FSDP2) is to be gathered now: a run of it would bring the full-rank shards back.
+        """
         for hook in self._hooks:
             hook.remove()
         for layer in self._layers:
