@@ -277,3 +277,13 @@ def test_the_command_refuses_a_teacher_with_other_words(folders, capsys):
     assert main([str(part) for part in command]) == 2
     assert "another vocabulary" in capsys.readouterr().err
     assert not (folders / "out").exists()
+
+
+@pytest.mark.parametrize("given", [True, False])
+def test_processes_that_know_nothing_of_each_other_are_refused(given, tmp_path, monkeypatch):
+    teacher, small = pair("BertForMaskedLM")
+    args = arguments(tmp_path) if given else None
+    monkeypatch.setenv("WORLD_SIZE", "2")
+
+    with pytest.raises(InputError, match=r"2 processes, and each would train alone.*ACCELERATE_USE_CPU=1"):
+        recover(small, teacher=teacher, dataset=rows(8), args=args)

@@ -88,15 +88,19 @@ def mixed(consistency):
     return training
 
 
-def recovered(folder):
-    dense = dense_model()
-    small = recover(
-        small_model(dense), teacher=dense, dataset=rows(48, length=11, labels="class"),
-        eval_dataset=rows(16, length=11, labels="class", seed=1), batch_size=BATCH, epochs=1, learning_rate=1e-3,
-    )  # fmt: skip
-    found = small.config.compression["provenance"]["recovery"]
-    assert found["step"] > 0
-    return small, [found["before"], found["after"], found["step"]]
+def recovered(head):
+    def training(folder):
+        dense = tiny_models.build(head, **(OPTIONS if "Bert" in head else {}))
+        labels = "class" if head == HEAD else None
+        small = recover(
+            small_model(dense), teacher=dense, dataset=rows(48, length=11, labels=labels),
+            eval_dataset=rows(16, length=11, labels=labels, seed=1), batch_size=BATCH, epochs=1, learning_rate=1e-3,
+        )  # fmt: skip
+        found = small.config.compression["provenance"]["recovery"]
+        assert found["step"] > 0
+        return small, [found["before"], found["after"], found["step"]]
+
+    return training
 
 
 def pruned_and_factorized(**options):
@@ -112,13 +116,14 @@ def pruned_and_factorized(**options):
 
 
 TRAININGS = {
+    # First: where nothing has joined the processes yet.
+    **{f"recover {head}": recovered(head) for head in (HEAD, "BertModel", "BertForMaskedLM", "GPT2LMHeadModel")},
     "distillation": distilled,
     **{f"pruning by {importance}": pruned(importance) for importance in IMPORTANCES},
     "mixed ranks": mixed(0.0),
     "mixed ranks with consistency": mixed(0.5),
     "rank schedule": lambda folder: trained(folder, small_model(dense_model()), RankScheduleCallback(0.5, cuts=2)),
     "stable rank penalty": lambda folder: trained(folder, dense_model(), StableRankPenaltyCallback(1.0)),
-    "recover": recovered,
     "lpaf": pruned_and_factorized(),
     "lpaf by the labels alone": pruned_and_factorized(losses={"task": 1.0}, consistency=0.5),
 }
@@ -133,7 +138,7 @@ def main(folder, *names):
     for name in names or TRAININGS:
         model, losses = TRAININGS[name](Path(folder) / name)
         with torch.no_grad():
-            says = model.eval()(**inputs).logits.flatten().tolist()
+            says = model.eval()(**inputs)[0].flatten().tolist()
         found[name] = {"losses": losses, "says": says}
     file = Path(folder) / f"{os.environ.get('RANK', '0')}.json"
     file.write_text(json.dumps({"processes": PROCESSES, "found": found}))

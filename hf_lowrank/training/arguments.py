@@ -3,8 +3,9 @@
 from typing import Any
 
 import torch
-from accelerate import PartialState
 from transformers import TrainingArguments
+
+from hf_lowrank.training.processes import check_launch
 
 _EVALUATIONS = 10
 
@@ -18,6 +19,9 @@ def make_arguments(folder: str, *, batch_size: int, epochs: float, **options: An
         folder: Where checkpoints go, if any are asked for.
         batch_size: Examples a step, of all processes together; each takes the same share of them, rounded up.
         options: More of `TrainingArguments`.
+
+    Raises:
+        InputError: If several processes were started and know nothing of each other.
     """
     defaults: dict[str, Any] = {
         "lr_scheduler_type": "cosine",
@@ -33,11 +37,8 @@ def make_arguments(folder: str, *, batch_size: int, epochs: float, **options: An
         "disable_tqdm": True,
         "dataloader_pin_memory": torch.cuda.is_available(),
     }
-    share = -(-batch_size // PartialState().num_processes)
-    return TrainingArguments(
-        output_dir=folder,
-        per_device_train_batch_size=share,
-        per_device_eval_batch_size=2 * share,
-        num_train_epochs=epochs,
-        **{**defaults, **options},
-    )
+    args = TrainingArguments(output_dir=folder, num_train_epochs=epochs, **{**defaults, **options})
+    check_launch(args)
+    share = -(-batch_size // args.world_size)
+    args.per_device_train_batch_size, args.per_device_eval_batch_size = share, 2 * share
+    return args

@@ -1,12 +1,29 @@
 """One training in several processes: what all of them must have, and what only one does afterwards."""
 
 import gc
+import os
 from collections.abc import Iterable
 from typing import Any
 
 import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast, broadcast_object_list
+from transformers import TrainingArguments
+
+from hf_lowrank.errors import InputError
+
+
+def check_launch(args: TrainingArguments) -> None:
+    """Refuse processes that know nothing of each other: each would train alone, and write where the others do.
+
+    Raises:
+        InputError: If a launcher started several and Accelerate sees one, as it does on a CPU unless told.
+    """
+    started = int(os.environ.get("WORLD_SIZE", "1"))
+    if started > 1 and args.world_size == 1:
+        raise InputError(
+            f"The launcher started {started} processes, and each would train alone. On a CPU set ACCELERATE_USE_CPU=1."
+        )
 
 
 @torch.no_grad()

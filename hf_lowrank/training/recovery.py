@@ -21,6 +21,7 @@ from hf_lowrank.training.best import BestStateCallback
 from hf_lowrank.training.distillation import DistillationTrainer, check_teacher, default_losses
 from hf_lowrank.training.features import Features, PaddingCollator, hold_out, make_features
 from hf_lowrank.training.preparation import prepared
+from hf_lowrank.training.processes import check_launch
 
 # Peak of AdamW's learning rate, found by the loss on examples set aside. On classifiers pairs come as far at twice the
 # first in hundreds of steps, and less far in a hundred or where little was lost; Tucker's factors, which all layers
@@ -186,6 +187,7 @@ def _check_tokenizers(ours: Any, theirs: Any) -> None:
 
 def _obeyed(args: TrainingArguments) -> TrainingArguments:
     """Given arguments, with the evaluations that the best state is chosen by."""
+    check_launch(args)
     args = copy.copy(args)
     args.eval_on_start = True
     if args.eval_strategy == "no":
