@@ -45,6 +45,11 @@ def _plan(dense, names):
     return plan
 
 
+def structures_with(name):
+    """The structure, and one for the blocks where it stands at the embedding."""
+    return (name,) if STRUCTURES[name].HOSTS == "linear" else ("low_rank", name)
+
+
 def build_every_structure(head, names=tuple(STRUCTURES)):
     """A compressed model of every structure, or of those named, with random numbers, in evaluation mode."""
     dense = build(head)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from every_structure import build_every_structure
+from every_structure import build_every_structure, structures_with
 from tiny_training import rows
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -30,11 +30,6 @@ HEADS = ("BertForMaskedLM", "GPT2LMHeadModel")
 CASES = {f"{head} {name}": (head, name) for head, name in product(HEADS, STRUCTURES)}
 MIXED = "mixed ranks"
 STEPS = 3
-
-
-def structures_with(name):
-    """The structure, and one for the blocks where it stands at the embedding."""
-    return (name,) if STRUCTURES[name].HOSTS == "linear" else ("low_rank", name)
 
 
 def whole(tensor):

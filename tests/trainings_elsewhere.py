@@ -1,6 +1,6 @@
 """Every training in this process and its companions, if it has any: what it logs, and what its model then says.
 
-Run by test_training_processes.py as `trainings_elsewhere.py FOLDER NAME ...`, alone or by a launcher; each process
+Run by test_training_processes.py as `trainings_elsewhere.py FOLDER`, alone or by a launcher; each process
 writes FOLDER/RANK.json.
 """
 
@@ -88,13 +88,17 @@ def mixed(consistency):
     return training
 
 
+def data(labels):
+    """What is trained on, and what is chosen by."""
+    return {"dataset": rows(48, length=11, labels=labels), "eval_dataset": rows(16, length=11, labels=labels, seed=1)}
+
+
 def recovered(head):
     def training(folder):
         dense = tiny_models.build(head, **(OPTIONS if "Bert" in head else {}))
         labels = "class" if head == HEAD else None
         small = recover(
-            small_model(dense), teacher=dense, dataset=rows(48, length=11, labels=labels),
-            eval_dataset=rows(16, length=11, labels=labels, seed=1), batch_size=BATCH, epochs=1, learning_rate=1e-3,
+            small_model(dense), teacher=dense, **data(labels), batch_size=BATCH, epochs=1, learning_rate=1e-3
         )  # fmt: skip
         found = small.config.compression["provenance"]["recovery"]
         assert found["step"] > 0
@@ -106,8 +110,7 @@ def recovered(head):
 def pruned_and_factorized(**options):
     def training(folder):
         small = lpaf(
-            dense_model(), dataset=rows(48, length=11, labels="class"), keep_targets=0.4,
-            eval_dataset=rows(16, length=11, labels="class", seed=1), batch_size=BATCH, prune_epochs=1, tune_epochs=1,
+            dense_model(), **data("class"), keep_targets=0.4, batch_size=BATCH, prune_epochs=1, tune_epochs=1,
             tune_learning_rate=1e-3, probability=0.5, **options,
         )  # fmt: skip
         return small, list(small.config.compression["provenance"]["lpaf"]["held_out_loss"].values())
@@ -129,14 +132,14 @@ TRAININGS = {
 }
 
 
-def main(folder, *names):
+def main(folder):
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True)
     tokens = rows(4, length=11, seed=2)
     inputs = PaddingCollator(0)(tokens)
     found = {}
-    for name in names or TRAININGS:
-        model, losses = TRAININGS[name](Path(folder) / name)
+    for name, training in TRAININGS.items():
+        model, losses = training(Path(folder) / name)
         with torch.no_grad():
             says = model.eval()(**inputs)[0].flatten().tolist()
         found[name] = {"losses": losses, "says": says}
@@ -146,4 +149,4 @@ def main(folder, *names):
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    main(sys.argv[1])

@@ -34,11 +34,10 @@ def main() -> None:
     # A layer that takes its full-rank weight leaves its factors without a gradient in that step.
     unused = DistributedDataParallelKwargs(find_unused_parameters=True)
     accelerator = Accelerator(kwargs_handlers=[unused], dataloader_config=data)
-    losses = train(accelerator, options)
-    if accelerator.is_main_process:
-        print(json.dumps({"processes": accelerator.num_processes, "losses": losses}))
+    found = {"processes": accelerator.num_processes, "losses": train(accelerator, options)}
     accelerator.free_memory()
-    end_as_first()
+    if end_as_first():
+        print(json.dumps(found))
 
 
 def train(accelerator: Accelerator, options: argparse.Namespace) -> list[float]:

@@ -20,7 +20,14 @@ from hf_lowrank.settings import CompressionSettings, make_settings
 from hf_lowrank.training.arguments import make_arguments
 from hf_lowrank.training.best import BestStateCallback
 from hf_lowrank.training.distillation import DistillationTrainer, default_losses
-from hf_lowrank.training.features import Features, PaddingCollator, has_labels, hold_out, make_features
+from hf_lowrank.training.features import (
+    Features,
+    PaddingCollator,
+    has_labels,
+    hold_out,
+    make_features,
+    options_of_data,
+)
 from hf_lowrank.training.mixed_rank import MixedRankCallback
 from hf_lowrank.training.preparation import prepared
 from hf_lowrank.training.pruning import FirstOrderPruningCallback
@@ -100,12 +107,6 @@ class LPAFOptions:
                 f"logits, got {', '.join(self.losses)}."
             )
 
-    @property
-    def of_data(self) -> dict[str, Any]:
-        """Those that `make_features` takes."""
-        names = ("max_seq_length", "max_examples", "seed", "text_column", "label_column")
-        return {name: getattr(self, name) for name in names}
-
 
 def lpaf(
     model: PreTrainedModel | str | Path,
@@ -148,13 +149,13 @@ def lpaf(
     training, settings = _split(options)
     dense = load_dense(model)
     tokenizer = tokenizer if tokenizer is not None else find_tokenizer(dense)
-    features = make_features(dense, tokenizer, dataset, **training.of_data)
+    features = make_features(dense, tokenizer, dataset, **options_of_data(training))
     if not has_labels(features):
         raise InputError("lpaf trains a model on its task, and the data have no labels. Give labels or label_column.")
     if eval_dataset is None:
         features, held_out = hold_out(features, training.seed)
     else:
-        held_out = make_features(dense, tokenizer, eval_dataset, **training.of_data)
+        held_out = make_features(dense, tokenizer, eval_dataset, **options_of_data(training))
     losses = _losses(training, features)
     lesson = Lesson(
         load_dense(teacher or dense), losses, features, held_out, getattr(tokenizer, "pad_token_id", None) or 0

@@ -30,7 +30,7 @@ def check_launch(args: TrainingArguments) -> None:
 def share_(tensors: Iterable[torch.Tensor]) -> None:
     """Overwrite tensors by those of the first process."""
     for tensor in tensors:
-        tensor.copy_(broadcast(tensor.detach().clone()))
+        tensor.copy_(broadcast(tensor.detach().contiguous()))
 
 
 def told_by_first(value: Any) -> Any:

@@ -19,7 +19,7 @@ from hf_lowrank.solvers.tensor_methods import TENSOR_METHODS
 from hf_lowrank.training.arguments import make_arguments
 from hf_lowrank.training.best import BestStateCallback
 from hf_lowrank.training.distillation import DistillationTrainer, check_teacher, default_losses
-from hf_lowrank.training.features import Features, PaddingCollator, hold_out, make_features
+from hf_lowrank.training.features import Features, PaddingCollator, hold_out, make_features, options_of_data
 from hf_lowrank.training.preparation import prepared
 from hf_lowrank.training.processes import check_launch
 
@@ -97,11 +97,11 @@ def recover(
     _check_tokenizers(own_tokenizer, find_tokenizer(dense))
     check_teacher(small, dense)
     tokenizer = own_tokenizer or find_tokenizer(dense)
-    features = make_features(small, tokenizer, dataset, **settings.of_data)
+    features = make_features(small, tokenizer, dataset, **options_of_data(settings))
     if eval_dataset is None:
         features, held_out = hold_out(features, settings.seed)
     else:
-        held_out = make_features(small, tokenizer, eval_dataset, **settings.of_data)
+        held_out = make_features(small, tokenizer, eval_dataset, **options_of_data(settings))
     losses = dict(settings.losses or default_losses(features))
     data = (features, held_out, getattr(tokenizer, "pad_token_id", None) or 0)
     with tempfile.TemporaryDirectory() as folder, as_two_factors(small):
@@ -148,12 +148,6 @@ class RecoveryOptions:
         for name in ("epochs", "batch_size", "max_seq_length", "temperature"):
             if not getattr(self, name) > 0:
                 raise InputError(f"{name} must be positive, got {getattr(self, name)}.")
-
-    @property
-    def of_data(self) -> dict[str, Any]:
-        """Those that `make_features` takes."""
-        names = ("max_seq_length", "max_examples", "seed", "text_column", "label_column")
-        return {name: getattr(self, name) for name in names}
 
 
 def default_learning_rate(model: PreTrainedModel) -> float:
