@@ -8,22 +8,23 @@ The first table prunes to the budgets, the second as `lpaf` does. Every row of t
 dense model, and the same loss, and makes as many steps in all: the rows without pruning train the dense model as long
 as the others prune it, and rows that prune alike start from the same pruned model. The third table is of `recover`,
 from what each method makes of the dense model or of a pruned one. Nothing is chosen on the test data. Finished cells
-and pruned models are kept in the work directory. In 16 bits, under `accelerate launch --mixed_precision bf16`.
+and pruned models are kept in the work directory, of which `lpaf_tables.py` makes the tables of several tasks. In 16
+bits, with `ACCELERATE_MIXED_PRECISION=bf16`.
 """
 
 import argparse
 import copy
-import json
+import itertools
 import statistics
 import tempfile
 import time
-from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from glue_lpaf import tiny
+from lpaf_tables import Cells, Tables
 from transformers import AutoTokenizer
 
 from hf_lowrank import FirstOrderPruningCallback, compress, evaluate, lpaf, recover
@@ -34,21 +35,22 @@ from hf_lowrank.training.features import hold_out, make_features
 from hf_lowrank.training.lpaf import Lesson, LPAFOptions, default_prune_keep, train
 from hf_lowrank.training.pruning import IMPORTANCES
 
-# row -> what prunes (None: trained as long, nothing pruned), and options of `lpaf`, without mixed ranks unless given
-ROWS: dict[str, tuple[str | None, dict[str, Any]]] = {
-    "SVD + fine-tuning": (None, {"method": "svd"}),
-    "FWSVD + fine-tuning": (None, {"method": "weighted_svd"}),
-    "two-sided SVD + fine-tuning": (None, {"method": "two_sided_svd"}),
+NOT_PRUNED = "nothing"  # but trained as long
+# row -> what prunes, and options of `lpaf`, without mixed ranks unless given
+ROWS: dict[str, tuple[str, dict[str, Any]]] = {
+    "SVD + fine-tuning": (NOT_PRUNED, {"method": "svd"}),
+    "FWSVD + fine-tuning": (NOT_PRUNED, {"method": "weighted_svd"}),
+    "two-sided SVD + fine-tuning": (NOT_PRUNED, {"method": "two_sided_svd"}),
     "magnitude-pruned, SVD": ("magnitude", {"method": "svd"}),
-    "first-order pruned, SVD": ("sensitivity", {"method": "svd"}),
-    "... mixed ranks": ("sensitivity", {"method": "svd", "probability": 0.5}),
-    "... mixed ranks, consistency": ("sensitivity", {"method": "svd", "probability": 0.5, "consistency": 1.0}),
-    "... rows by survivors": ("sensitivity", {"method": "sparsity_aware_svd"}),
-    "... rows by importance": ("sensitivity", {"method": "importance_aware_svd"}),
-    "... by importance, mixed ranks": ("sensitivity", {"method": "importance_aware_svd", "probability": 0.5}),
-    "... two-sided": ("sensitivity", {"method": "two_sided_svd"}),
+    "pruned, SVD": ("sensitivity", {"method": "svd"}),
+    "pruned, mixed ranks": ("sensitivity", {"method": "svd", "probability": 0.5}),
+    "pruned, mixed ranks, consistency": ("sensitivity", {"method": "svd", "probability": 0.5, "consistency": 1.0}),
+    "pruned, rows by survivors": ("sensitivity", {"method": "sparsity_aware_svd"}),
+    "pruned, rows by importance": ("sensitivity", {"method": "importance_aware_svd"}),
+    "pruned, rows by importance, mixed ranks": ("sensitivity", {"method": "importance_aware_svd", "probability": 0.5}),
+    "pruned, two-sided (lpaf)": ("sensitivity", {"method": "two_sided_svd"}),
+    "pruned, two-sided, mixed ranks": ("sensitivity", {"method": "two_sided_svd", "probability": 0.5}),
 }
-NOT_PRUNED = "none"
 # what is healed -> what prunes the dense model before, and the method
 RECOVERED = {
     "svd": (None, "svd"),
@@ -57,6 +59,7 @@ RECOVERED = {
     "two_sided_svd": (None, "two_sided_svd"),
     "pruned, svd": ("sensitivity", "svd"),
     "pruned, by importance": ("sensitivity", "importance_aware_svd"),
+    "pruned, two_sided_svd": ("sensitivity", "two_sided_svd"),
 }
 
 
@@ -69,12 +72,10 @@ class Study:
 
     def __init__(self, options: argparse.Namespace) -> None:
         self.options = options
-        self.pruned_to = f" {options.prune_keep}" if options.prune_keep else ""  # of a cell's name
         self._scratch = tempfile.TemporaryDirectory()
         self.folder = Path(options.work_dir or self._scratch.name)
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self.file = self.folder / "cells.json"
-        self.cells: dict[str, Any] = json.loads(self.file.read_text(encoding="utf-8")) if self.file.is_file() else {}
+        names = ("epochs", "losses", "max_examples", "prune_keep", "recover_rate")
+        self.cells = Cells(self.folder, {name: getattr(options, name) for name in names})
         if options.smoke:
             torch.manual_seed(0)
             self.dense, self.tokenizer = tiny()
@@ -84,55 +85,67 @@ class Study:
             self.dense, self.tokenizer = load_dense(options.model), AutoTokenizer.from_pretrained(options.model)
             self.train, self.test = options.train, options.test
 
+    def run(self) -> None:
+        """Make what is asked for and not there yet."""
+        options, get = self.options, self.cells.get
+        get(lambda: {"accuracy": self.accuracy(self.dense)}, table="dense")
+        for seed, keep in itertools.product(options.seeds, options.keep):
+            for importance in options.importances:
+                self.pruned(importance, keep, seed)
+            for row in options.rows:
+                get(partial(self.compressed, row, keep, seed), table="compressed", what=row, keep=keep, seed=seed)
+            for name in options.recover:
+                get(partial(self.recovered, name, keep, seed), table="recovered", what=name, keep=keep, seed=seed)
+
     def accuracy(self, model: Any) -> float:
         """On the test data."""
         found = evaluate(model, self.test, "text-classification", tokenizer=self.tokenizer, cost=False)
         return found.model.scores["accuracy"]
 
-    def cell(self, name: str, make: Any) -> Any:
-        """A number or more, computed once."""
-        if name not in self.cells:
-            self.cells[name] = make()
-            self.file.write_text(json.dumps(self.cells, indent=1), encoding="utf-8")
-        return self.cells[name]
+    def pruned(self, importance: str, keep: float, seed: int) -> Any:
+        """The model pruned, or trained as long; made once, with its accuracy and mean ranks (of full rank)."""
+        keep = 1.0 if importance == NOT_PRUNED else keep
+        folder = self.folder / f"pruned {importance} {keep} {seed}"
 
-    def pruned(self, importance: str | None, keep: float, seed: int) -> tuple[Any, list[float]]:
-        """The pruned model; its accuracy, mean rank and mean 90 %-energy rank (of full rank). Made once."""
-        name = f"pruned {importance} {keep} {seed}" if importance else f"trained {seed}"
-        if name not in self.cells:
+        def make() -> dict[str, float]:
             model, found = self._prune(importance, keep, seed)
-            model.save_pretrained(self.folder / name)
-            self.cell(name, lambda: found)
-        return load_dense(str(self.folder / name)), self.cells[name]
+            model.save_pretrained(folder)
+            return found
 
-    def _prune(self, importance: str | None, keep: float, seed: int) -> tuple[Any, list[float]]:
+        self.cells.get(make, table="pruned", what=importance, keep=keep, seed=seed)
+        return load_dense(str(folder))
+
+    def _prune(self, importance: str, keep: float, seed: int) -> tuple[Any, dict[str, float]]:
         model, options = copy.deepcopy(self.dense), self.options
         features = make_features(model, self.tokenizer, self.train, max_examples=options.max_examples, seed=seed)
         training = LPAFOptions(seed=seed, losses=options.losses or default_losses(features))
         lesson = Lesson(self.dense, training.losses, *hold_out(features, seed), self.tokenizer.pad_token_id)
-        pruning = FirstOrderPruningCallback(keep if importance else 1.0, importance=importance or "magnitude")
+        pruning = FirstOrderPruningCallback(keep, importance="magnitude" if importance == NOT_PRUNED else importance)
         rates = {"epochs": options.epochs, "learning_rate": training.prune_learning_rate}
         with tempfile.TemporaryDirectory() as folder:
             train(model, lesson, [pruning], training, folder, eval_strategy="no", eval_on_start=False, **rates)
         ranks = pruning.ranks.values()
-        shares = [[one.rank / one.full_rank for one in ranks], [one.energy_rank / one.full_rank for one in ranks]]
-        return model, [self.accuracy(model.eval()), *(statistics.mean(share) for share in shares)]
+        return model, {
+            "accuracy": self.accuracy(model.eval()),
+            "rank": statistics.mean(one.rank / one.full_rank for one in ranks),
+            "energy_rank": statistics.mean(one.energy_rank / one.full_rank for one in ranks),
+        }
 
-    def start(self, importance: str | None, keep: float, seed: int) -> Any:
+    def start(self, importance: str, keep: float, seed: int) -> Any:
         """What is compressed to a budget: pruned as `lpaf` prunes for it, or trained as long."""
-        return self.pruned(importance, self.options.prune_keep or default_prune_keep(keep), seed)[0]
+        return self.pruned(importance, self.options.prune_keep or default_prune_keep(keep), seed)
 
-    def compressed(self, row: str, keep: float, seed: int) -> float:
-        """Accuracy of one row of the table at one budget."""
+    def compressed(self, row: str, keep: float, seed: int) -> dict[str, float]:
+        """One row of the table at one budget."""
         importance, options = ROWS[row]
         start, sizes = self.start(importance, keep, seed), self.options
         small = lpaf(
             start, dataset=self.train, tokenizer=self.tokenizer, teacher=self.dense, keep_targets=keep, seed=seed,
             max_examples=sizes.max_examples, prune_epochs=0, tune_epochs=sizes.epochs, losses=sizes.losses, **options,
         )  # fmt: skip
-        return self.accuracy(small)
+        return {"accuracy": self.accuracy(small)}
 
-    def recovered(self, name: str, keep: float, seed: int) -> tuple[float, float, float]:
+    def recovered(self, name: str, keep: float, seed: int) -> dict[str, float]:
         """Accuracy before and after `recover`, and the minutes that took."""
         importance, method = RECOVERED[name]
         dense, sizes = self.start(importance, keep, seed) if importance else self.dense, self.options
@@ -146,78 +159,17 @@ class Study:
             max_examples=sizes.max_examples, epochs=sizes.epochs, learning_rate=sizes.recover_rate,
         )  # fmt: skip
         minutes = (time.perf_counter() - start) / 60
-        return before, self.accuracy(small), minutes
+        return {"before": before, "after": self.accuracy(small), "minutes": minutes}
 
 
 def main() -> None:
-    """Print the tables."""
+    """Make the cells, and print the tables."""
     options = parse()
-    study = Study(options)
     torch.manual_seed(0)
-    print(f"dense: accuracy {study.cell('dense', partial(study.accuracy, study.dense)):.4f}; seeds {options.seeds}")
-    if options.importances:
-        print_pruned(study)
-    if options.rows:
-        print_compressed(study)
-    if options.recover:
-        print_recovered(study)
-
-
-def print_pruned(study: Study) -> None:
-    """What pruning leaves."""
-    print(f"\n{'pruned by':<12}{'kept':>6}{'accuracy':>18}{'rank':>8}{'90 % energy':>13}")
-    for keep in study.options.keep:
-        for how in study.options.importances:
-            importance = None if how == NOT_PRUNED else how
-            found = [study.pruned(importance, keep, seed)[1] for seed in study.options.seeds]
-            accuracy, rank, energy = ([one[index] for one in found] for index in range(3))
-            print(f"{how:<12}{keep:>6.2f}{spread(accuracy):>18}{mean(rank):>8.1%}{mean(energy):>13.1%}", flush=True)
-
-
-def print_compressed(study: Study) -> None:
-    """What each row makes of it."""
-    print(f"\n{'compressed':<32}" + "".join(f"{f'keep_targets {keep}':>20}" for keep in study.options.keep))
-    for row in study.options.rows:
-        cells = []
-        for keep in study.options.keep:
-            found = [
-                study.cell(f"{row} {keep} {seed}{study.pruned_to}", partial(study.compressed, row, keep, seed))
-                for seed in study.options.seeds
-            ]
-            cells.append(spread(found))
-        print(f"{row:<32}" + "".join(f"{cell:>20}" for cell in cells), flush=True)
-
-
-def print_recovered(study: Study) -> None:
-    """What `recover` brings back of what each method loses."""
-    rate = study.options.recover_rate
-    print(f"\n{'recovered':<24}{'kept':>6}{'before':>18}{'after':>18}{'loss closed':>13}{'minutes':>9}")
-    for name in study.options.recover:
-        for keep in study.options.keep:
-            found = [
-                study.cell(
-                    f"recover {name} {keep} {seed} {rate}{study.pruned_to}", partial(study.recovered, name, keep, seed)
-                )
-                for seed in study.options.seeds
-            ]
-            before, after, minutes = zip(*found, strict=True)
-            lost = study.cells["dense"] - mean(before)
-            closed = f"{(mean(after) - mean(before)) / lost:.0%}" if lost > 0 else "-"
-            print(
-                f"{name:<24}{keep:>6.2f}{spread(before):>18}{spread(after):>18}{closed:>13}{mean(minutes):>9.1f}",
-                flush=True,
-            )
-
-
-def mean(values: Sequence[float]) -> float:
-    """Of all seeds."""
-    return statistics.mean(values)
-
-
-def spread(values: Sequence[float]) -> str:
-    """Mean and standard deviation."""
-    deviation = statistics.stdev(values) if len(values) > 1 else 0.0
-    return f"{mean(values):.4f} ± {deviation:.4f}"
+    study = Study(options)
+    study.run()
+    name = Path(options.test).parent.name if options.test else "test"
+    print("\n" + "\n".join(Tables({name: study.cells.list}).lines()))
 
 
 def parse() -> argparse.Namespace:
@@ -244,7 +196,7 @@ def parse() -> argparse.Namespace:
     options.losses = dict(options.losses or {}) or None
     if options.smoke:
         options.keep, options.seeds, options.epochs = [0.5], [0], 1
-        options.rows, options.importances = ["SVD + fine-tuning", "... mixed ranks"], ["sensitivity"]
+        options.rows, options.importances = ["SVD + fine-tuning", "pruned, mixed ranks"], ["sensitivity"]
         options.recover = ["svd"]
     return options
 

@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 from huggingface_hub import ModelCard
 
-from hf_lowrank.cards.card import REPORT_FILE, make_card
+from hf_lowrank.cards.card import REPORT_FILE
+from hf_lowrank.record import card_text
 from hf_lowrank.report import CompressionReport
 from hf_lowrank.solvers import SOLVERS
 from hf_lowrank.solvers.tensor_methods import TENSOR_METHODS
@@ -22,7 +23,7 @@ def report_of(card):
 
 @each_card
 def test_a_card_is_what_its_report_renders_to(card):
-    assert (card / "README.md").read_text(encoding="utf-8") == str(make_card(report_of(card), card.name))
+    assert (card / "README.md").read_text(encoding="utf-8") == card_text(card, report_of(card), card.name)
 
 
 @each_card
