@@ -122,7 +122,11 @@ class Tables:
 
 
 def _mean_of_tasks(found: Mapping[str, Mapping[int, Numbers]]) -> str:
-    return f"{statistics.mean(100 * _mean(seeds.values(), 'accuracy') for seeds in found.values()):.2f}"
+    """With the deviation of the seeds' means, where every task has the same seeds."""
+    seeds = {frozenset(numbers) for numbers in found.values()}
+    if len(seeds) > 1:
+        return f"{statistics.mean(100 * _mean(numbers.values(), 'accuracy') for numbers in found.values()):.2f}"
+    return _spread([100 * _mean((numbers[seed] for numbers in found.values()), "accuracy") for seed in seeds.pop()])
 
 
 def _mean(found: Iterable[Numbers], name: str) -> float:

@@ -35,6 +35,15 @@ def test_a_row_has_mean_and_deviation_of_seeds_and_the_mean_of_tasks(tables):
     assert lines[-1] == "| 0.5 | svd | 75.00 ± 7.07 | 65.00 (seeds: 1) | 70.00 |"
 
 
+def test_the_mean_of_tasks_deviates_as_the_means_of_seeds_do(tables):
+    tasks = {
+        "A": [dense(0.9), cell("svd", 0.7), cell("svd", 0.8, seed=1)],
+        "B": [dense(0.8), cell("svd", 0.8, seed=1), cell("svd", 0.5)],
+    }
+
+    assert list(tables.Tables(tasks).lines())[-1].endswith(" | 70.00 ± 14.14 |")  # of 60 and 80
+
+
 def test_there_is_no_mean_where_a_task_is_missing(tables):
     tasks = {"A": [dense(0.9), cell("svd", 0.7), cell("fwsvd", 0.7)], "B": [dense(0.8), cell("svd", 0.6)]}
 
