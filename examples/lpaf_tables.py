@@ -1,7 +1,7 @@
 r"""The tables of `benchmark_lpaf.py` over several tasks, in Markdown, from what it has finished: in a second.
 
     python examples/lpaf_tables.py SST-2=build/lpaf/sst2 MRPC=build/lpaf/mrpc RTE=build/lpaf/rte \
-        --card model_cards/all-MiniLM-L6-v2-sst2-lpaf-0.25
+        --tables compressed --card model_cards/all-MiniLM-L6-v2-sst2-lpaf-0.25
     python examples/lpaf_tables.py --smoke        # of numbers that are made up
 
 Each folder is a `--work-dir` of that benchmark. Seeds and rows of a task may lie in several: `SST-2=build/a,build/b`.
@@ -20,6 +20,10 @@ from hf_lowrank.cards.card import KEPT_LINE
 Numbers = Mapping[str, float]
 Rows = dict[tuple[float, str], dict[str, dict[int, Numbers]]]  # kept, what -> task -> seed
 REMEDY = "give NAME=FOLDER, the --work-dir of benchmark_lpaf.py"
+IN_CARD = (
+    "What models made like this one score beside others (`examples/benchmark_lpaf.py`): every row has the same "
+    "teacher and number of steps, and was trained from the same dense model, pruned first or trained as long."
+)
 # table -> title of its rows, and its columns: number -> what stands before it, the factor it is shown with, its unit
 TABLES: dict[str, tuple[str, dict[str, tuple[str, float, str]]]] = {
     "pruned": (
@@ -87,13 +91,13 @@ class Tables:
                     row.setdefault(task, {})[cell["seed"]] = cell["found"]
                     self.seeds.add(cell["seed"])
 
-    def lines(self) -> Iterator[str]:
-        """The tables that have rows, under a line of what they are of."""
+    def lines(self, names: Sequence[str] = tuple(TABLES)) -> Iterator[str]:
+        """Those of the tables that have rows, under a line of what they are of."""
         dense = ", ".join(f"{task} {100 * accuracy:.2f}" for task, accuracy in self.dense.items())
         seeds = ", ".join(str(seed) for seed in sorted(self.seeds))
         yield f"Accuracy in percent, mean ± standard deviation over seeds {seeds}. Dense: {dense}."
-        for table, rows in self._found.items():
-            if rows:
+        for table in names:
+            if rows := self._found[table]:
                 yield from ("", *self._table(table, rows))
 
     def _table(self, table: str, rows: Rows) -> Iterator[str]:
@@ -150,7 +154,7 @@ def keep_in_card(folder: Path, lines: Sequence[str]) -> None:
     head, line, _ = file.read_text(encoding="utf-8").partition(KEPT_LINE)
     if not line:
         raise SystemExit(f"{file} was not written by hf_lowrank: there is no line {KEPT_LINE!r}. Give another --card.")
-    text = "\n".join(["", "## Compared", "", *lines])
+    text = "\n".join(["", "## Compared", "", IN_CARD, "", *lines])
     file.write_text(f"{head}{line}{text}\n", encoding="utf-8")
 
 
@@ -168,6 +172,7 @@ def main() -> None:
     """Print the tables."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("tasks", nargs="*", metavar="NAME=FOLDER[,FOLDER]", help="of each task its work-dirs")
+    parser.add_argument("--tables", nargs="+", choices=list(TABLES), default=list(TABLES))
     parser.add_argument("--card", type=Path, help="folder of a card that keeps them")
     parser.add_argument("--smoke", action="store_true", help="made-up numbers")
     options = parser.parse_args()
@@ -179,7 +184,7 @@ def main() -> None:
             parser.error(f"no finished cells in {folders or task!r}: {REMEDY}")
     if not tasks:
         parser.error(f"no tasks: {REMEDY}")
-    lines = list(Tables(tasks).lines())
+    lines = list(Tables(tasks).lines(options.tables))
     print("\n".join(lines))
     if options.card:
         keep_in_card(options.card, lines)
