@@ -26,7 +26,7 @@ from hf_lowrank.remote_code.lowrank_model import LowRankMixin
 from hf_lowrank.report import make_report
 from hf_lowrank.settings import CompressionSettings, make_settings
 from hf_lowrank.tasks import make_task
-from hf_lowrank.tasks.base import Step, Task
+from hf_lowrank.tasks.base import Step, Task, metric_of
 from hf_lowrank.version import __version__
 
 # The standard of 2024, which the data-aware methods here are measured against.
@@ -101,14 +101,15 @@ def compare(
         bench = _Bench(dense, task, steps, Path(settings.work_dir or scratch), progress)
         bench.calibrate(calibration, tokenizer, entries)
         cells = [bench.dense_cell(), *(bench.cell(entry, tokenizer) for entry in entries)]
+    metric = metric_of(task, next(iter(cells[-1].scores.values())))
     return Comparison(
         architecture=type(dense).__name__,
         task=task.name,
-        metric=_metric(task, cells),
+        metric=metric,
         higher_is_better=task.higher_is_better,
         texts=tuple(data),
         baseline=baseline,
-        cells=tuple(related(cells, _metric(task, cells), baseline)),
+        cells=tuple(related(cells, metric, baseline)),
     )
 
 
@@ -246,12 +247,6 @@ class _Labelled:
 
     def __call__(self, work: Sequence[T], description: str) -> Iterable[T]:
         return self.progress(work, f"{self.label}: {description}")
-
-
-def _metric(task: Task, cells: Sequence[Cell]) -> str:
-    """The task's metric; a model without a head has another measure of agreement."""
-    scores = next(iter(cells[-1].scores.values()))
-    return task.metric if task.metric in scores else "cosine_to_dense"
 
 
 def _sizes(model: Any) -> dict[str, int | None]:

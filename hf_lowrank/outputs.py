@@ -1,6 +1,6 @@
 """What a model says, in a form that two models can be compared in, whatever their head."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,32 +20,24 @@ class Said:
     """The output of a model at the places that count.
 
     Args:
-        kind: `distribution` (rows are logits) or `embedding` (rows are unit vectors).
-        rows: (N, V) or (N, D).
+        kind: One of `KINDS`.
+        rows: (N, V), a row for each thing that is said.
     """
 
     kind: str
     rows: torch.Tensor
 
     def distance(self, reference: "Said") -> torch.Tensor:
-        """How far each row is from the reference's, (N): KL(reference || this), or 1 - cosine."""
-        if self.kind == "embedding":
-            return 1 - (self.rows * reference.rows).sum(dim=-1)
-        divergence: torch.Tensor = _Divergence.apply(self.rows, reference.rows)  # type: ignore[no-untyped-call]  # torch's
-        return divergence
+        """How far each row is from the reference's, (N); see `KINDS`."""
+        return KINDS[self.kind].distance(self.rows, reference.rows)
 
     def random_gradient_loss(self, generator: torch.Generator) -> torch.Tensor:
         """A random scalar whose gradient has the second moment of the Gauss-Newton matrix of `distance`.
 
-        For distributions: the cross-entropy of labels drawn from the model's own prediction, so that no labels are
-        needed (the Fisher matrix). For embeddings: the product with standard normal directions.
+        For predictions: the loss of labels drawn from the model's own, so that no labels are needed (the Fisher
+        matrix). For embeddings: the product with standard normal directions.
         """
-        if self.kind == "embedding":
-            directions = torch.randn(self.rows.shape, generator=generator, dtype=torch.float32)
-            return (self.rows * directions.to(self.rows)).sum()
-        probabilities = F.softmax(self.rows.detach().float(), dim=-1).cpu()
-        labels = torch.multinomial(probabilities, 1, generator=generator)[:, 0].to(self.rows.device)
-        return F.cross_entropy(self.rows, labels, reduction="sum")
+        return KINDS[self.kind].random_gradient_loss(self.rows, generator)
 
 
 class _Divergence(torch.autograd.Function):
@@ -79,21 +71,83 @@ def _parts(found: torch.Tensor, wanted: torch.Tensor) -> Iterator[tuple[torch.Te
     return zip(found.split(_ROWS_AT_ONCE), wanted.split(_ROWS_AT_ONCE), strict=True)
 
 
+def _divergence(found: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
+    divergence: torch.Tensor = _Divergence.apply(found, wanted)  # type: ignore[no-untyped-call]  # torch's
+    return divergence
+
+
+def _loss_of_drawn_class(rows: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    probabilities = F.softmax(rows.detach().float(), dim=-1).cpu()
+    labels = torch.multinomial(probabilities, 1, generator=generator)[:, 0].to(rows.device)
+    return F.cross_entropy(rows, labels, reduction="sum")
+
+
+def _label_divergence(found: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
+    should = wanted.sigmoid()
+    both = [F.binary_cross_entropy_with_logits(rows, should, reduction="none") for rows in (found, wanted)]
+    return (both[0] - both[1]).sum(dim=-1)
+
+
+def _loss_of_drawn_labels(rows: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    labels = torch.bernoulli(rows.detach().float().sigmoid().cpu(), generator=generator).to(rows)
+    return F.binary_cross_entropy_with_logits(rows, labels, reduction="sum")
+
+
+def _half_square(found: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
+    return (found - wanted).square().sum(dim=-1) / 2
+
+
+def _one_minus_cosine(found: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
+    return 1 - (found * wanted).sum(dim=-1)
+
+
+def _along_normals(rows: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    directions = torch.randn(rows.shape, generator=generator, dtype=torch.float32)
+    return (rows * directions.to(rows)).sum()
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A way in which models speak.
+
+    Args:
+        distance: Of two rows, (N, V) twice -> (N).
+        random_gradient_loss: See `Said`.
+        has_temperature: Whether rows are logits, which distillation divides by its temperature.
+    """
+
+    distance: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+    random_gradient_loss: Callable[[torch.Tensor, torch.Generator], torch.Tensor]
+    has_temperature: bool
+
+
+# distribution: logits of classes or tokens, KL(reference || this)
+# labels: logits of labels of which several can be true, the sum of their KL(reference || this)
+# number: values of a regression or a ranking, half the squared difference: KL of normals with variance 1
+# embedding: unit vectors, 1 - cosine
+KINDS = {
+    "distribution": Kind(_divergence, _loss_of_drawn_class, has_temperature=True),
+    "labels": Kind(_label_divergence, _loss_of_drawn_labels, has_temperature=True),
+    "number": Kind(_half_square, _along_normals, has_temperature=False),
+    "embedding": Kind(_one_minus_cosine, _along_normals, has_temperature=False),
+}
+
+
 def run(model: PreTrainedModel, batch: Batch) -> Said:
     """Run a batch and take from its output what is to be compared.
 
     A token head speaks at the masked tokens where the batch has labels, else at every token that is no padding; a
-    sequence head once per sequence, a question-answering head once for the start and once for the end, a
-    multiple-choice head once per batch; a model without a head by the mean of its last hidden states over the tokens,
-    as unit vectors.
+    sequence head once per sequence, by classes, labels or a number; a question-answering head once for the start and
+    once for the end, a multiple-choice head once per batch; a model without a head by the mean of its last hidden
+    states over the tokens, as unit vectors.
     """
     inputs = {name: value for name, value in batch.items() if name != "labels"}
     if type(model).__name__.endswith("ForMultipleChoice"):
         inputs = {name: value[None] for name, value in inputs.items()}  # the sequences of the batch are the choices
-    return said(model(**inputs, **({"use_cache": False} if _has_cache(model) else {})), batch)
+    return said(model, model(**inputs, **({"use_cache": False} if _has_cache(model) else {})), batch)
 
 
-def said(output: Any, batch: Batch) -> Said:
+def said(model: Any, output: Any, batch: Batch) -> Said:
     """What is to be compared of the output a model has given for a batch; see `run`."""
     if getattr(output, "start_logits", None) is not None:
         return Said("distribution", torch.cat([output.start_logits, output.end_logits]))
@@ -103,8 +157,18 @@ def said(output: Any, batch: Batch) -> Said:
     if logits is None:
         return Said("embedding", pooled(output.last_hidden_state, batch))
     if logits.dim() == 2:
-        return Said("distribution", logits)
+        return Said(kind_of_head(model), logits)
     return Said("distribution", logits[speaking_places(batch)])
+
+
+def kind_of_head(model: Any) -> str:
+    """What a head says that speaks once for a sequence: `number` where it has one output, which no softmax can use."""
+    if type(model).__name__.endswith("ForMultipleChoice"):
+        return "distribution"
+    problem = getattr(model.config, "problem_type", None)
+    if problem == "multi_label_classification":
+        return "labels"
+    return "number" if problem == "regression" or model.config.num_labels == 1 else "distribution"
 
 
 @torch.no_grad()

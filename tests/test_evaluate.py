@@ -20,6 +20,8 @@ from hf_lowrank.cli.evaluate_arguments import add_evaluate
 from hf_lowrank.compression import compress
 from hf_lowrank.errors import InputError
 from hf_lowrank.loading import load_dense
+from hf_lowrank.recorded_evaluation import record_evaluation
+from hf_lowrank.saving import save_folder
 from hf_lowrank.tasks import make_task
 from hf_lowrank.tasks.evaluation import evaluate
 from hf_lowrank.tasks.memory import peak_memory
@@ -100,6 +102,30 @@ def test_a_model_agrees_with_itself(pair, task):
     assert result.model.scores["kl_from_dense"] == pytest.approx(0, abs=1e-6)
     assert result.model.scores["top1_agreement"] == 1
     assert result.model.latency is None
+
+
+@pytest.mark.parametrize(
+    ("head", "config", "metric"),
+    [
+        ("BertForSequenceClassification", {}, "top1_agreement"),
+        ("BertForSequenceClassification", {"num_labels": 1}, "pearson_to_dense"),
+        ("BertForSequenceClassification", {"problem_type": "multi_label_classification"}, "label_agreement"),
+        ("BertModel", {}, "cosine_to_dense"),
+    ],
+)
+def test_agreement_is_measured_in_what_the_head_says_and_can_be_recorded(head, config, metric, tmp_path):
+    dense = build(head, **config)
+    small = compress(dense, rank=2, method="svd")
+    save_folder(small, tmp_path / "small")
+
+    found = evaluate(small, TEXTS, "agreement", dense=dense, tokenizer=encoder_tokenizer(), cost=False)
+    record_evaluation(tmp_path / "small", found, "texts.txt")
+
+    scores = found.model.scores
+    assert found.metric == metric
+    assert -1 < scores[metric] <= 1
+    assert scores.get("kl_from_dense", scores.get("rmse_from_dense", 1 - scores[metric])) > 0
+    assert f"{metric.replace('_', ' ')}, agreement on texts.txt" in (tmp_path / "small/README.md").read_text()
 
 
 def test_models_without_a_head_agree_by_cosine(pair):

@@ -22,6 +22,9 @@ from hf_lowrank.tasks.metrics import AnswerMetric, ClassificationMetric, Correla
 from hf_lowrank.tasks.question_answering import Window, best_span
 
 ALPHABET = " ".join(LETTERS)
+LABELLED = [{"text": "a", "label": 1}]
+REGRESSION = {"num_labels": 1}
+SEVERAL = {"problem_type": "multi_label_classification"}
 
 
 class Stub(nn.Module):
@@ -151,6 +154,16 @@ def test_binary_scores_are_those_of_the_confusion_matrix():
     assert scores["matthews"] == pytest.approx((2 * 1 - 1 * 1) / math.sqrt(3 * 3 * 2 * 2))
 
 
+@pytest.mark.parametrize("labels", [[1, 2, 3], ["0.5", "1.0", "9"]])
+def test_a_regression_is_scored_by_its_numbers(labels):
+    model = Stub(lambda ids: SequenceClassifierOutput(logits=(ids[:, 1:2] - 4).float()), num_labels=1)
+
+    scores = score("text-regression", model, [{"text": t, "label": n} for t, n in zip("abc", labels, strict=True)])
+
+    assert scores["spearman"] == pytest.approx(1)
+    assert (scores["pearson"] == pytest.approx(1)) is (labels == [1, 2, 3])
+
+
 def test_pairs_are_read_together():
     model = Stub(by_first_letter, num_labels=3, label2id={})
     task = make_task("text-classification")
@@ -236,6 +249,32 @@ def test_embeddings_agree_by_their_cosine():
     assert agreement.result() == {"cosine_to_dense": pytest.approx(0.8)}
 
 
+def test_numbers_agree_by_error_and_correlation():
+    agreement = Agreement()
+
+    for found, wanted in (([1.0, 2.0], [2.0, 3.0]), ([3.0], [4.0])):
+        agreement.add(Said("number", torch.tensor(found)[:, None]), Said("number", torch.tensor(wanted)[:, None]))
+
+    assert agreement.result() == {"rmse_from_dense": pytest.approx(1), "pearson_to_dense": pytest.approx(1)}
+
+
+def test_a_number_that_never_varies_agrees_with_nothing():
+    agreement = Agreement()
+
+    agreement.add(Said("number", torch.ones(4, 1)), Said("number", torch.arange(4.0)[:, None]))
+
+    assert agreement.result()["pearson_to_dense"] == 0
+
+
+def test_labels_agree_one_by_one():
+    agreement = Agreement()
+
+    agreement.add(Said("labels", torch.tensor([[1.0, -1.0], [0.5, 0.5]])), Said("labels", torch.ones(2, 2)))
+
+    assert agreement.result()["label_agreement"] == 0.75
+    assert agreement.result()["kl_from_dense"] > 0
+
+
 @pytest.mark.parametrize("name", TASKS)
 def test_every_task_says_what_it_is(name):
     task = make_task(name)
@@ -248,6 +287,11 @@ def test_every_task_says_what_it_is(name):
 @pytest.mark.parametrize(
     ("name", "head", "rows", "options", "message"),
     [
+        ("text-regression", "BertForSequenceClassification", LABELLED, {}, "needs a head of one number"),
+        ("text-regression", REGRESSION, ["a"], {}, "text-regression needs labels: set label_column"),
+        ("text-regression", REGRESSION, [{"text": "a", "label": "x"}], {}, "'label' must hold numbers, got 'x'"),
+        ("text-classification", REGRESSION, LABELLED, {}, "this head says numbers. Use text-regression"),
+        ("text-classification", SEVERAL, LABELLED, {}, "this head can say several"),
         ("mlm", "BertModel", [], {}, "task must be one of masked-lm, .*, got 'mlm'"),
         ("masked-lm", "BertModel", [], {"block_size": 3}, "no option 'block_size'. Closest: 'block_length'"),
         ("masked-lm", "BertModel", ["a"], {}, "masked-lm cannot use the head of BertModel"),
@@ -273,8 +317,9 @@ def test_every_task_says_what_it_is(name):
     ],
 )
 def test_what_does_not_fit_gets_one_clear_line(name, head, rows, options, message):
+    model = build(head) if isinstance(head, str) else build("BertForSequenceClassification", **head)
     with pytest.raises(InputError, match=message) as caught:
-        make_task(name, **options).evaluate(build(head), encoder_tokenizer(), rows)
+        make_task(name, **options).evaluate(model, encoder_tokenizer(), rows)
 
     assert "\n" not in str(caught.value)
 

@@ -18,8 +18,8 @@ OPTIONS = {"keep_targets": 0.4, "prune_epochs": 2, "tune_epochs": 2, "batch_size
            "probability": 0.5}  # fmt: skip
 
 
-def dense_model(head="BertForSequenceClassification"):
-    return tiny_models.build(head, vocab_size=30)
+def dense_model(head="BertForSequenceClassification", **config):
+    return tiny_models.build(head, vocab_size=30, **config)
 
 
 def run(model=None, **options):
@@ -61,6 +61,18 @@ def test_without_epochs_of_pruning_the_model_is_factorized_as_it_is():
     expected = compress(dense, method="svd", storage="low_rank", keep_targets=0.4)
     tiny_models.assert_same_function(small, expected, {"input_ids": torch.randint(3, 30, (2, 9))})
     assert small.config.compression["provenance"]["lpaf"]["ranks_after_pruning"] == {}
+
+
+@pytest.mark.parametrize("head", ["BertForSequenceClassification", "GPT2ForSequenceClassification"])
+def test_a_regression_is_pruned_and_trained_on_its_numbers(head):
+    dense = dense_model(head, num_labels=1, pad_token_id=0)
+    data = [{"text": row["text"], "score": f"{index / 8:.2f}"} for index, row in enumerate(ROWS)]
+
+    small = run(dense, dataset=data, label_column="score", method="svd", tune_learning_rate=5e-3)
+    found = small.config.compression["provenance"]["lpaf"]
+
+    assert found["losses"]["task"] == 1
+    assert found["held_out_loss"]["after"] < found["held_out_loss"]["before"]
 
 
 def test_it_learns_from_the_model_as_it_was_unless_labels_alone_are_asked_for():

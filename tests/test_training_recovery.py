@@ -33,18 +33,21 @@ def tokenizer_for(head):
 
 
 @pytest.mark.parametrize(
-    ("head", "data", "has_task"),
+    ("head", "config", "data", "has_task"),
     [
-        ("BertForSequenceClassification", LABELLED, True),
-        ("BertForSequenceClassification", TEXTS, False),
-        ("BertForMaskedLM", TEXTS, False),
-        ("GPT2LMHeadModel", TEXTS, False),
-        ("BertModel", TEXTS, False),
-        ("BertForTokenClassification", TEXTS, False),
+        ("BertForSequenceClassification", {}, LABELLED, True),
+        ("BertForSequenceClassification", {}, TEXTS, False),
+        ("BertForSequenceClassification", {"num_labels": 1}, LABELLED, True),
+        ("BertForSequenceClassification", {"num_labels": 1}, TEXTS, False),
+        ("BertForSequenceClassification", {"problem_type": "multi_label_classification"}, LABELLED, False),
+        ("BertForMaskedLM", {}, TEXTS, False),
+        ("GPT2LMHeadModel", {}, TEXTS, False),
+        ("BertModel", {}, TEXTS, False),
+        ("BertForTokenClassification", {}, TEXTS, False),
     ],
 )
-def test_it_lowers_the_held_out_loss_of_any_head(head, data, has_task):
-    teacher, small = pair(head)
+def test_it_lowers_the_held_out_loss_of_any_head(head, config, data, has_task):
+    teacher, small = pair(head, **config)
     options = {"epochs": 8, "batch_size": 8, "max_seq_length": 16, "learning_rate": 5e-3}
 
     healed = recover(small, teacher=teacher, dataset=data, tokenizer=tokenizer_for(head), **options)

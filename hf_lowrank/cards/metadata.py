@@ -15,6 +15,7 @@ _TASKS = {
     "masked-lm": "fill-mask",
     "causal-lm": "text-generation",
     "text-classification": "text-classification",
+    "text-regression": "text-classification",  # the Hub has no other
     "question-answering": "question-answering",
     "similarity": "sentence-similarity",
 }

@@ -8,8 +8,8 @@ _EXAMPLES = """examples:
   hf-lowrank evaluate small-encoder --dense my-encoder --task similarity --dataset stsb-dev.tsv
   hf-lowrank evaluate small-classifier --task text-classification --dataset nyu-mll/glue:sst2:validation --json
 
-masked-lm, causal-lm and agreement need a column of text; text-classification a label too; similarity two sentences
-and a score; question-answering rows or a file as in SQuAD."""
+masked-lm, causal-lm and agreement need a column of text; text-classification and text-regression a label too;
+similarity two sentences and a score; question-answering rows or a file as in SQuAD."""
 
 Commands = Any  # argparse's private type for sub-parsers
 
@@ -27,7 +27,7 @@ def add_evaluate(commands: Commands) -> None:
     )
     parser.add_argument("path", metavar="PATH", help="folder or Hub id of a model, compressed or not")
     parser.add_argument("--dataset", metavar="DATA", required=True, help="file, or NAME:CONFIG:SPLIT of the Hub")
-    tasks = "masked-lm, causal-lm, text-classification, question-answering, similarity or agreement"
+    tasks = "masked-lm, causal-lm, text-classification, text-regression, question-answering, similarity or agreement"
     parser.add_argument("--task", required=True, help=tasks)
     parser.add_argument("--dense", metavar="MODEL", help="the dense model, to compare with")
     _add_options(parser.add_argument_group("of the task"))

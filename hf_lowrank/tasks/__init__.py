@@ -13,6 +13,7 @@ TASKS = {
     "masked-lm": "hf_lowrank.tasks.masked_lm",
     "causal-lm": "hf_lowrank.tasks.causal_lm",
     "text-classification": "hf_lowrank.tasks.text_classification",
+    "text-regression": "hf_lowrank.tasks.text_regression",
     "question-answering": "hf_lowrank.tasks.question_answering",
     "similarity": "hf_lowrank.tasks.similarity",
     "agreement": "hf_lowrank.tasks.agreement",

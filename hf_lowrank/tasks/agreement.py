@@ -24,7 +24,7 @@ class _Nothing:
 
 @dataclass(frozen=True)
 class AgreementWithDense(Task):
-    """Mean KL divergence from the dense model's predictions and shared first choices; cosine where there is no head.
+    """How far from the dense model's predictions and how often the same; see `Agreement.result` for each kind of head.
 
     A token head is compared at every token, a sequence head once a text, a model without a head by the mean of its
     last hidden states.

@@ -12,6 +12,9 @@ from hf_lowrank.outputs import Batch, Said, run
 from hf_lowrank.progress import Progress, no_progress
 from hf_lowrank.remote_code.configuration_lowrank import PREFIX
 
+# Agreement with a dense model, by what is said; more is better.
+AGREEMENTS = ("top1_agreement", "label_agreement", "pearson_to_dense", "cosine_to_dense")
+
 
 @dataclass(frozen=True)
 class Step:
@@ -121,13 +124,14 @@ class Task(ABC):
 
 
 class Agreement:
-    """How alike the outputs of two models are: KL divergence and shared first choices, or the cosine of embeddings."""
+    """How alike the outputs of two models are, in words that suit what they say."""
 
     def __init__(self) -> None:
         self._kind = ""
         self._distance = 0.0
-        self._same = 0
+        self._same = 0.0
         self._count = 0
+        self._numbers: list[torch.Tensor] = []  # (2, N V) each
 
     def add(self, said: Said, reference: Said) -> None:
         """Count one step.
@@ -139,15 +143,35 @@ class Agreement:
             raise InputError("The model and the dense one have different heads or sizes. Give the one it came from.")
         self._kind = said.kind
         self._distance += float(said.distance(reference).double().sum())
-        self._same += int((said.rows.argmax(dim=-1) == reference.rows.argmax(dim=-1)).sum())
         self._count += len(said.rows)
+        if said.kind == "distribution":
+            self._same += float((said.rows.argmax(dim=-1) == reference.rows.argmax(dim=-1)).sum())
+        elif said.kind == "labels":
+            self._same += float(((said.rows > 0) == (reference.rows > 0)).float().mean(dim=-1).sum())
+        elif said.kind == "number":
+            self._numbers.append(torch.stack([said.rows.flatten(), reference.rows.flatten()]).double())
 
     def result(self) -> dict[str, float]:
-        """`kl_from_dense` in nats and `top1_agreement`, or `cosine_to_dense`; means over everything said."""
+        """Means over everything said.
+
+        Of classes and tokens `kl_from_dense` in nats and `top1_agreement`, of labels `kl_from_dense` and
+        `label_agreement` (the share that is true, or false, of both), of numbers `rmse_from_dense` and
+        `pearson_to_dense` (0 where one of them never varies), of embeddings `cosine_to_dense`.
+        """
         mean = self._distance / self._count
         if self._kind == "embedding":
             return {"cosine_to_dense": 1 - mean}
-        return {"kl_from_dense": mean, "top1_agreement": self._same / self._count}
+        if self._kind == "number":
+            numbers = torch.cat(self._numbers, dim=1)
+            root = float((numbers[0] - numbers[1]).square().mean().sqrt())
+            return {"rmse_from_dense": root, "pearson_to_dense": float(numbers.corrcoef()[0, 1].nan_to_num())}
+        shared = "top1_agreement" if self._kind == "distribution" else "label_agreement"
+        return {"kl_from_dense": mean, shared: self._same / self._count}
+
+
+def metric_of(task: Task, scores: Collection[str]) -> str:
+    """The task's metric, or where what models say has another measure of agreement, that."""
+    return task.metric if task.metric in scores else next(name for name in AGREEMENTS if name in scores)
 
 
 @torch.inference_mode()

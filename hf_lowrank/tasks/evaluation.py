@@ -15,7 +15,7 @@ from hf_lowrank.progress import Progress, no_progress
 from hf_lowrank.remote_code.lowrank_structures import structure_name
 from hf_lowrank.targets import is_tied
 from hf_lowrank.tasks import make_task
-from hf_lowrank.tasks.base import Task
+from hf_lowrank.tasks.base import AGREEMENTS, Task, metric_of
 from hf_lowrank.tasks.memory import peak_memory
 from hf_lowrank.wording import megabytes, milliseconds
 
@@ -124,7 +124,7 @@ def evaluate(
     if isinstance(task, Task) and options:
         raise InputError(f"A task that is made has its options; {next(iter(options))} must be given where it is made.")
     task = task if isinstance(task, Task) else make_task(task, **options)
-    if dense is None and task.metric == "top1_agreement":
+    if dense is None and task.metric in AGREEMENTS:
         raise InputError(f"Task {task.name} compares with the dense model, and there is none. Give dense=.")
     models = {_MODEL: model} if dense is None else {_DENSE: dense, _MODEL: model}
     timed = dict(models)
@@ -139,7 +139,7 @@ def evaluate(
     return Evaluation(
         task=task.name,
         options=asdict(task),
-        metric=task.metric,
+        metric=metric_of(task, scores[_MODEL]),
         higher_is_better=task.higher_is_better,
         batch_size=shape[0],
         sequence_length=shape[1],

@@ -1,7 +1,8 @@
 """Accuracy, F1 and Matthews correlation of a text classifier."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -9,7 +10,8 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICA
 
 from hf_lowrank.data import Row, find_text_column, load_rows, require_columns
 from hf_lowrank.errors import InputError
-from hf_lowrank.tasks.base import Step, Task
+from hf_lowrank.outputs import kind_of_head
+from hf_lowrank.tasks.base import Score, Step, Task
 from hf_lowrank.tasks.blocks import block_length_of
 from hf_lowrank.tasks.metrics import ClassificationMetric, compute
 
@@ -67,16 +69,20 @@ class TextClassification(Task):
     def _steps(self, tokenizer: Any, examples: Any, batch_size: int, model: Any) -> Sequence[Step]:
         rows = load_rows(examples, self.max_examples, self.seed)
         columns = self._columns(rows[0])
-        require_columns(rows[0], [self.label_column], "Classification needs labels: set label_column.")
-        classes = _classes(model)
+        require_columns(rows[0], [self.label_column], f"{self.name} needs labels: set label_column.")
+        read_label = self._label_reader(model)
         length = block_length_of(model, self.max_seq_length)
         steps = []
         for start in range(0, len(rows), batch_size):
             some = rows[start : start + batch_size]
             texts = [[str(row[column]) for row in some] for column in columns]
             found = tokenizer(*texts, truncation=True, max_length=length, padding=True, return_tensors="pt")
-            steps.append(Step(dict(found), [_class_of(row[self.label_column], classes) for row in some]))
+            steps.append(Step(dict(found), [read_label(row[self.label_column]) for row in some]))
         return steps
+
+    def _label_reader(self, model: Any) -> Callable[[Any], Any]:
+        """What makes a target of a label."""
+        return partial(_class_of, classes=_classes(model))
 
     def _columns(self, row: Row) -> list[str]:
         if self.text_column is None and self.text_pair_column is None:
@@ -88,15 +94,17 @@ class TextClassification(Task):
         require_columns(row, second)
         return [first, *second]
 
-    def score(self) -> _Classification:
+    def score(self) -> Score:
         return _Classification()
 
 
 def _classes(model: Any) -> dict[str, int]:
     """What a label can be written as: the class's name in any case, or its number."""
     config = model.config
-    if config.num_labels < 2:
-        raise InputError(f"text-classification needs a head with two classes or more, got {config.num_labels}.")
+    if (kind := kind_of_head(model)) == "number":
+        raise InputError("text-classification needs classes, and this head says numbers. Use text-regression.")
+    if kind == "labels":
+        raise InputError("text-classification is of one class a text, and this head can say several. Use agreement.")
     names = {str(name).lower(): int(number) for name, number in (config.label2id or {}).items()}
     return {**{str(number): number for number in range(config.num_labels)}, **names}
 

@@ -26,7 +26,8 @@ class DistillationTrainer(Trainer):
 
     The loss is `sum_k weight_k loss_k` over the named terms of `hf_lowrank.training.losses.LOSSES`:
         task        the student's own loss on the labels
-        logits      `T^2 KL(teacher || student)` at temperature `T` where the heads speak; 1 - cosine without a head
+        logits      `T^2 KL(teacher || student)` at temperature `T` where the heads speak; half the squared difference
+                    of a single output, 1 - cosine without a head
         hidden      squared error of block outputs over their variance, through learned projections between widths
         attention   squared error of the last layers' attention scores before the softmax over their variance
     Each weighted term is logged as `loss_<name>` beside `loss`, unweighted. Everything else is the Trainer's:
@@ -123,8 +124,8 @@ class DistillationTrainer(Trainer):
             output = model(**(inputs if "task" in self.losses else unlabelled))
         return Comparison(
             batch=inputs,
-            student=Watched(output, found, attention),
-            teacher=Watched(reference, wanted, their_attention),
+            student=Watched(student, output, found, attention),
+            teacher=Watched(self.teacher, reference, wanted, their_attention),
             temperature=self.temperature,
             layer_map=self.layer_map,
             projections=self._projections,

@@ -15,7 +15,7 @@ from transformers.models.auto.modeling_auto import (
 from hf_lowrank.calibration import is_causal, is_masked_lm, mask_tokens
 from hf_lowrank.data import Row, holds_token_ids, load_rows, make_batches, padded, require_columns
 from hf_lowrank.errors import InputError
-from hf_lowrank.outputs import IGNORED_LABEL, Batch
+from hf_lowrank.outputs import IGNORED_LABEL, Batch, kind_of_head
 from hf_lowrank.remote_code.configuration_lowrank import PREFIX
 from hf_lowrank.tasks import make_task
 from hf_lowrank.tasks.blocks import block_length_of
@@ -60,9 +60,10 @@ def make_features(
 ) -> Features:
     """Rows to train a model on.
 
-    A classification head gets classes where the data have `label_column`, a question-answering head the first and last
-    token of the answer, a masked language model inputs with 15 % of the tokens masked, a causal one its own inputs as
-    labels. Any other head, and data without labels, give inputs alone: enough to learn from a teacher.
+    A sequence head gets a class or a number where the data have `label_column`, a question-answering head the first
+    and last token of the answer, a masked language model inputs with 15 % of the tokens masked, a causal one its own
+    inputs as labels. Any other head, one of several labels or numbers a text, and data without labels, give inputs
+    alone: enough to learn from a teacher.
 
     Args:
         source: A file, a data set of the Hub, a `datasets.Dataset`, texts or rows (see `hf_lowrank.data.load_rows`);
@@ -82,13 +83,21 @@ def make_features(
     if head in MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES.values() and {"answers", "paragraphs"} & set(rows[0]):
         questions = load_rows(flat_questions(rows), max_examples, seed)
         return _answer_features(questions, tokenizer, length)
-    is_classifier = head in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES.values()
-    if is_classifier and label_column in rows[0] and (model.config.num_labels or 0) > 1:
+    is_sequence_head = head in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES.values()
+    if is_sequence_head and label_column in rows[0] and (name := _labelling_task(model)):
         options = {"text_column": text_column, "label_column": label_column, "max_seq_length": length}
-        task = make_task("text-classification", max_examples=max_examples, seed=seed, **options)
+        task = make_task(name, max_examples=max_examples, seed=seed, **options)
         steps = task.steps(tokenizer, rows, 1, model)
         return [{**_row(step.inputs, 0), "labels": torch.tensor(step.targets[0])} for step in steps]
     return _text_features(model, tokenizer, rows, length, max_examples, seed, text_column)
+
+
+def _labelling_task(model: PreTrainedModel) -> str | None:
+    """Whose labels a sequence head learns; there is no common form for several of them in a row."""
+    kind = kind_of_head(model)
+    if kind == "number" and model.config.num_labels == 1:
+        return "text-regression"
+    return "text-classification" if kind == "distribution" else None
 
 
 def _text_features(

@@ -6,10 +6,11 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from hf_lowrank.blocks import hidden_states
 from hf_lowrank.errors import InputError
-from hf_lowrank.outputs import Said, real_tokens, said, speaking_places
+from hf_lowrank.outputs import KINDS, Said, real_tokens, said, speaking_places
 from hf_lowrank.training.attention import AttentionRecord
 
 # What averages a number over all processes; every term is a local sum over a mean count, so that the mean of the
@@ -24,11 +25,13 @@ class Watched:
     """What one model did with a batch.
 
     Args:
+        model: The one that did it.
         output: As the model returns it.
         blocks: Name of a block -> what it returned.
         attention: Of its last layer.
     """
 
+    model: PreTrainedModel
     output: Any
     blocks: Mapping[str, Any]
     attention: AttentionRecord
@@ -66,16 +69,16 @@ def task_loss(compared: Comparison) -> torch.Tensor:
 
 
 def logits_loss(compared: Comparison) -> torch.Tensor:
-    """`T^2 KL(softmax(t / T) || softmax(s / T))` at the places that count; 1 - cosine where there is no head.
+    """`T^2 KL(softmax(t / T) || softmax(s / T))` at the places that count; see `hf_lowrank.outputs.KINDS` for others.
 
     `T` is the temperature; its square keeps the gradients of one size (Hinton et al., 2015).
     """
     heat = compared.temperature
-    found, wanted = (said(side.output, compared.batch) for side in (compared.student, compared.teacher))
-    if found.kind == "distribution":
+    found, wanted = (said(side.model, side.output, compared.batch) for side in (compared.student, compared.teacher))
+    if has_temperature := KINDS[found.kind].has_temperature:
         found, wanted = Said(found.kind, found.rows.float() / heat), Said(wanted.kind, wanted.rows.float() / heat)
     total = found.distance(wanted).sum() / _average_count(len(found.rows), compared)
-    return total * heat**2 if found.kind == "distribution" else total
+    return total * heat**2 if has_temperature else total
 
 
 def hidden_loss(compared: Comparison) -> torch.Tensor:

@@ -151,7 +151,7 @@ def lpaf(
     tokenizer = tokenizer if tokenizer is not None else find_tokenizer(dense)
     features = make_features(dense, tokenizer, dataset, **options_of_data(training))
     if not has_labels(features):
-        raise InputError("lpaf trains a model on its task, and the data have no labels. Give labels or label_column.")
+        raise InputError("lpaf trains a model on its task, and the data have no labels for it. Give label_column.")
     if eval_dataset is None:
         features, held_out = hold_out(features, training.seed)
     else:

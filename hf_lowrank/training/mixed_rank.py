@@ -135,7 +135,7 @@ class MixedRank:
         if output.loss is None:
             raise InputError("The consistency loss is added to the model's own, which needs labels. Give labels.")
         halves = [_half(output, index) for index in range(2)]
-        first, second = (said(half, _half_of(kwargs, index)) for index, half in enumerate(halves))
+        first, second = (said(model, half, _half_of(kwargs, index)) for index, half in enumerate(halves))
         divergence = (first.distance(second).mean() + second.distance(first).mean()) / 2
         share = self.loss_share if kwargs.get("num_items_in_batch") is not None else 1.0
         halves[0].loss = output.loss + self._consistency * share * divergence

@@ -1,0 +1,66 @@
+"""How well the one number a model says of a text, or of a pair, follows the gold one."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+
+from hf_lowrank.errors import InputError
+from hf_lowrank.outputs import kind_of_head
+from hf_lowrank.tasks.base import Score, Step
+from hf_lowrank.tasks.metrics import CorrelationMetric, compute
+from hf_lowrank.tasks.text_classification import TextClassification
+
+
+class _Regression:
+    """Predicted and gold numbers of all rows."""
+
+    def __init__(self) -> None:
+        self._predicted: list[float] = []
+        self._gold: list[float] = []
+
+    def add(self, rows: torch.Tensor, step: Step) -> None:
+        """Count one step; the rows are (N, 1)."""
+        self._predicted += rows[:, 0].tolist()
+        self._gold += step.targets
+
+    def result(self) -> dict[str, float]:
+        """`spearman` and `pearson`."""
+        return compute(CorrelationMetric, self._predicted, self._gold)
+
+
+@dataclass(frozen=True)
+class TextRegression(TextClassification):
+    """Spearman's rank correlation and Pearson's between the gold numbers and the one output of the head.
+
+    For regressions, and for models that score pairs to rank them.
+
+    Args:
+        max_examples: Rows at most, drawn by `seed`.
+        text_pair_column: Second text of a row. Found, like the first, where the two have the names GLUE gives them.
+        label_column: Gold number.
+        max_seq_length: Tokens of a row at most.
+    """
+
+    name: ClassVar[str] = "text-regression"
+    needs: ClassVar[tuple[str, ...]] = ("text", "label")
+    metric: ClassVar[str] = "spearman"
+
+    def _label_reader(self, model: Any) -> Callable[[Any], float]:
+        if kind_of_head(model) != "number" or model.config.num_labels != 1:
+            raise InputError("text-regression needs a head of one number. Use text-classification or agreement.")
+        return self._number
+
+    def _number(self, label: Any) -> float:
+        try:
+            return float(label)
+        except (TypeError, ValueError) as error:
+            raise InputError(f"Column {self.label_column!r} must hold numbers, got {label!r}.") from error
+
+    def score(self) -> Score:
+        """A score that has seen nothing yet."""
+        return _Regression()
+
+
+TASK = TextRegression
