@@ -164,11 +164,12 @@ def test_a_regression_is_scored_by_its_numbers(labels):
     assert (scores["pearson"] == pytest.approx(1)) is (labels == [1, 2, 3])
 
 
-def test_pairs_are_read_together():
+@pytest.mark.parametrize("names", [("sentence1", "sentence2"), ("query", "passage")])
+def test_pairs_are_read_together(names):
     model = Stub(by_first_letter, num_labels=3, label2id={})
     task = make_task("text-classification")
 
-    (step,) = task.steps(encoder_tokenizer(), [{"sentence1": "a", "sentence2": "b", "label": 0}], 1, model)
+    (step,) = task.steps(encoder_tokenizer(), [{names[0]: "a", names[1]: "b", "label": 0}], 1, model)
 
     assert step.inputs["input_ids"].tolist() == [[1, 4, 2, 5, 2]]
 

@@ -21,6 +21,8 @@ _PAIRS = (
     ("premise", "hypothesis"),
     ("question1", "question2"),
     ("question", "sentence"),
+    ("query", "passage"),
+    ("query", "document"),
 )
 
 
@@ -50,7 +52,8 @@ class TextClassification(Task):
 
     Args:
         max_examples: Rows at most, drawn by `seed`.
-        text_pair_column: Second text of a row. Found, like the first, where the two have the names GLUE gives them.
+        text_pair_column: Second text of a row. Found, like the first, where the two have the names of GLUE, or are a
+            query and a passage or document.
         label_column: Class, as a number or as a name in the model's `label2id`.
         max_seq_length: Tokens of a row at most.
     """

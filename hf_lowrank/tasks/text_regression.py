@@ -38,7 +38,8 @@ class TextRegression(TextClassification):
 
     Args:
         max_examples: Rows at most, drawn by `seed`.
-        text_pair_column: Second text of a row. Found, like the first, where the two have the names GLUE gives them.
+        text_pair_column: Second text of a row. Found, like the first, where the two have the names of GLUE, or are a
+            query and a passage or document.
         label_column: Gold number.
         max_seq_length: Tokens of a row at most.
     """
