@@ -1,12 +1,13 @@
 """The cards that are shown are those their stored reports render to, and their numbers those of the reports."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
 from huggingface_hub import ModelCard
 
-from hf_lowrank.cards.card import REPORT_FILE
+from hf_lowrank.cards.card import KEPT_LINE, REPORT_FILE
 from hf_lowrank.record import card_text
 from hf_lowrank.report import CompressionReport
 from hf_lowrank.solvers import SOLVERS
@@ -37,6 +38,15 @@ def test_a_card_is_of_a_real_run(card):
     assert command.startswith(("hf-lowrank ", "python examples/"))
     assert (data.base_model, data.license) == (report.origin.base_model, report.origin.license)
     assert data.license is not None or report.origin.base_model is None  # unknown stays unknown
+
+
+def test_a_table_below_a_card_is_that_of_the_results():
+    results = (FOLDER.parent / "docs/results.md").read_text(encoding="utf-8")
+    kept = [(card / "README.md").read_text(encoding="utf-8").partition(KEPT_LINE)[2] for card in CARDS]
+    rows = [line for text in kept for line in text.splitlines() if re.match(r"\| \d.*[^ |] \|$", line)]
+
+    assert rows
+    assert [row for row in rows if row not in results] == []
 
 
 def test_every_method_has_a_card():

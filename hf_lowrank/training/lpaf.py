@@ -52,7 +52,7 @@ class LPAFOptions:
         prune_epochs: Passes over the data while pruning; 0 takes the model as it is, pruned before.
         prune_learning_rate: Peak of the weights' rate while pruning.
         probability: Of a factorized layer to take its sparse weight at first, 0.5 in the paper; 0 trains the factors
-            alone, and measured better where rows are weighted by importance.
+            alone, which measured no worse.
         consistency: Weight of the consistency loss, with `probability`; see `MixedRank`.
         losses: Weight of each term of the loss of both trainings; see `DistillationTrainer`. Default: as in `recover`,
             the model as it was being the teacher. `{"task": 1}` is the labels alone, as published.
