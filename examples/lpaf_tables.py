@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from hf_lowrank.cards.card import KEPT_LINE
+from hf_lowrank.record import CARD_FILE, has_own_card
 
 Numbers = Mapping[str, float]
 Rows = dict[tuple[float, str], dict[str, dict[int, Numbers]]]  # kept, what -> task -> seed
@@ -150,10 +151,10 @@ def _spread(values: Sequence[float]) -> str:
 
 def keep_in_card(folder: Path, lines: Sequence[str]) -> None:
     """Put lines below the last line of a card, where what hf_lowrank does not write stands."""
-    file = folder / "README.md"
+    file = folder / CARD_FILE
+    if not file.is_file() or has_own_card(folder):
+        raise SystemExit(f"{file} is not there, or was not written by hf_lowrank. Give another --card.")
     head, line, _ = file.read_text(encoding="utf-8").partition(KEPT_LINE)
-    if not line:
-        raise SystemExit(f"{file} was not written by hf_lowrank: there is no line {KEPT_LINE!r}. Give another --card.")
     text = "\n".join(["", "## Compared", "", IN_CARD, "", *lines])
     file.write_text(f"{head}{line}{text}\n", encoding="utf-8")
 

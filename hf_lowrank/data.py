@@ -105,6 +105,18 @@ def require_columns(row: Row, columns: Sequence[str], hint: str = "") -> None:
             raise InputError(f"The data has no column {column!r}; there are: {', '.join(row)}.{hint and ' ' + hint}")
 
 
+def as_number(value: Any, column: str) -> float:
+    """What a column of numbers holds, which files give as text.
+
+    Raises:
+        InputError: If it is none, with the column's name.
+    """
+    try:
+        return float(value)
+    except (TypeError, ValueError) as error:
+        raise InputError(f"Column {column!r} must hold numbers, got {value!r}.") from error
+
+
 def make_batches(
     source: Any,
     tokenizer: Any,

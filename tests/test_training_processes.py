@@ -65,12 +65,13 @@ def test_a_sharded_model_trains_and_says_as_the_whole_one(tmp_path):
 
 
 @pytest.mark.slow
-def test_mixed_rank_training_in_an_accelerate_loop(tmp_path):
+@pytest.mark.parametrize("consistency", [0.0, 0.5])
+def test_mixed_rank_training_in_an_accelerate_loop(consistency, tmp_path):
     found = []
     for name in ("one_process", "two_processes"):
         launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", CONFIGURATIONS / f"{name}.yaml",
                   "--main_process_port", "0"]  # fmt: skip
-        script = [CONFIGURATIONS / "mixed_rank.py", "--smoke", "--consistency", "0.5"]
+        script = [CONFIGURATIONS / "mixed_rank.py", "--smoke", "--consistency", str(consistency)]
         said = run([*launch, *script, "--out", tmp_path / name], tmp_path)
         found.append(json.loads(next(line for line in said.splitlines() if line.startswith("{"))))
 

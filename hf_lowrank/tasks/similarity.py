@@ -7,8 +7,7 @@ from typing import Any, ClassVar
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
-from hf_lowrank.data import load_rows, require_columns
-from hf_lowrank.errors import InputError
+from hf_lowrank.data import as_number, load_rows, require_columns
 from hf_lowrank.tasks.base import Step, Task
 from hf_lowrank.tasks.blocks import block_length_of
 from hf_lowrank.tasks.metrics import CorrelationMetric, compute
@@ -62,7 +61,7 @@ class SentenceSimilarity(Task):
         rows = load_rows(examples, self.max_examples, self.seed)
         columns = [self.text_column, self.text_pair_column, self.score_column]
         require_columns(rows[0], columns, "Set text_column, text_pair_column and score_column.")
-        pairs = [(str(row[columns[0]]), str(row[columns[1]]), self._gold(row)) for row in rows]
+        pairs = [(str(row[columns[0]]), str(row[columns[1]]), as_number(row[columns[2]], columns[2])) for row in rows]
         # Pairs of like length together: less padding.
         pairs.sort(key=lambda pair: len(pair[0]) + len(pair[1]))
         length = block_length_of(model, self.max_seq_length)
@@ -70,13 +69,6 @@ class SentenceSimilarity(Task):
             self._step(pairs[start : start + batch_size], tokenizer, length)
             for start in range(0, len(pairs), batch_size)
         ]
-
-    def _gold(self, row: Any) -> float:
-        value = row[self.score_column]
-        try:
-            return float(value)
-        except (TypeError, ValueError) as error:
-            raise InputError(f"Column {self.score_column!r} must hold numbers, got {value!r}.") from error
 
     def _step(self, pairs: Sequence[tuple[str, str, float]], tokenizer: Any, length: int) -> Step:
         texts = [pair[0] for pair in pairs] + [pair[1] for pair in pairs]

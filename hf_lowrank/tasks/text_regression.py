@@ -2,10 +2,12 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
 
+from hf_lowrank.data import as_number
 from hf_lowrank.errors import InputError
 from hf_lowrank.outputs import kind_of_head
 from hf_lowrank.tasks.base import Score, Step
@@ -45,19 +47,12 @@ class TextRegression(TextClassification):
     """
 
     name: ClassVar[str] = "text-regression"
-    needs: ClassVar[tuple[str, ...]] = ("text", "label")
     metric: ClassVar[str] = "spearman"
 
     def _label_reader(self, model: Any) -> Callable[[Any], float]:
         if kind_of_head(model) != "number" or model.config.num_labels != 1:
             raise InputError("text-regression needs a head of one number. Use text-classification or agreement.")
-        return self._number
-
-    def _number(self, label: Any) -> float:
-        try:
-            return float(label)
-        except (TypeError, ValueError) as error:
-            raise InputError(f"Column {self.label_column!r} must hold numbers, got {label!r}.") from error
+        return partial(as_number, column=self.label_column)
 
     def score(self) -> Score:
         """A score that has seen nothing yet."""
