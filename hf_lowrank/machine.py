@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from hf_lowrank.errors import InputError
 from hf_lowrank.version import __version__
 
 _CPU_INFO = Path("/proc/cpuinfo")
@@ -19,6 +20,21 @@ def machine_name(device: torch.device | str = "cpu") -> str:
         return torch.cuda.get_device_name(device)
     cores, threads = os.cpu_count() or 1, torch.get_num_threads()
     return f"{_processor()}, {_count(cores, 'core')}, {_count(threads, 'thread')}"
+
+
+def usable_device(name: str) -> torch.device:
+    """The device of that name.
+
+    Raises:
+        InputError: If this machine has none, or nothing can be computed on it.
+    """
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device).sum().item()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).partition("\n")[0].partition(". ")[0]
+        raise InputError(f"device must be one of this machine's, such as cpu, got {name!r}: {reason}.") from error
+    return device
 
 
 def versions() -> dict[str, str]:
