@@ -50,12 +50,16 @@ def structures_with(name):
     return (name,) if STRUCTURES[name].HOSTS == "linear" else ("low_rank", name)
 
 
-def build_every_structure(head, names=tuple(STRUCTURES)):
-    """A compressed model of every structure, or of those named, with random numbers, in evaluation mode."""
-    dense = build(head)
+def build_every_structure(head, names=tuple(STRUCTURES), adjust_=lambda plan: None, **options):
+    """A compressed model of every structure, or of those named, with random numbers, in evaluation mode.
+
+    `adjust_` may change the plan; `options` are the configuration's.
+    """
+    dense = build(head, **options)
     config = dense.config
     config.__class__ = compressed_config_class(type(config))
     config.compression = _plan(dense, names)
+    adjust_(config.compression)
     torch.manual_seed(0)
     model = compressed_model_class(type(dense))(config).eval()
     for name, parameter in model.named_parameters():
