@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from hf_lowrank.scratch import write_file
+
 
 class Checkpoint:
     """The latest state of a computation, in a file of its own; without a folder nothing is kept.
@@ -32,12 +34,8 @@ class Checkpoint:
 
     def save(self, state: dict[str, Any]) -> None:
         """Put `state` in the place of what was saved before; a kill in the middle leaves the older one."""
-        if self._folder is None:
-            return
-        self._folder.mkdir(parents=True, exist_ok=True)
-        partial = self._file.with_suffix(".partial")
-        torch.save(state, partial)
-        partial.replace(self._file)
+        if self._folder is not None:
+            write_file(self._file, lambda draft: torch.save(state, draft))
 
     @property
     def _file(self) -> Path:

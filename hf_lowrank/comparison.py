@@ -3,7 +3,6 @@
 import hashlib
 import json
 import os
-import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
@@ -24,6 +23,7 @@ from hf_lowrank.planning.sizes import parameter_bytes
 from hf_lowrank.progress import Progress, no_progress
 from hf_lowrank.remote_code.lowrank_model import LowRankMixin
 from hf_lowrank.report import make_report
+from hf_lowrank.scratch import temporary_folder
 from hf_lowrank.settings import CompressionSettings, make_settings
 from hf_lowrank.tasks import make_task
 from hf_lowrank.tasks.base import Step, Task, metric_of
@@ -97,7 +97,7 @@ def compare(
     data = {HELD_OUT: dataset} | ({} if off_calibration is None else {OFF_CALIBRATION: off_calibration})
     part, batch_size = task.prepare(dense), entries[0].settings.batch_size
     steps = {name: task.steps(tokenizer, source, batch_size, part) for name, source in data.items()}
-    with tempfile.TemporaryDirectory() as scratch:
+    with temporary_folder() as scratch:
         bench = _Bench(dense, task, steps, Path(settings.work_dir or scratch), progress)
         bench.calibrate(calibration, tokenizer, entries)
         cells = [bench.dense_cell(), *(bench.cell(entry, tokenizer) for entry in entries)]

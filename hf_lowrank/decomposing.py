@@ -23,7 +23,7 @@ from hf_lowrank.planning.prices import FloatArray
 from hf_lowrank.planning.probes import Changes, Probe
 from hf_lowrank.progress import Progress
 from hf_lowrank.remote_code.lowrank_plan import Spec, sizes_of
-from hf_lowrank.scratch import scratch_folder
+from hf_lowrank.scratch import scratch_folder, write_text
 from hf_lowrank.settings import CompressionSettings
 from hf_lowrank.solvers import SOLVERS
 from hf_lowrank.solvers.factors import BandedSolution, Factors
@@ -209,9 +209,7 @@ class Decomposer:
         if matrix.name in self._measured:
             return
         self._measured[matrix.name] = self._probe.damage(self._changes(matrix, probe_rank(matrix)))
-        written = self._measured_file.with_suffix(".partial")
-        written.write_text(json.dumps(self._measured), encoding="utf-8")
-        written.replace(self._measured_file)
+        write_text(self._measured_file, json.dumps(self._measured))
 
     @cached_property
     def _measured(self) -> dict[str, float]:

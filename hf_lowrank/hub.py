@@ -1,7 +1,6 @@
 """Publishing a compressed model on the Hub: verified first, then everything that belongs to it in one commit."""
 
 import re
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -19,6 +18,7 @@ from hf_lowrank.inspection import saved_report
 from hf_lowrank.record import CARD_FILE, card_text, has_own_card
 from hf_lowrank.redaction import without_tokens
 from hf_lowrank.saving import folder_files, one_line, save_folder
+from hf_lowrank.scratch import temporary_folder
 from hf_lowrank.verification import verify
 
 # What the transport of the installed huggingface_hub raises where no answer came.
@@ -154,9 +154,9 @@ def _folder_of(model: PreTrainedModel | str | Path) -> Iterator[Path]:
             raise InputError(f"{model} is not a folder. Give the folder of a saved compressed model.")
         yield Path(model)
         return
-    with tempfile.TemporaryDirectory(prefix="hf-lowrank-push-") as scratch:
+    with temporary_folder() as scratch:
         source = getattr(model.config, "_name_or_path", "") or None
-        yield save_folder(model, Path(scratch) / "model", source)
+        yield save_folder(model, scratch / "model", source)
 
 
 def _commit(

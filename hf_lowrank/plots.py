@@ -17,6 +17,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 from hf_lowrank.analysis_report import Analysis, MatrixAnalysis
 from hf_lowrank.comparison_report import Comparison
 from hf_lowrank.errors import InputError
+from hf_lowrank.scratch import write_file, write_text
 
 SUFFIXES = (".png", ".html")
 _DPI = 110
@@ -44,9 +45,9 @@ def save_page(result: Analysis | Comparison, path: str | Path) -> None:
     picture = io.BytesIO()
     figure.savefig(picture, format="png", dpi=_DPI)
     if path.suffix.lower() == ".png":
-        path.write_bytes(picture.getvalue())
+        write_file(path, lambda draft: draft.write_bytes(picture.getvalue()))
     else:
-        path.write_text(_page(result, picture.getvalue()), encoding="utf-8")
+        write_text(path, _page(result, picture.getvalue()))
 
 
 def check_output(path: str | Path) -> None:

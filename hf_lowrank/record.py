@@ -12,6 +12,7 @@ from hf_lowrank.cards.metadata import RESULTS_FILE, results_file
 from hf_lowrank.errors import InputError
 from hf_lowrank.redaction import without_tokens_inside
 from hf_lowrank.report import CompressionReport
+from hf_lowrank.scratch import write_text
 from hf_lowrank.targets import find_matrices
 
 CARD_FILE = "README.md"
@@ -30,15 +31,14 @@ def write_record(folder: Path, report: CompressionReport, name: str | None = Non
     """
     stored = {"format_version": _FORMAT_VERSION, "weights": _fingerprint(folder), **report.to_dict()}
     text = json.dumps(without_tokens_inside(stored), ensure_ascii=False)
-    (folder / REPORT_FILE).write_text(text + "\n", encoding="utf-8")
+    write_text(folder / REPORT_FILE, text + "\n")
     if not has_own_card(folder):
-        (folder / CARD_FILE).write_text(card_text(folder, report, name or folder.name), encoding="utf-8")
+        write_text(folder / CARD_FILE, card_text(folder, report, name or folder.name))
     results = results_file(report.quality)
     if results is None:
         (folder / RESULTS_FILE).unlink(missing_ok=True)
     else:
-        (folder / RESULTS_FILE).parent.mkdir(exist_ok=True)
-        (folder / RESULTS_FILE).write_text(results, encoding="utf-8")
+        write_text(folder / RESULTS_FILE, results)
 
 
 def read_record(folder: Path) -> CompressionReport | None:

@@ -2,9 +2,6 @@
 
 import json
 import shutil
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +19,7 @@ from hf_lowrank.remote_code import modeling_lowrank
 from hf_lowrank.remote_code.lowrank_model import LowRankMixin
 from hf_lowrank.remote_code.lowrank_plan import PlanError
 from hf_lowrank.report import make_report
+from hf_lowrank.scratch import REPLACED, workshop, write_text
 
 # `save_pretrained` writes these itself; a card is rendered, not copied.
 _SAVED = {"config.json", "generation_config.json", *RECORD_FILES}
@@ -91,8 +89,8 @@ def save_folder(
     """
     check_output(out, overwrite, side_files_from)
     target = Path(out).resolve()
-    with _workshop(target) as workshop:
-        draft = workshop / "new"
+    with workshop(target) as shop:
+        draft = shop / "new"
         draft.mkdir()
         model.save_pretrained(draft)
         if side_files_from is not None:
@@ -107,35 +105,22 @@ def save_folder(
         mode = (draft / "config.json").stat().st_mode
         for path in draft.glob("*.safetensors"):
             path.chmod(mode)
-        _swap(draft, target, workshop / "old")
+        _swap(draft, target, shop, overwrite)
     return target
 
 
-@contextmanager
-def _workshop(target: Path) -> Iterator[Path]:
-    """A folder on the file system of `target` that is gone afterwards, as are the parents made for it on failure."""
-    made = [parent for parent in target.parents if not parent.exists()]
-    target.parent.mkdir(parents=True, exist_ok=True)
-    workshop = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
-    try:
-        yield workshop
-    except BaseException:
-        shutil.rmtree(workshop, ignore_errors=True)
-        for parent in made:
-            parent.rmdir()
-        raise
-    shutil.rmtree(workshop, ignore_errors=True)
-
-
-def _swap(new: Path, target: Path, old: Path) -> None:
+def _swap(new: Path, target: Path, shop: Path, overwrite: bool) -> None:
     """Put `new` in the place of `target`; if that fails, what was there is back."""
+    old = shop / REPLACED
     try:
-        if target.exists():
+        if overwrite and target.exists():
             target.rename(old)
         new.rename(target)
-    except BaseException:
+    except BaseException as error:
         if old.exists() and not target.exists():
             old.rename(target)
+        if isinstance(error, OSError) and not overwrite and target.is_dir() and any(target.iterdir()):
+            raise InputError(f"{target} was written meanwhile by another run, and stays. Choose another.") from error
         raise
 
 
@@ -226,7 +211,7 @@ def _name_tokenizer_class(source: str | Path, draft: Path) -> None:
         settings["tokenizer_class"] = type(AutoTokenizer.from_pretrained(source, trust_remote_code=False)).__name__
     except (OSError, ValueError, KeyError, TypeError):
         return  # a tokenizer that the source folder cannot load either
-    file.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_text(file, json.dumps(settings, indent=2, ensure_ascii=False) + "\n")
 
 
 def compressed_class(path: str | Path) -> Any:

@@ -5,7 +5,6 @@ import json
 import os
 import subprocess
 import sys
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from hf_lowrank.errors import InputError
 from hf_lowrank.heads import auto_class as find_auto_class
 from hf_lowrank.remote_code.lowrank_plan import PlanError
 from hf_lowrank.saving import compressed_class, load_compressed, one_line
+from hf_lowrank.scratch import temporary_folder
 
 _BATCH, _TOKENS = 2, 12
 
@@ -64,9 +64,9 @@ def verify(path: str | Path, model: PreTrainedModel | None = None) -> Verificati
         ours = verification_child.realigned(load_compressed(folder))
     except (InputError, PlanError) as error:
         return Verification(False, one_line(error), auto_class)
-    with tempfile.TemporaryDirectory(prefix="hf-lowrank-verify-") as scratch:
+    with temporary_folder() as scratch:
         inputs = _accepted_inputs(ours)
-        answer, theirs = _ask_child(folder, auto_class, inputs, Path(scratch))
+        answer, theirs = _ask_child(folder, auto_class, inputs, scratch)
     if "error" in answer:
         return Verification(False, _explain(folder, answer["error"]), auto_class)
     difference = _max_difference(_outputs(ours, inputs), theirs)

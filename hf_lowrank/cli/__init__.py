@@ -2,27 +2,39 @@
 
 import importlib
 import os
+import signal
 import sys
+import threading
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 from hf_lowrank.cli.arguments import build_parser
 from hf_lowrank.errors import InputError
 
 BAD_INPUT = 2
 INTERRUPTED = 130
+TERMINATED = 143
+
+
+class _Terminated(KeyboardInterrupt):
+    """SIGTERM, by which schedulers and containers end a process: what is unfinished is removed as at an interrupt."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command.
 
     Returns:
-        The exit status: 0 done, 1 a check failed, 2 bad input (one line on standard error says what), 130 interrupted.
+        The exit status: 0 done, 1 a check failed, 2 bad input (one line on standard error says what), 130 interrupted,
+        143 terminated.
     """
     try:
-        arguments = build_parser().parse_args(argv)
-        arguments.given = list(sys.argv[1:] if argv is None else argv)
-        return _run(arguments.command, arguments)
+        with _ended_by_sigterm():
+            arguments = build_parser().parse_args(argv)
+            arguments.given = list(sys.argv[1:] if argv is None else argv)
+            return _run(arguments.command, arguments)
+    except _Terminated:
+        return _complain("terminated; no half-written folder is left.", TERMINATED)
     except KeyboardInterrupt:
         return _complain("interrupted; no half-written folder is left.", INTERRUPTED)
     except BrokenPipeError:
@@ -35,6 +47,22 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not _is_about_input(error):
             raise
         return _complain(str(error), BAD_INPUT)
+
+
+@contextmanager
+def _ended_by_sigterm() -> Iterator[None]:
+    """Within, SIGTERM raises; a thread besides the main one cannot ask for that."""
+
+    def terminate(number: int, frame: object) -> None:
+        raise _Terminated
+
+    is_main = threading.current_thread() is threading.main_thread()
+    before = signal.signal(signal.SIGTERM, terminate) if is_main else None
+    try:
+        yield
+    finally:
+        if is_main:
+            signal.signal(signal.SIGTERM, before)
 
 
 def _run(command: str, arguments: object) -> int:

@@ -1,6 +1,5 @@
 """Decompositions on disk: a matrix is decomposed once, and memory holds the ranks that are in use."""
 
-import os
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -9,6 +8,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from hf_lowrank.scratch import write_file
 from hf_lowrank.solvers.factors import Factors
 from hf_lowrank.solvers.svd import Decomposition
 
@@ -45,7 +45,5 @@ def store_decomposition(found: Decomposition, path: Path) -> None:
     """Write the file of a `StoredDecomposition`; it is there whole or not at all."""
     factors = found.factors(len(found.singular_values))
     tensors = {"up": factors.up.T, "down": factors.down, "singular_values": found.singular_values}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(f".partial{os.getpid()}")
-    save_file({key: tensor.cpu().contiguous() for key, tensor in tensors.items()}, partial)
-    partial.replace(path)
+    whole = {key: tensor.cpu().contiguous() for key, tensor in tensors.items()}
+    write_file(path, lambda draft: save_file(whole, draft))

@@ -11,6 +11,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from hf_lowrank.scratch import write_file, write_text
+
 _ITEMSIZE = 8
 _COPIED_AT_ONCE = 1 << 20
 
@@ -85,9 +87,7 @@ class RunningSums:
             "notes": self.notes,
             "places": list(self._places.items()),
         }
-        partial = self._state.with_suffix(".partial")
-        partial.write_text(json.dumps(state), encoding="utf-8")
-        partial.replace(self._state)
+        write_text(self._state, json.dumps(state))
 
     def save(self, metadata: dict[str, str]) -> None:
         """Write what is committed as one safetensors file, and remove the files it was made in."""
@@ -96,14 +96,16 @@ class RunningSums:
             header[key] = {"dtype": "F64", "shape": shape, "data_offsets": [start, start + _num_bytes(shape)]}
         text = json.dumps(header).encode()
         text += b" " * (-len(text) % _ITEMSIZE)
-        partial = self._path.with_suffix(".partial")
         source = self._files[self._current]
         source.seek(0)
         source.truncate(self._end)  # a batch that was killed may have left more
-        with partial.open("wb") as target:
-            target.write(len(text).to_bytes(8, "little") + text)
-            shutil.copyfileobj(source, target, _COPIED_AT_ONCE)
-        partial.replace(self._path)
+
+        def copy(draft: Path) -> None:
+            with draft.open("wb") as target:
+                target.write(len(text).to_bytes(8, "little") + text)
+                shutil.copyfileobj(source, target, _COPIED_AT_ONCE)
+
+        write_file(self._path, copy)
         for file, half in zip(self._files, self._halves, strict=True):
             file.close()
             half.unlink()

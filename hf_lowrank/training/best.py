@@ -8,6 +8,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from hf_lowrank.scratch import write_file
 from hf_lowrank.training.processes import share_, told_by_first
 
 _FILE = "best.safetensors"
@@ -53,12 +54,9 @@ class BestStateCallback(TrainerCallback):
             return
         self.after, self.step = value, state.global_step
         if state.is_world_process_zero:
-            file = _file(args)
-            file.parent.mkdir(parents=True, exist_ok=True)
             numbers = {"before": repr(self.before), "after": repr(self.after), "step": str(self.step)}
-            partial = file.with_suffix(".partial")
-            save_file({name: p.detach().cpu().contiguous() for name, p in _trained(kwargs["model"])}, partial, numbers)
-            partial.replace(file)
+            best = {name: p.detach().cpu().contiguous() for name, p in _trained(kwargs["model"])}
+            write_file(_file(args), lambda draft: save_file(best, draft, numbers))
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

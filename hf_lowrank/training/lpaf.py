@@ -1,7 +1,6 @@
 """`lpaf`: prune a model on its task, factorize what is left, and train the factors with mixed ranks."""
 
 import copy
-import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
@@ -16,6 +15,7 @@ from hf_lowrank.compression import compress
 from hf_lowrank.conversion import as_two_factors
 from hf_lowrank.errors import InputError
 from hf_lowrank.loading import find_tokenizer, load_dense
+from hf_lowrank.scratch import temporary_folder
 from hf_lowrank.settings import CompressionSettings, make_settings
 from hf_lowrank.training.arguments import make_arguments
 from hf_lowrank.training.best import BestStateCallback
@@ -286,5 +286,5 @@ def _folder(work_dir: str | None) -> Iterator[str]:
     if work_dir is not None:
         yield work_dir
         return
-    with tempfile.TemporaryDirectory() as folder:
-        yield folder
+    with temporary_folder() as folder:
+        yield str(folder)

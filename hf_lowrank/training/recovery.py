@@ -1,7 +1,6 @@
 """`recover`: train a compressed model back towards the dense one, and never make it worse."""
 
 import copy
-import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ from hf_lowrank.errors import InputError
 from hf_lowrank.loading import find_tokenizer, load_dense
 from hf_lowrank.remote_code.lowrank_model import LowRankMixin
 from hf_lowrank.saving import load_compressed
+from hf_lowrank.scratch import temporary_folder
 from hf_lowrank.solvers.tensor_methods import TENSOR_METHODS
 from hf_lowrank.training.arguments import make_arguments
 from hf_lowrank.training.best import BestStateCallback
@@ -104,8 +104,8 @@ def recover(
         held_out = make_features(small, tokenizer, eval_dataset, **options_of_data(settings))
     losses = dict(settings.losses or default_losses(features))
     data = (features, held_out, getattr(tokenizer, "pad_token_id", None) or 0)
-    with tempfile.TemporaryDirectory() as folder, as_two_factors(small):
-        for own in [_obeyed(args)] if args is not None else _own_arguments(small, settings, folder):
+    with temporary_folder() as folder, as_two_factors(small):
+        for own in [_obeyed(args)] if args is not None else _own_arguments(small, settings, str(folder)):
             found = _train(small, dense, own, data, losses, settings, resume_from_checkpoint)
             if found.step:
                 break
