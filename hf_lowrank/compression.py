@@ -17,7 +17,7 @@ from hf_lowrank.conversion import convert_storage_
 from hf_lowrank.decomposing import Decomposer
 from hf_lowrank.errors import InputError
 from hf_lowrank.filling import place_part_, relative_error, replace_matrix_
-from hf_lowrank.loading import find_tokenizer, load_dense
+from hf_lowrank.loading import find_tokenizer, held_model, load_dense
 from hf_lowrank.machine import versions
 from hf_lowrank.origin import find_origin
 from hf_lowrank.planning.plans import make_plan
@@ -187,8 +187,9 @@ def decompress(model: PreTrainedModel) -> Any:
     """The stock transformers model a compressed one stands for: each structure becomes the dense layer it replaced.
 
     Raises:
-        InputError: If `model` is not a compressed model.
+        InputError: If `model` is not a compressed model, or a weight is not finite.
     """
+    model = held_model(model)
     if not isinstance(model, LowRankMixin):
         raise InputError(f"{type(model).__name__} is not a compressed model; there is nothing to decompress.")
     structures = named_structures(model)

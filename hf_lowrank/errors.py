@@ -3,3 +3,8 @@
 
 class InputError(ValueError):
     """Something the user gave cannot be used; the message says what, the rule, the value found and the remedy."""
+
+
+def one_line(error: BaseException, most: int = 300) -> str:
+    """The beginning of an error's text on one line; the name of its class where it has none."""
+    return " ".join(str(error).split())[:most] or type(error).__name__

@@ -13,11 +13,11 @@ from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled, Revisio
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]  # documented there
 from transformers import PreTrainedModel
 
-from hf_lowrank.errors import InputError
+from hf_lowrank.errors import InputError, one_line
 from hf_lowrank.inspection import saved_report
 from hf_lowrank.record import CARD_FILE, card_text, has_own_card
 from hf_lowrank.redaction import without_tokens
-from hf_lowrank.saving import folder_files, one_line, save_folder
+from hf_lowrank.saving import folder_files, save_folder
 from hf_lowrank.scratch import temporary_folder
 from hf_lowrank.verification import verify
 
@@ -215,7 +215,7 @@ def _errors_in_one_line(repo_id: str, token: str | bool | None) -> Iterator[None
 
 
 def _reason(error: BaseException) -> str:
-    status, detail = _status(error), one_line(error)[:300]
+    status, detail = _status(error), one_line(error)
     if isinstance(error, RevisionNotFoundError):
         return f"it has no such revision ({detail})"
     if status is not None and status >= 500:

@@ -7,8 +7,7 @@ import datasets
 from pyarrow import ArrowException
 from pyarrow.parquet import read_table
 
-from hf_lowrank.errors import InputError
-from hf_lowrank.loading import first_line
+from hf_lowrank.errors import InputError, one_line
 
 
 def load_hub_rows(name: str) -> list[dict[str, Any]]:
@@ -25,7 +24,7 @@ def load_hub_rows(name: str) -> list[dict[str, Any]]:
         loaded = datasets.load_dataset(path, config or None, split=split or None)
     except (OSError, ValueError, RuntimeError) as error:
         raise InputError(
-            f"There is no file {name!r}, and the Hub data set of that name cannot be loaded: {first_line(error)} "
+            f"There is no file {name!r}, and the Hub data set of that name cannot be loaded: {one_line(error)} "
             "Give a file (.txt, .jsonl, .json, .csv, .tsv, .parquet), or NAME:CONFIG:SPLIT of a data set."
         ) from error
     if isinstance(loaded, dict):
@@ -44,5 +43,5 @@ def read_parquet(path: Path) -> list[dict[str, Any]]:
     try:
         rows: list[dict[str, Any]] = read_table(path).to_pylist()
     except ArrowException as error:
-        raise InputError(f"{path} is not a parquet file: {first_line(error)}") from error
+        raise InputError(f"{path} is not a parquet file: {one_line(error)}") from error
     return rows

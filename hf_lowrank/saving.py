@@ -13,7 +13,8 @@ from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel
 from hf_lowrank import remote_code
 from hf_lowrank.architectures import read_config
 from hf_lowrank.cards.metadata import RESULTS_FILE
-from hf_lowrank.errors import InputError
+from hf_lowrank.errors import InputError, one_line
+from hf_lowrank.loading import require_finite, unusable
 from hf_lowrank.record import RECORD_FILES, write_record
 from hf_lowrank.remote_code import modeling_lowrank
 from hf_lowrank.remote_code.lowrank_model import LowRankMixin
@@ -228,7 +229,7 @@ def compressed_class(path: str | Path) -> Any:
         try:
             config = PreTrainedConfig.get_config_dict(str(path))[0]
         except (OSError, ValueError) as error:
-            raise InputError(f"There is no model {str(path)!r}: {one_line(error)}") from error
+            raise unusable(path, error) from error
     if not config.get("compression"):
         raise InputError(f"{path} is not a compressed model: its config.json has no 'compression'.")
     name = (config.get("architectures") or [""])[0]
@@ -255,7 +256,8 @@ def load_compressed(path: str | Path) -> Any:
     """A compressed model from its folder or Hub id, by the code of this library, in evaluation mode.
 
     Raises:
-        InputError: If the folder holds no compressed model, or its configuration or weights are damaged.
+        InputError: If the folder holds no compressed model, or its configuration or weights are damaged or not
+            finite.
         PlanError: If its plan does not fit.
     """
     model_class, config = load_skeleton_config(path)
@@ -271,9 +273,5 @@ def load_compressed(path: str | Path) -> Any:
         if keys := sorted(info[problem]):
             word = problem.partition("_")[0]
             raise InputError(f"The weights of {path} do not fit its plan: {len(keys)} {word}, such as {keys[0]!r}.")
+    require_finite(model)
     return model.eval()
-
-
-def one_line(error: BaseException) -> str:
-    """All of an error's text on one line; the name of its class where it has none."""
-    return " ".join(str(error).split()) or type(error).__name__

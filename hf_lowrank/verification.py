@@ -16,10 +16,10 @@ from transformers import PreTrainedModel
 
 from hf_lowrank import verification_child
 from hf_lowrank.architectures import read_config
-from hf_lowrank.errors import InputError
+from hf_lowrank.errors import InputError, one_line
 from hf_lowrank.heads import auto_class as find_auto_class
 from hf_lowrank.remote_code.lowrank_plan import PlanError
-from hf_lowrank.saving import compressed_class, load_compressed, one_line
+from hf_lowrank.saving import compressed_class, load_compressed
 from hf_lowrank.scratch import temporary_folder
 
 _BATCH, _TOKENS = 2, 12

@@ -210,7 +210,10 @@ def places(dense, small, tmp_path_factory):
 BAD_INPUT = {
     "no command": ([], r"required: COMMAND"),
     "unknown command": (["squash"], r"invalid choice: 'squash'"),
-    "no model": (["compress", "{root}/nowhere", "{out}", *BUDGET], r"no usable model '.*nowhere'"),
+    "no model": (
+        ["compress", "{root}/nowhere", "{out}", *BUDGET],
+        r"no folder '.*nowhere', and the Hub gave no model",
+    ),
     "folder without a model": (
         ["compress", "{root}/empty", "{out}", *BUDGET],
         r"not a model folder: it has no config",

@@ -12,11 +12,11 @@ from transformers import PreTrainedConfig
 from hf_lowrank.architectures import read_config
 from hf_lowrank.cards.card import REPORT_FILE
 from hf_lowrank.cli import tables
-from hf_lowrank.errors import InputError
+from hf_lowrank.errors import InputError, one_line
 from hf_lowrank.loading import load_dense, load_tokenizer
 from hf_lowrank.progress import progress_bar
 from hf_lowrank.recorded_evaluation import record_evaluation
-from hf_lowrank.saving import load_compressed, one_line
+from hf_lowrank.saving import load_compressed
 from hf_lowrank.tasks import make_task
 from hf_lowrank.tasks.evaluation import evaluate
 
@@ -84,5 +84,5 @@ def _tokenizer(path: str, dense: str | None) -> Any:
         try:
             return load_tokenizer(source)
         except (OSError, ValueError, KeyError, ImportError) as error:
-            reasons.append(f"{source}: {one_line(error)[:200]}")
+            reasons.append(f"{source}: {one_line(error, 200)}")
     raise InputError(f"There is no tokenizer beside the model ({'; '.join(reasons)}). Save it there.")

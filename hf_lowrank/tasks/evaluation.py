@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 
 from hf_lowrank.errors import InputError
 from hf_lowrank.evaluation import Latency, measure_latency, typical_length
+from hf_lowrank.loading import held_model
 from hf_lowrank.machine import machine_name
 from hf_lowrank.progress import Progress, no_progress
 from hf_lowrank.remote_code.lowrank_structures import structure_name
@@ -126,7 +127,8 @@ def evaluate(
     task = task if isinstance(task, Task) else make_task(task, **options)
     if dense is None and task.metric in AGREEMENTS:
         raise InputError(f"Task {task.name} compares with the dense model, and there is none. Give dense=.")
-    models = {_MODEL: model} if dense is None else {_DENSE: dense, _MODEL: model}
+    model = held_model(model)
+    models = {_MODEL: model} if dense is None else {_DENSE: held_model(dense), _MODEL: model}
     timed = dict(models)
     if dense is not None and task.metric == "perplexity" and _is_tied_to_structure(model):
         models[_UNTIED] = _with_head_of(dense, model)

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel, PrinterCallback, TrainerCallback, Trai
 from hf_lowrank.calibration import is_causal
 from hf_lowrank.conversion import as_two_factors
 from hf_lowrank.errors import InputError
-from hf_lowrank.loading import find_tokenizer, load_dense
+from hf_lowrank.loading import find_tokenizer, held_model, load_dense
 from hf_lowrank.remote_code.lowrank_model import LowRankMixin
 from hf_lowrank.saving import load_compressed
 from hf_lowrank.scratch import temporary_folder
@@ -160,7 +160,7 @@ def default_learning_rate(model: PreTrainedModel) -> float:
 
 
 def _compressed(model: Any) -> Any:
-    small = load_compressed(model) if isinstance(model, (str, Path)) else model
+    small = load_compressed(model) if isinstance(model, (str, Path)) else held_model(model)
     if not isinstance(small, LowRankMixin):
         raise InputError(f"{type(small).__name__} is not a compressed model; there is nothing to recover.")
     return small
