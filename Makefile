@@ -28,7 +28,8 @@ style: $(VENV)/.dev-installed  ## format and fix in place
 	@$(BIN)/ruff check --fix .
 	@$(BIN)/ruff format .
 
-docs: $(VENV)/.dev-installed  ## write the API reference from the docstrings, and draw the plot from the tables
+docs: $(VENV)/.dev-installed  ## write the API reference, the plot and the digests of the shipped code
+	@$(BIN)/python -m hf_lowrank.shipped_code
 	@$(BIN)/python docs/make_reference.py
 	@$(BIN)/python docs/make_plots.py
 

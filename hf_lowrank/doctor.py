@@ -9,15 +9,22 @@ import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import huggingface_hub
 import torch
 from packaging.requirements import Requirement
+from safetensors import SafetensorError
 from transformers.utils.hub import HF_MODULES_CACHE
 
 from hf_lowrank.architectures import read_config
+from hf_lowrank.errors import InputError, one_line
+from hf_lowrank.folder_contents import saved_shapes, tokenizer_files
+from hf_lowrank.inspection import make_skeleton
 from hf_lowrank.machine import machine_name, versions
-from hf_lowrank.saving import tokenizer_files
+from hf_lowrank.record import read_record
+from hf_lowrank.remote_code.lowrank_plan import PlanError
+from hf_lowrank.shipped_code import foreign_code
 from hf_lowrank.wording import megabytes
 
 OK, HINT, PROBLEM = "ok", "hint", "problem"
@@ -166,16 +173,39 @@ def _folder(folder: Path) -> Iterator[Finding]:
     if not config:
         yield Finding("model", PROBLEM, f"{folder} has no readable config.json", "give the folder of a saved model")
         return
-    kind = "a compressed model" if config.get("compression") else "a dense model"
+    kind = "a compressed model" if config.get("compression") is not None else "a dense model"
     yield Finding("model", OK, f"{folder} holds {kind}, {(config.get('architectures') or ['of no class'])[0]}")
+    if config.get("compression") is not None or not list(folder.glob("pytorch_model*.bin*")):
+        yield _weights(folder, config)
     if not tokenizer_files(folder):
         remedy = "AutoTokenizer.from_pretrained(BASE).save_pretrained(FOLDER)"
         yield Finding("tokenizer", PROBLEM, "missing, so pipelines do not load", remedy)
-    if config.get("compression"):
-        shipped = sorted({entry.partition(".")[0] for entry in config.get("auto_map", {}).values()})
-        missing = [f"{name}.py" for name in shipped if not (folder / f"{name}.py").is_file()]
-        if missing or not shipped:
-            found = f"{', '.join(missing) or 'auto_map'} is missing, so it loads only where hf_lowrank is"
-            yield Finding("shipped code", PROBLEM, found, "save the model again with save_pretrained")
-        else:
-            yield Finding("shipped code", OK, "complete; `hf-lowrank verify` proves that it loads")
+    if config.get("compression") is not None:
+        yield _shipped_code(folder, config)
+
+
+def _weights(folder: Path, config: dict[str, Any]) -> Finding:
+    """Whether a model's plan can be installed, and its weights are whole and those of the plan."""
+    again = "save the model again, or restore the folder"
+    try:
+        skeleton = make_skeleton(folder) if config.get("compression") is not None else None
+        saved = saved_shapes(folder)
+        if skeleton is not None:
+            read_record(folder)
+            known = {name: tuple(value.shape) for name, value in skeleton.state_dict().items()}
+            if wrong := sorted(name for name in saved.keys() & known.keys() if saved[name] not in (known[name], (0,))):
+                return Finding("weights", PROBLEM, f"{wrong[0]} has another shape than the plan says", again)
+    except (InputError, PlanError, SafetensorError, OSError, ValueError) as error:
+        return Finding("weights", PROBLEM, one_line(error), again)
+    return Finding("weights", OK, f"{len(saved)} tensors in safetensors files")
+
+
+def _shipped_code(folder: Path, config: dict[str, Any]) -> Finding:
+    shipped = sorted({entry.partition(".")[0] for entry in config.get("auto_map", {}).values()})
+    missing = [f"{name}.py" for name in shipped if not (folder / f"{name}.py").is_file()]
+    if missing or not shipped:
+        found = f"{', '.join(missing) or 'auto_map'} is missing, so it loads only where hf_lowrank is"
+        return Finding("shipped code", PROBLEM, found, "save the model again with save_pretrained")
+    if foreign := foreign_code(folder):
+        return Finding("shipped code", PROBLEM, f"{foreign[0]} is not of hf_lowrank", "read it before you load it")
+    return Finding("shipped code", OK, "complete; `hf-lowrank verify` proves that it loads")

@@ -14,9 +14,13 @@ from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 from transformers import PreTrainedModel
 
 from hf_lowrank.errors import InputError, one_line
+from hf_lowrank.folder_contents import file_digest
 from hf_lowrank.inspection import saved_report
+from hf_lowrank.options import settle
+from hf_lowrank.push_options import PushOptions
 from hf_lowrank.record import CARD_FILE, card_text, has_own_card
-from hf_lowrank.redaction import without_tokens
+from hf_lowrank.redaction import config_without_tokens, without_tokens
+from hf_lowrank.report import CompressionReport
 from hf_lowrank.saving import folder_files, save_folder
 from hf_lowrank.scratch import temporary_folder
 from hf_lowrank.verification import verify
@@ -26,6 +30,7 @@ _TRANSPORT: type[Exception] = HfHubHTTPError.__mro__[1]
 _WAITS = (1.0, 2.0, 4.0)  # seconds before the second, third and fourth try
 _PULL_REQUEST = re.compile(r"refs/pr/\d+")
 _MAIN = "main"
+_WEIGHTS = ".safetensors"
 _MESSAGE = "Upload compressed model with hf_lowrank"
 _REASONS = {
     401: "knows no valid token. Log in with `hf auth login`, or set HF_TOKEN",
@@ -45,11 +50,13 @@ class Push:
     Args:
         repo_id: With its owner.
         files: Path in the repository -> bytes.
+        left_out: What else lies in the folder.
         commit: None after a dry run.
     """
 
     repo_id: str
     files: dict[str, int]
+    left_out: tuple[str, ...]
     commit: CommitInfo | None
 
     @property
@@ -58,56 +65,51 @@ class Push:
         return None if self.commit is None else self.commit.pr_url or self.commit.commit_url
 
 
-def push_to_hub(
-    model: PreTrainedModel | str | Path,
-    repo_id: str,
-    *,
-    private: bool | None = None,
-    revision: str | None = None,
-    create_pr: bool = False,
-    commit_message: str | None = None,
-    token: str | bool | None = None,
-    dry_run: bool = False,
-) -> Push:
+def push_to_hub(model: PreTrainedModel | str | Path, repo_id: str, **options: Any) -> Push:
     """Publish a compressed model: weights, shipped code, tokenizer and other side files, and card, in one commit.
 
-    The folder is verified first (see `verify`). Nothing is visible until the commit, and a push that was interrupted
-    goes on when it is run again: what is uploaded already is not sent twice.
+    The folder is verified first (see `verify`), and the bytes that were verified are those that are published. Nothing
+    is visible until the commit, and a push that was interrupted goes on when it is run again: what is uploaded already
+    is not sent twice. Files that a model is not made of are left out, and named.
 
     Args:
         model: The folder of a saved compressed model, or such a model in memory.
         repo_id: `owner/name`, or a name under the account of the token; made if it does not exist.
-        private: For a repository that is made; None leaves it to the account's default.
-        revision: Branch to commit to; made if it does not exist.
-        create_pr: Open a pull request instead of committing to the main branch.
-        commit_message: Its first line is the summary, what follows the description.
-        token: As everywhere in huggingface_hub; None takes the one this machine is logged in with.
-        dry_run: Only tell the files and their sizes.
+        options: Those of `PushOptions`: `private`, `revision`, `create_pr`, `commit_message`, `token`, `dry_run`,
+            `include` and `trust_remote_code`.
 
     Raises:
         InputError: If the model does not pass `verify`, or the Hub refuses or cannot be reached: one line that says
             why, without any token.
     """
-    _check(repo_id, revision, create_pr)
+    told = settle(PushOptions, options, "push")
+    _check(repo_id, told)
     with _folder_of(model) as folder:
         report = saved_report(folder)  # complains where there is none
-        files = folder_files(folder)
+        files, left_out = folder_files(folder, told.include)
         sizes = {name: path.stat().st_size for name, path in files.items()}
-        if dry_run:
-            return Push(repo_id, sizes, None)
-        verification = verify(folder, model if isinstance(model, PreTrainedModel) else None)
+        if told.dry_run:
+            return Push(repo_id, sizes, tuple(left_out), None)
+        digests = {name: file_digest(path) for name, path in files.items()}
+        verification = verify(folder, model if isinstance(model, PreTrainedModel) else None, told.trust_remote_code)
         if not verification.ok:
             raise InputError(f"{folder.name} is not pushed, because it does not pass `verify`: {verification.message}")
-        api = HfApi(token=token)
-        with _errors_in_one_line(repo_id, token):
-            repo_id = _patiently(lambda: api.create_repo(repo_id, private=private, exist_ok=True)).repo_id
-            if revision is not None and not _PULL_REQUEST.fullmatch(revision):
-                _patiently(lambda: api.create_branch(repo_id, branch=revision, exist_ok=True))
-            contents: dict[str, Path | bytes] = dict(files)
-            if not has_own_card(folder):
-                contents[CARD_FILE] = card_text(folder, report, repo_id).encode()
-            commit = _commit(api, repo_id, contents, revision, create_pr, commit_message)
-    return Push(repo_id, sizes, commit)
+        with _errors_in_one_line(repo_id, told.token):
+            api = HfApi(token=told.token)
+            repo_id = _patiently(lambda: api.create_repo(repo_id, private=told.private, exist_ok=True)).repo_id
+            if told.revision is not None and not _PULL_REQUEST.fullmatch(told.revision):
+                _patiently(lambda: api.create_branch(repo_id, branch=str(told.revision), exist_ok=True))
+            contents = {name: path if name.endswith(_WEIGHTS) else path.read_bytes() for name, path in files.items()}
+            commit = _commit(api, repo_id, contents, digests, _rewritten(folder, repo_id, report), told)
+    return Push(repo_id, sizes, tuple(left_out), commit)
+
+
+def _rewritten(folder: Path, repo_id: str, report: CompressionReport) -> dict[str, bytes]:
+    """The files that are published otherwise than they lie there: a card of ours names the repository."""
+    found = {} if has_own_card(folder) else {CARD_FILE: card_text(folder, report, repo_id).encode()}
+    config = (folder / "config.json").read_text(encoding="utf-8")
+    hidden = config_without_tokens(config)
+    return found if hidden == config else found | {"config.json": hidden.encode()}
 
 
 def push_model(
@@ -137,13 +139,14 @@ def push_model(
     return push_to_hub(model, repo_id, commit_message=commit_message, **options).commit
 
 
-def _check(repo_id: str, revision: str | None, create_pr: bool) -> None:
+def _check(repo_id: str, told: PushOptions) -> None:
     try:
         validate_repo_id(repo_id)
     except ValueError as error:
         raise InputError(f"{repo_id!r} cannot name a repository: {one_line(error)}") from error
-    if create_pr and revision not in (None, _MAIN):
-        raise InputError(f"A pull request is opened against {_MAIN}, got revision {revision!r}. Give one of the two.")
+    if told.create_pr and told.revision not in (None, _MAIN):
+        given = f"got revision {told.revision!r}"
+        raise InputError(f"A pull request is opened against {_MAIN}, {given}. Give one of the two.")
 
 
 @contextmanager
@@ -162,26 +165,40 @@ def _folder_of(model: PreTrainedModel | str | Path) -> Iterator[Path]:
 def _commit(
     api: HfApi,
     repo_id: str,
-    contents: dict[str, Path | bytes],
-    revision: str | None,
-    create_pr: bool,
-    message: str | None,
+    contents: dict[str, Any],
+    digests: dict[str, str],
+    rewritten: dict[str, bytes],
+    told: PushOptions,
 ) -> CommitInfo:
-    summary, _, description = (message or _MESSAGE).partition("\n")
+    """One commit of all files.
+
+    Args:
+        digests: Of each file when it was verified; `rewritten` take the place of some.
+
+    Raises:
+        InputError: If a file has changed since it was verified.
+    """
+    summary, _, description = (told.commit_message or _MESSAGE).partition("\n")
 
     def once() -> CommitInfo:
-        # An operation serves one commit; files that are there already are left out of the next try.
+        # An operation serves one commit; files that are there already are left out of the next try. Weights are read
+        # again for the upload, and the Hub refuses those that are no longer what was hashed here.
+        added = {name: CommitOperationAdd(name, content) for name, content in contents.items()}
+        for name, one in added.items():
+            if one.upload_info.sha256.hex() != digests[name]:
+                raise InputError(f"{name} changed while it was verified. Run it again when nobody writes there.")
+        added |= {name: CommitOperationAdd(name, content) for name, content in rewritten.items()}
         return api.create_commit(
             repo_id,
-            [CommitOperationAdd(name, content) for name, content in contents.items()],
+            list(added.values()),
             commit_message=summary,
             commit_description=description.strip(),
-            revision=revision,
-            create_pr=create_pr,
+            revision=told.revision,
+            create_pr=told.create_pr,
         )
 
     # A second try could open a second pull request.
-    return once() if create_pr else _patiently(once)
+    return once() if told.create_pr else _patiently(once)
 
 
 def _patiently(call: Callable[[], _Answer]) -> _Answer:

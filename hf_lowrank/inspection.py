@@ -1,9 +1,11 @@
 """What a saved compressed model is made of, without loading its weights."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 
+from hf_lowrank.errors import InputError
 from hf_lowrank.record import read_record
 from hf_lowrank.report import CompressionReport, make_report
 from hf_lowrank.saving import load_skeleton_config
@@ -18,10 +20,27 @@ def saved_report(path: str | Path) -> CompressionReport:
     Raises:
         InputError: If there is no compressed model, or its configuration or record is damaged.
     """
-    model_class, config = load_skeleton_config(path)
+    skeleton = make_skeleton(path)
     kept = read_record(Path(path)) if Path(path).is_dir() else None
     if kept is not None:
         return kept
+    try:
+        return make_report(skeleton)
+    except (TypeError, ValueError, AttributeError, KeyError) as error:
+        raise InputError(f"What {path} says of how it was made is damaged ({error!r}). Compress it again.") from error
+
+
+def make_skeleton(path: str | Path) -> Any:
+    """A saved compressed model without numbers, on the meta device.
+
+    Args:
+        path: Folder or Hub id.
+
+    Raises:
+        InputError: If there is no compressed model, or its configuration is damaged.
+        PlanError: If its plan does not fit.
+    """
+    model_class, config = load_skeleton_config(path)
     with torch.device("meta"):
         skeleton = model_class(config)
-    return make_report(skeleton.to(config.dtype or torch.float32))
+    return skeleton.to(config.dtype or torch.float32)

@@ -7,9 +7,11 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
+from hf_lowrank.architectures import read_config
 from hf_lowrank.cards.card import KEPT_LINE, REPORT_FILE, make_card
 from hf_lowrank.cards.metadata import RESULTS_FILE, results_file
 from hf_lowrank.errors import InputError
+from hf_lowrank.folder_contents import update_with_file
 from hf_lowrank.redaction import without_tokens_inside
 from hf_lowrank.report import CompressionReport
 from hf_lowrank.scratch import write_text
@@ -29,7 +31,7 @@ def write_record(folder: Path, report: CompressionReport, name: str | None = Non
         folder: Of the saved model.
         name: What the card calls it; None for the name of the folder.
     """
-    stored = {"format_version": _FORMAT_VERSION, "weights": _fingerprint(folder), **report.to_dict()}
+    stored = {"format_version": _FORMAT_VERSION, **_digests(folder), **report.to_dict()}
     text = json.dumps(without_tokens_inside(stored), ensure_ascii=False)
     write_text(folder / REPORT_FILE, text + "\n")
     if not has_own_card(folder):
@@ -42,7 +44,7 @@ def write_record(folder: Path, report: CompressionReport, name: str | None = Non
 
 
 def read_record(folder: Path) -> CompressionReport | None:
-    """The report beside a model's weights; None if there is none, or the weights have changed since.
+    """The report beside a model's weights; None if there is none, or the weights or the plan have changed since.
 
     Raises:
         InputError: If it is damaged.
@@ -55,20 +57,29 @@ def read_record(folder: Path) -> CompressionReport | None:
         report = CompressionReport.from_dict(stored)
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise InputError(f"{file} is damaged ({type(error).__name__}: {error}). Remove it, or save again.") from error
-    return report if stored["weights"] == _fingerprint(folder) else None
+    # Earlier versions kept no digest of the plan.
+    return report if all(stored.get(name, now) == now for name, now in _digests(folder).items()) else None
 
 
 def card_text(folder: Path, report: CompressionReport, repo: str) -> str:
     """The card of the model in a folder, with what the user wrote below its last line."""
     file = folder / CARD_FILE
-    written = file.read_text(encoding="utf-8") if file.is_file() else ""
-    return str(make_card(report, repo, notes=written.partition(KEPT_LINE)[2]))
+    try:
+        written = file.read_text(encoding="utf-8") if file.is_file() else ""
+    except UnicodeDecodeError as error:
+        raise InputError(f"{file} is not UTF-8, so its notes cannot be kept. Save it as UTF-8.") from error
+    try:
+        return str(make_card(report, repo, notes=written.partition(KEPT_LINE)[2]))
+    except (TypeError, ValueError, AttributeError, KeyError) as error:
+        raise InputError(
+            f"What {folder} says of how it was made is damaged ({error!r}). Compress it again."
+        ) from error
 
 
 def has_own_card(folder: Path) -> bool:
     """Whether the folder has a card that this library did not write."""
     file = folder / CARD_FILE
-    return file.is_file() and KEPT_LINE not in file.read_text(encoding="utf-8")
+    return file.is_file() and KEPT_LINE.encode() not in file.read_bytes()
 
 
 def record_bytes(model: PreTrainedModel) -> int:
@@ -76,11 +87,12 @@ def record_bytes(model: PreTrainedModel) -> int:
     return _OTHER_BYTES + sum(2 * len(matrix.name) + _MODULE_BYTES for matrix in find_matrices(model))
 
 
-def _fingerprint(folder: Path) -> str:
-    """Of the weights: what was measured with them says nothing of others."""
-    digest = hashlib.sha256()
+def _digests(folder: Path) -> dict[str, str]:
+    """Of the weights and of the plan: what was measured with them says nothing of others."""
+    weights = hashlib.sha256()
     for path in sorted(folder.glob("*.safetensors")):
-        with path.open("rb") as file:
-            while chunk := file.read(1 << 20):
-                digest.update(chunk)
-    return digest.hexdigest()
+        update_with_file(weights, path)
+    plan = read_config(folder).get("compression")
+    built = {name: part for name, part in plan.items() if name != "provenance"} if isinstance(plan, dict) else plan
+    text = json.dumps(built, sort_keys=True)
+    return {"weights": weights.hexdigest(), "plan": hashlib.sha256(text.encode()).hexdigest()}

@@ -1,5 +1,6 @@
 """Access tokens never leave in a text: not in an error, a log, a card or a report."""
 
+import json
 import re
 from typing import Any
 
@@ -20,6 +21,16 @@ def without_tokens(text: str, token: str | bool | None = None) -> str:
         if isinstance(known, str) and known.strip():
             text = text.replace(known.strip(), _HIDDEN)
     return _CREDENTIALS.sub(_HIDDEN, _TOKEN.sub(rf"\1_{_HIDDEN}", text))
+
+
+def config_without_tokens(text: str) -> str:
+    """A `config.json` whose texts that nothing is built of hold no token: where the model came from and how."""
+    config = json.loads(text)
+    plan, name = config.get("compression") or {}, config.get("_name_or_path")
+    hidden = config | ({} if name is None else {"_name_or_path": without_tokens(str(name))})
+    if "provenance" in plan:
+        hidden["compression"] = plan | {"provenance": without_tokens_inside(plan["provenance"])}
+    return text if hidden == config else json.dumps(hidden, indent=2, sort_keys=True) + "\n"
 
 
 def without_tokens_inside(value: Any) -> Any:

@@ -2,6 +2,9 @@
 
 import json
 import shutil
+import warnings
+from collections.abc import Sequence
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +13,23 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel
 
-from hf_lowrank import remote_code
 from hf_lowrank.architectures import read_config
 from hf_lowrank.cards.metadata import RESULTS_FILE
-from hf_lowrank.errors import InputError, one_line
+from hf_lowrank.errors import InputError, Note, one_line
+from hf_lowrank.folder_contents import (
+    SIDE_FILES,
+    VOCABULARY_FILES,
+    all_files,
+    is_inside,
+    links_out,
+    module_folders,
+    side_files_of,
+    tokenizer_files,
+    weight_files,
+)
 from hf_lowrank.loading import require_finite, unusable
 from hf_lowrank.record import RECORD_FILES, write_record
+from hf_lowrank.redaction import config_without_tokens
 from hf_lowrank.remote_code import modeling_lowrank
 from hf_lowrank.remote_code.lowrank_model import LowRankMixin
 from hf_lowrank.remote_code.lowrank_plan import PlanError
@@ -23,20 +37,7 @@ from hf_lowrank.report import make_report
 from hf_lowrank.scratch import REPLACED, workshop, write_text
 
 # `save_pretrained` writes these itself; a card is rendered, not copied.
-_SAVED = {"config.json", "generation_config.json", *RECORD_FILES}
-_NOT_COPIED = _SAVED | {path.name for path in Path(remote_code.__path__[0]).glob("*.py")} | {"trainer_state.json"}
-# Weights in any format, and what a training run leaves.
-_WEIGHTS = (
-    ".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".ot", ".onnx", ".ckpt", ".gguf", ".tflite",
-    ".mlmodel", ".index.json",
-)  # fmt: skip
-# What slow tokenizers read; a fast one can be made of these again, with another vocabulary.
-_VOCABULARY_FILES = (
-    "vocab.txt", "vocab.json", "merges.txt", "spiece.model", "tokenizer.model", "sentencepiece.bpe.model",
-)  # fmt: skip
-_TOKENIZER_FILES = ("tokenizer_config.json", "tokenizer.json", *_VOCABULARY_FILES)
-# Folders of a model folder that belong to its tokenizer; those of sentence-transformers are named in modules.json.
-_TOKENIZER_FOLDERS = ("additional_chat_templates",)
+_SAVED = ("config.json", "generation_config.json", *RECORD_FILES)
 
 
 def check_output(out: str | Path, overwrite: bool = False, source: str | Path | None = None) -> None:
@@ -97,13 +98,15 @@ def save_folder(
         if side_files_from is not None:
             _copy_side_files(side_files_from, draft)
         if tokenizer is not None:
-            for name in _VOCABULARY_FILES:
+            for name in VOCABULARY_FILES:
                 (draft / name).unlink(missing_ok=True)
             tokenizer.save_pretrained(draft)
+        config = draft / "config.json"
+        write_text(config, config_without_tokens(config.read_text(encoding="utf-8")))
         if isinstance(model, LowRankMixin):
             write_record(draft, make_report(model), target.name)
         # Weights are written readable by their owner only; a folder to share has one mode throughout.
-        mode = (draft / "config.json").stat().st_mode
+        mode = config.stat().st_mode
         for path in draft.glob("*.safetensors"):
             path.chmod(mode)
         _swap(draft, target, shop, overwrite)
@@ -128,40 +131,37 @@ def _swap(new: Path, target: Path, shop: Path, overwrite: bool) -> None:
 def side_files(source: str | Path) -> dict[str, Path]:
     """Path inside the folder -> file, for all that belongs to a model besides its weights, configuration and card.
 
-    That is its tokenizer and, for sentence-transformers, `modules.json` and the later modules with their weights.
-    Empty where `source` is a Hub id that cannot be reached.
+    That is its tokenizer and, for sentence-transformers, `modules.json` and the later modules with their weights; not
+    what a link leads to outside of the folder. Empty where `source` is a Hub id that cannot be reached.
     """
     folder = Path(source) if Path(source).is_dir() else _snapshot(str(source))
-    if folder is None:
-        return {}
-    root = [
-        path
-        for path in folder.iterdir()
-        if path.is_file() and not path.name.startswith(".") and path.name not in _NOT_COPIED
-    ]
-    found = {path.name: path for path in root if not path.name.endswith(_WEIGHTS)}
-    for name in (*_TOKENIZER_FOLDERS, *_module_folders(folder)):
-        found |= {str(path.relative_to(folder)): path for path in (folder / name).rglob("*") if path.is_file()}
-    return dict(sorted(found.items()))
+    return {} if folder is None else side_files_of(folder)
 
 
-def folder_files(folder: Path) -> dict[str, Path]:
-    """Path inside the folder -> file, for all of a saved compressed model that is worth sharing.
+def folder_files(folder: Path, include: Sequence[str] = ()) -> tuple[dict[str, Path], list[str]]:
+    """What of a saved compressed model is worth sharing, path inside the folder -> file; and what is left out.
 
-    What a training run leaves (optimizer, checkpoints), hidden files and other formats of the weights are not.
+    Args:
+        include: Patterns of more files to take, such as `"*.md"`.
+
+    Raises:
+        InputError: If the folder has no weights, or its configuration, code or record is a link that leads out.
     """
-    ours = [
-        path
-        for path in folder.iterdir()
-        if path.name in _SAVED or path.name.endswith((".safetensors", ".safetensors.index.json", ".py"))
-    ]
-    results = {RESULTS_FILE: folder / RESULTS_FILE} if (folder / RESULTS_FILE).is_file() else {}
-    return dict(sorted(({path.name: path for path in ours} | side_files(folder) | results).items()))
+    every = dict(all_files(folder))
+    if needed := [name for name in links_out(folder) if _is_needed(name)]:
+        raise InputError(f"{needed[0]} of {folder} is a link that leads out of it. Put the file itself there.")
+    ours = {path.name: path for path in weight_files(folder)} | side_files_of(folder)
+    for name, path in every.items():
+        if (_is_needed(name) or any(fnmatchcase(name, one) for one in include)) and is_inside(path, folder):
+            ours[name] = path
+    if (folder / RESULTS_FILE).is_file():
+        ours[RESULTS_FILE] = folder / RESULTS_FILE
+    return dict(sorted(ours.items())), [name for name in every if name not in ours]
 
 
-def tokenizer_files(folder: Path) -> list[Path]:
-    """The files of a model folder that a tokenizer is loaded from."""
-    return [folder / name for name in _TOKENIZER_FILES if (folder / name).is_file()]
+def _is_needed(name: str) -> bool:
+    """Whether a path inside a folder is of what this library or `save_pretrained` writes there."""
+    return name in (*_SAVED, RESULTS_FILE) or ("/" not in name and name.endswith(".py"))
 
 
 def side_file_bytes(source: str | Path) -> int:
@@ -169,23 +169,11 @@ def side_file_bytes(source: str | Path) -> int:
     return sum(path.stat().st_size for path in side_files(source).values())
 
 
-def _module_folders(folder: Path) -> list[str]:
-    """Folders of the modules that follow the transformer in a sentence-transformers model."""
-    try:
-        modules = json.loads((folder / "modules.json").read_text(encoding="utf-8"))
-        paths = [str(module["path"]) for module in modules]
-    except (OSError, ValueError, TypeError, KeyError):
-        return []
-    # A path that leads out of the folder is not ours to copy.
-    return [path for path in paths if path and (folder / path).resolve().is_relative_to(folder.resolve())]
-
-
 def _snapshot(repo: str) -> Path | None:
     """The local copy of a Hub repository without its weights, None where there is none and the Hub is out of reach."""
-    weights = [f"*{suffix}" for suffix in _WEIGHTS]
     try:
-        folder = Path(snapshot_download(repo, ignore_patterns=weights))
-        if modules := _module_folders(folder):
+        folder = Path(snapshot_download(repo, allow_patterns=[*SIDE_FILES]))
+        if modules := module_folders(folder):
             snapshot_download(repo, allow_patterns=[f"{name}/*" for name in modules])
     except (OSError, ValueError):
         return None
@@ -197,6 +185,8 @@ def _copy_side_files(source: str | Path, draft: Path) -> None:
         copy = draft / name
         copy.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(path, copy)
+    if links := links_out(Path(source)):
+        warnings.warn(f"Left out, as links that lead out of {source}: {', '.join(links)}.", Note, stacklevel=2)
     _name_tokenizer_class(source, draft)
 
 

@@ -3,6 +3,7 @@
 import copy
 import json
 import os
+import re
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -17,12 +18,20 @@ from transformers import PreTrainedModel
 from hf_lowrank import verification_child
 from hf_lowrank.architectures import read_config
 from hf_lowrank.errors import InputError, one_line
+from hf_lowrank.folder_contents import weight_files
 from hf_lowrank.heads import auto_class as find_auto_class
 from hf_lowrank.remote_code.lowrank_plan import PlanError
 from hf_lowrank.saving import compressed_class, load_compressed
 from hf_lowrank.scratch import temporary_folder
+from hf_lowrank.shipped_code import foreign_code
 
 _BATCH, _TOKENS = 2, 12
+# Environment variables that decide where libraries are found and how they compute.
+_PASSED_ON = (
+    "PATH", "LD_", "DYLD_", "SYSTEMROOT", "TEMP", "TMP", "LANG", "LC_", "TZ", "OMP_", "KMP_", "GOMP_", "MKL_", "DNNL_",
+    "ONEDNN_", "OPENBLAS_", "ATEN_", "TORCH_", "PYTORCH_", "CUDA_", "MALLOC_", "THP_", "GLIBC_",
+)  # fmt: skip
+_SECRET = re.compile("TOKEN|KEY|SECRET|PASS|CREDENTIAL|AUTH", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -46,11 +55,14 @@ class Verification:
     unexpected_keys: tuple[str, ...] = ()
 
 
-def verify(path: str | Path, model: PreTrainedModel | None = None) -> Verification:
+def verify(path: str | Path, model: PreTrainedModel | None = None, trust_remote_code: bool = False) -> Verification:
     """Load a folder in a process that cannot import this library and compare its outputs bit for bit with ours.
+
+    That process runs the code in the folder, without tokens and without a network.
 
     Args:
         model: The model that was saved; its outputs are compared too. None compares only with the folder loaded here.
+        trust_remote_code: Run code that no version of this library shipped. Otherwise the folder does not pass.
 
     Raises:
         InputError: If `path` is no folder of a compressed model.
@@ -61,6 +73,9 @@ def verify(path: str | Path, model: PreTrainedModel | None = None) -> Verificati
     model_class = compressed_class(folder)
     auto_class = find_auto_class(model_class)
     try:
+        weight_files(folder)
+        if not trust_remote_code and (foreign := foreign_code(folder)):
+            return Verification(False, _refusal(foreign), auto_class)
         ours = verification_child.realigned(load_compressed(folder))
     except (InputError, PlanError) as error:
         return Verification(False, one_line(error), auto_class)
@@ -76,6 +91,13 @@ def verify(path: str | Path, model: PreTrainedModel | None = None) -> Verificati
     problem = _problem(answer, difference)
     proved = f"{answer['class_name']} loads without this library and its outputs are equal (difference {difference})."
     return Verification(not problem, problem or proved, auto_class, answer["class_name"], difference, **keys)
+
+
+def _refusal(foreign: list[str]) -> str:
+    return (
+        f"{foreign[0]} is not code that hf_lowrank ships, so it was not run. Save the model again or, if you have "
+        f"read {' and '.join(foreign)}, trust it (--trust-remote-code)."
+    )
 
 
 def _problem(answer: dict[str, Any], difference: float) -> str:
@@ -119,17 +141,28 @@ def _ask_child(
         text=True,
         check=False,
     )
-    if not Path(request["answer"]).exists():
+    try:
+        answer = json.loads(Path(request["answer"]).read_text(encoding="utf-8"))
+    except (OSError, ValueError):  # not written, or not to its end
         last = done.stderr.strip().splitlines()[-1:] or [f"exit status {done.returncode}"]
         return {"error": f"The process without this library died: {last[0]}"}, {}
-    answer = json.loads(Path(request["answer"]).read_text(encoding="utf-8"))
     return answer, {} if "error" in answer else load_file(request["outputs"])
 
 
 def _child_environment(scratch: Path) -> dict[str, str]:
+    """What the other process needs to compute the same; nothing that opens a door, such as a token or a key."""
+    kept = {
+        name: value for name, value in os.environ.items() if name.startswith(_PASSED_ON) and not _SECRET.search(name)
+    }
     return {
-        **os.environ,
+        **kept,
+        # What it could read from the user's own folders lies elsewhere for it: tokens, credentials, configurations.
+        **dict.fromkeys(
+            ("HOME", "USERPROFILE", "HF_HOME", "XDG_CACHE_HOME", "XDG_CONFIG_HOME"), str(scratch / "home")
+        ),
+        "HF_TOKEN_PATH": str(scratch / "home" / "token"),
         "HF_MODULES_CACHE": str(scratch / "modules"),
+        "HF_HUB_DISABLE_IMPLICIT_TOKEN": "1",
         "HF_HUB_OFFLINE": "1",
         "TRANSFORMERS_OFFLINE": "1",
         "TRANSFORMERS_VERBOSITY": "error",

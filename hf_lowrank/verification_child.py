@@ -5,12 +5,16 @@
 The request names the folder, the auto class (null for a head that has none), the inputs and where to put the answer.
 """
 
+import ctypes
 import json
 import sys
 from importlib.abc import MetaPathFinder
 from typing import Any
 
 LIBRARY = "hf_lowrank"
+# Of Linux: namespaces of the network's interfaces, and of users, in which anyone may make the other.
+_NEW_NETWORK, _NEW_USER = 0x40000000, 0x10000000
+_CALLS_OUT = ("socket.connect", "socket.sendto", "socket.sendmsg", "socket.getaddrinfo", "socket.gethostbyname")
 
 
 class _Blocked(MetaPathFinder):
@@ -19,6 +23,20 @@ class _Blocked(MetaPathFinder):
     def find_spec(self, fullname: str, path: Any, target: Any = None) -> None:
         if fullname.partition(".")[0] == LIBRARY:
             raise ModuleNotFoundError(f"No module named {fullname!r} (blocked)", name=fullname)
+
+
+def _leave_network() -> None:
+    """Take this process off the network: into a namespace without one where the system lets it, and by refusal."""
+    if sys.platform == "linux":
+        leave = ctypes.CDLL(None).unshare
+        if leave(_NEW_NETWORK) != 0:
+            leave(_NEW_USER | _NEW_NETWORK)
+
+    def refuse(event: str, arguments: Any) -> None:
+        if event in _CALLS_OUT:
+            raise PermissionError(f"{event} is refused: nothing in a folder that is verified may reach the network")
+
+    sys.addaudithook(refuse)  # which nothing can take away again
 
 
 def tensors_of(output: Any) -> dict[str, Any]:
@@ -69,6 +87,7 @@ def main() -> None:
     with open(sys.argv[1], encoding="utf-8") as file:  # noqa: PTH123
         request = json.load(file)
     sys.meta_path.insert(0, _Blocked())
+    _leave_network()
     sys.path += [path for path in request["packages"] if path not in sys.path]
     import torch
     from safetensors.torch import load_file, save_file

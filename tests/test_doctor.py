@@ -135,6 +135,18 @@ def test_a_token_is_said_to_be_there_and_not_shown(monkeypatch, capsys):
     assert "hf_secret" not in printed
 
 
+def test_a_dense_model_may_have_its_weights_in_the_older_format(tmp_path):
+    model = build("BertModel")
+    model.save_pretrained(tmp_path)
+    assert finding("weights", tmp_path).verdict == doctor.OK
+
+    torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
+    (tmp_path / "model.safetensors").unlink()
+    assert finding("weights", tmp_path) is None
+    (tmp_path / "pytorch_model.bin").unlink()
+    assert finding("weights", tmp_path).verdict == doctor.PROBLEM
+
+
 @pytest.mark.parametrize(
     ("lost", "name", "expected"),
     [

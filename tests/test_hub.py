@@ -154,9 +154,34 @@ def test_what_does_not_pass_verify_is_not_pushed(server, folder):
     shipped.write_text(shipped.read_text().replace("self.up(", "2 * self.up("))
 
     with pytest.raises(InputError, match=r"does not pass `verify`.*differ by up to"):
-        push_to_hub(folder, REPO)
+        push_to_hub(folder, REPO, trust_remote_code=True)
 
     assert not server.requests
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.json", "modeling_lowrank.py", "config.json"])
+def test_what_changes_while_it_is_verified_is_not_published(server, folder, monkeypatch, name):
+    def change(*_):
+        with (folder / name).open("ab") as file:
+            file.write(b"\n")
+        return Verification(True, "proved")
+
+    monkeypatch.setattr(hub, "verify", change)
+
+    with pytest.raises(InputError, match=f"nothing was published: {name} changed while it was verified"):
+        push_to_hub(folder, REPO)
+
+    assert not published(server)
+
+
+def test_what_is_left_out_is_named_and_taken_where_it_is_asked_for(folder, capsys):
+    (folder / "NOTES.md").write_text("notes")
+
+    assert main(["push", str(folder), REPO, "--dry-run"]) == 0
+    assert (
+        "left out (--include PATTERN takes more): NOTES.md, checkpoint-1/model.safetensors" in capsys.readouterr().out
+    )
+    assert "NOTES.md" in push_to_hub(folder, REPO, dry_run=True, include=["*.md"]).files
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +17,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from tiny_models import build
+from tiny_tokenizers import encoder_tokenizer
 
 import hf_lowrank
 from hf_lowrank import InputError, compress, saving
@@ -218,6 +220,24 @@ def test_processes_that_write_the_same_files_do_not_meet(tmp_path):
     assert [process.exitcode for process in processes] == [0, 0, 0]
     assert Checkpoint(tmp_path, "shared").load()["index"] == 39
     assert [path.name for path in tmp_path.iterdir()] == ["shared.pt"]
+
+
+def compress_with(cache):
+    torch.set_num_threads(1)  # OpenMP's threads are not forked
+    text = ["a film that is too long but never dull"] * 40
+    dense = build("BertForMaskedLM")
+    made = compress(dense, keep_params=0.6, cache_dir=cache, calibration=text, tokenizer=encoder_tokenizer())
+    return sum(float(value.double().sum()) for value in made.state_dict().values())
+
+
+def test_processes_that_share_a_cache_all_end_with_the_same(tmp_path):
+    with ProcessPoolExecutor(3, multiprocessing.get_context("fork")) as pool:
+        found = list(pool.map(compress_with, [str(tmp_path / "cache")] * 6))
+
+    assert len(set(found)) == 1
+    assert not [
+        path for path in (tmp_path / "cache").rglob("*") if "partial" in path.name or "hf_lowrank" in path.name
+    ]
 
 
 def test_of_two_runs_that_began_before_either_ended_the_second_refuses(small, tmp_path, monkeypatch):

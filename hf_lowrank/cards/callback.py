@@ -7,6 +7,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from hf_lowrank.errors import InputError
 from hf_lowrank.record import write_record
+from hf_lowrank.redaction import without_tokens_inside
 from hf_lowrank.remote_code.lowrank_model import LowRankMixin
 from hf_lowrank.report import make_report
 
@@ -65,7 +66,7 @@ class CardCallback(TrainerCallback):
             "training_loss": losses[-1] if losses else None,
             **self._scores,
         }
-        known = {name: value for name, value in run.items() if value is not None}
+        known = {name: without_tokens_inside(value) for name, value in run.items() if value is not None}
         _provenance(model)["training"] = [*self._earlier, known]
 
 

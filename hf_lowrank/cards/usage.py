@@ -52,7 +52,7 @@ def snippet(report: CompressionReport, repo: str) -> str:
         f"from transformers import AutoTokenizer, {auto}",
         "",
         f'model = {auto}.from_pretrained("{repo}", trust_remote_code=True)',
-        f'tokenizer = AutoTokenizer.from_pretrained("{repo}")',
+        f'tokenizer = AutoTokenizer.from_pretrained("{repo}", trust_remote_code=True)',
     )
 
 

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from hf_lowrank.cli.arguments import build_parser
-from hf_lowrank.errors import InputError
+from hf_lowrank.errors import InputError, Note
 
 BAD_INPUT = 2
 INTERRUPTED = 130
@@ -37,7 +37,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _complain("terminated; no half-written folder is left.", TERMINATED)
     except KeyboardInterrupt:
         return _complain("interrupted; no half-written folder is left.", INTERRUPTED)
-    except BrokenPipeError:
+    except (BrokenPipeError, SystemExit) as error:
+        if not isinstance(error, BrokenPipeError) and not isinstance(error.__context__, BrokenPipeError):
+            raise  # of argparse; that of rich says what it met
         # Whoever read the output has enough; without this Python complains again when it flushes at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
@@ -62,23 +64,31 @@ def _ended_by_sigterm() -> Iterator[None]:
         yield
     finally:
         if is_main:
-            signal.signal(signal.SIGTERM, before)
+            signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
 
 
 def _run(command: str, arguments: object) -> int:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
+        warnings.simplefilter("always", Note)
+        warnings.showwarning = _show_note
         # The loaders of transformers have their own reports and bars; ours say what there is to say.
         for library in ("transformers.utils.logging", "huggingface_hub.utils.logging"):
             importlib.import_module(library).set_verbosity_error()
         importlib.import_module("transformers.utils.logging").disable_progress_bar()
-        return int(importlib.import_module(f"hf_lowrank.cli.{command}").run(arguments))
+        status = int(importlib.import_module(f"hf_lowrank.cli.{command}").run(arguments))
+        sys.stdout.flush()  # here whoever stopped reading is told of
+        return status
 
 
 def _is_about_input(error: Exception) -> bool:
     """Whether an error speaks of a plan or a file; their classes come with libraries `--help` need not import."""
     names = {base.__name__ for base in type(error).__mro__}
     return bool(names & {"PlanError", "StrictDataclassError", "SafetensorError"})
+
+
+def _show_note(message: Warning | str, *about: object, **more: object) -> None:
+    sys.stderr.write(f"hf-lowrank: {message}\n")
 
 
 def _complain(message: str, status: int) -> int:

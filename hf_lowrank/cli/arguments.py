@@ -169,6 +169,7 @@ def _add_decompress(commands: "argparse._SubParsersAction[_Parser]") -> None:
 
 def _add_verify(commands: "argparse._SubParsersAction[_Parser]") -> None:
     parser = _add(commands, "verify", "prove that a folder loads without this library and computes the same")
+    parser.add_argument("--trust-remote-code", action="store_true", help="run code that this library did not ship")
     parser.add_argument("path", metavar="PATH", help="folder of a compressed model")
     _add_json(parser)
 

@@ -4,27 +4,20 @@ import argparse
 
 from hf_lowrank.cli import tables
 from hf_lowrank.hub import Push, push_to_hub
+from hf_lowrank.options import given
+from hf_lowrank.push_options import PushOptions
 from hf_lowrank.wording import megabytes
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Publish a folder, or list what would be published."""
-    push = push_to_hub(
-        arguments.path,
-        arguments.repo,
-        private=True if arguments.private else None,
-        revision=arguments.revision,
-        create_pr=arguments.create_pr,
-        commit_message=arguments.commit_message,
-        token=arguments.token,
-        dry_run=arguments.dry_run,
-    )
+    push = push_to_hub(arguments.path, arguments.repo, **given(arguments, PushOptions))
     if arguments.json:
-        about = {"path": arguments.path, "repo": push.repo_id, "dry_run": arguments.dry_run}
-        tables.print_json({**about, "files": push.files, "url": push.url})
+        about = {"path": arguments.path, "repo": push.repo_id, "dry_run": push.commit is None}
+        tables.print_json({**about, "files": push.files, "left_out": push.left_out, "url": push.url})
         return 0
     _print_files(push)
-    if arguments.dry_run:
+    if push.commit is None:
         tables.print_line("dry run: nothing was sent, and the folder was not verified")
         return 0
     tables.print_line(f"published: {push.url}")
@@ -37,3 +30,5 @@ def _print_files(push: Push) -> None:
         tables.print_line(f"{megabytes(size):>10}  {name}")
     total = megabytes(sum(push.files.values()))
     tables.print_line(f"{total:>10}  {len(push.files)} files for {push.repo_id}")
+    if push.left_out:
+        tables.print_line(f"left out (--include PATTERN takes more): {', '.join(push.left_out)}")

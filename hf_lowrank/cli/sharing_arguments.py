@@ -3,6 +3,9 @@
 import argparse
 from typing import Any
 
+from hf_lowrank.options import add_flags
+from hf_lowrank.push_options import PushOptions
+
 _PUSH_EXAMPLES = """examples:
   hf-lowrank push small-bert me/small-bert --dry-run         list the files
   hf-lowrank push small-bert me/small-bert --private
@@ -29,12 +32,9 @@ def add_sharing_commands(commands: Commands) -> None:
 def _add_push(commands: Commands) -> None:
     parser = _command(commands, "push", "publish a compressed model on the Hub", _PUSH_EXAMPLES)
     parser.add_argument("repo", metavar="REPO", help="owner/name on the Hub; made if it does not exist")
-    parser.add_argument("--private", action="store_true", help="make the repository private, if it is made")
-    parser.add_argument("--revision", metavar="BRANCH", help="branch to commit to; made if it does not exist")
-    parser.add_argument("--create-pr", action="store_true", help="open a pull request instead of committing")
-    parser.add_argument("--commit-message", metavar="TEXT", help="first line: summary; the rest: description")
     parser.add_argument("--token", help="default: HF_TOKEN, or the one `hf auth login` stored; other users see this")
-    parser.add_argument("--dry-run", action="store_true", help="list the files and send nothing")
+    flags = ("private", "revision", "create_pr", "commit_message", "dry_run", "include", "trust_remote_code")
+    add_flags(parser, PushOptions, flags)
 
 
 def _add_card(commands: Commands) -> None:

@@ -11,7 +11,7 @@ CHECK_FAILED = 1
 
 def run(arguments: argparse.Namespace) -> int:
     """Print what was proved, or what is wrong."""
-    verification = verify(arguments.path)
+    verification = verify(arguments.path, trust_remote_code=arguments.trust_remote_code)
     if arguments.json:
         tables.print_json({"path": arguments.path, **asdict(verification)})
     else:
