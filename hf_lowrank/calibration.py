@@ -4,7 +4,6 @@ import math
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,7 +13,8 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_PRETRAINING_MAPPING_NAMES,
 )
 
-from hf_lowrank.data import fingerprint, holds_token_ids, load_texts, make_batches, require_tokens, special_frame
+from hf_lowrank.batches import fingerprint, make_batches, require_known_tokens, require_tokens, special_frame
+from hf_lowrank.data import holds_token_ids, load_texts, source_name
 from hf_lowrank.errors import InputError
 from hf_lowrank.outputs import IGNORED_LABEL, Batch, real_tokens
 from hf_lowrank.remote_code.configuration_lowrank import PREFIX
@@ -42,7 +42,7 @@ class Calibration:
 def make_calibration(
     model: PreTrainedModel, source: Any, tokenizer: Any, settings: CompressionSettings
 ) -> Calibration:
-    """Batches from `source` (see `hf_lowrank.data.make_batches`), or synthetic ones if it is None.
+    """Batches from `source` (see `hf_lowrank.batches.make_batches`), or synthetic ones if it is None.
 
     A masked-language-model head is given inputs with 15 % of the tokens masked, as it was trained on.
 
@@ -74,6 +74,7 @@ def _read(model: PreTrainedModel, source: Any, tokenizer: Any, settings: Compres
         seed=settings.seed,
         text_column=text_column,
     )
+    require_known_tokens(batches, model, tokenizer)
     require_tokens(batches, model.config.get_text_config().hidden_size)
     return batches
 
@@ -175,10 +176,6 @@ def _longest_input(model: PreTrainedModel) -> int:
 
 def described_text(source: Any, batches: Sequence[Batch]) -> dict[str, Any]:
     """What a model was watched on, for the record: where it came from, how much it is, and its hash."""
-    name = "synthetic" if source is None else "batches"
-    if isinstance(source, (str, Path)):
-        name = Path(source).name if Path(source).exists() else str(source)
-    elif isinstance(source, list) and source and isinstance(source[0], str):
-        name = "texts"
+    name = "synthetic" if source is None else source_name(source)
     num_tokens = sum(int(real_tokens(batch).sum()) for batch in batches)
     return {"source": name, "num_tokens": num_tokens, "sha256": fingerprint(batches)}

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
@@ -12,10 +11,12 @@ from typing import Any, TypeVar
 import torch
 from transformers import PreTrainedModel
 
-from hf_lowrank.calibration import make_calibration
+from hf_lowrank.batches import fingerprint
+from hf_lowrank.calibration import described_text, make_calibration
+from hf_lowrank.comparison_record import append_line, read_lines
 from hf_lowrank.comparison_report import Cell, Comparison, related
 from hf_lowrank.compression import compress
-from hf_lowrank.data import fingerprint
+from hf_lowrank.data import source_name
 from hf_lowrank.errors import InputError
 from hf_lowrank.loading import find_tokenizer, load_dense
 from hf_lowrank.multiply_adds import count_multiply_adds
@@ -28,6 +29,7 @@ from hf_lowrank.settings import CompressionSettings, make_settings
 from hf_lowrank.tasks import make_task
 from hf_lowrank.tasks.base import Step, Task, metric_of
 from hf_lowrank.version import __version__
+from hf_lowrank.wording import examples_in_words
 
 # The standard of 2024, which the data-aware methods here are measured against.
 STANDARD = "whitened_svd:uniform:low_rank"
@@ -109,8 +111,20 @@ def compare(
         higher_is_better=task.higher_is_better,
         texts=tuple(data),
         baseline=baseline,
-        cells=tuple(related(cells, metric, baseline)),
+        cells=tuple(related(cells, metric, baseline, task.higher_is_better)),
+        about=_about(model_or_id, data, cells[0], bench.text, entries[0].settings.seed),
     )
+
+
+def _about(model: Any, data: dict[str, Any], dense: Cell, text: dict[str, Any] | None, seed: int) -> dict[str, str]:
+    """What a comparison was of, for its page."""
+    name = model if isinstance(model, (str, Path)) else getattr(model, "name_or_path", "")
+    about = {"model": Path(name).name if Path(name).is_dir() else str(name) or type(model).__name__}
+    for place, source in data.items():
+        about[f"{place} text"] = f"{source_name(source)}, {examples_in_words(dense.scores[place])}"
+    if text is None:
+        return about | {"calibration": "none: no method looks at text", "seed": str(seed)}
+    return about | {"calibration": f"{text['source']}, {text['num_tokens']:,} tokens", "seed": str(seed)}
 
 
 @dataclass(frozen=True)
@@ -188,9 +202,10 @@ class _Bench:
         self._progress = progress
         self._calibration: list[Any] | None = None
         self._seen = ""  # fingerprint of the calibration
+        self.text: dict[str, Any] | None = None  # the calibration, described
         work_dir.mkdir(parents=True, exist_ok=True)
         self._file = work_dir / _RECORD
-        self._done = {line["fingerprint"]: line for line in _read_lines(self._file)}
+        self._done = {line["fingerprint"]: line for line in read_lines(self._file)}
         about = [fingerprint([dict(dense.named_parameters())]), __version__, task.name, asdict(task)]
         self._about = {name: [*about, _fingerprint(of_text)] for name, of_text in steps.items()}
 
@@ -200,7 +215,8 @@ class _Bench:
             calibration = make_calibration(self._dense, source, tokenizer, entries[0].settings)
             batches = [*calibration.batches, *calibration.probes]
             self._calibration = None if source is None else batches
-            self._seen = fingerprint(batches)
+            self.text = described_text(source, batches)
+            self._seen = self.text["sha256"]
 
     def dense_cell(self) -> Cell:
         """The model as it is."""
@@ -223,12 +239,12 @@ class _Bench:
         for text in missing:
             line = {"method": method, "budget": budget, "text": text, "fingerprint": keys[text]}
             line |= {"sizes": _sizes(model), "scores": self._score(model, text, f"{method} {budget:g}")}
-            _append_line(self._file, line)
+            append_line(self._file, line)
             self._done[keys[text]] = line
         lines = {text: self._done[key] for text, key in keys.items()}
         sizes = next(iter(lines.values()))["sizes"]
         scores = {text: line["scores"] for text, line in lines.items()}
-        return Cell(method, budget, **sizes, scores=scores, g={}, relative_g={}, change={})
+        return Cell(method, budget, **sizes, scores=scores, g={}, relative_g={}, change={}, verdict={})
 
     def _score(self, model: Any, text: str, label: str) -> dict[str, float]:
         """The task's metrics; for another model than the dense one its agreement with that too."""
@@ -267,22 +283,3 @@ def _fingerprint(steps: Sequence[Step]) -> str:
 
 def _digest(about: list[Any]) -> str:
     return hashlib.sha256(json.dumps(about, sort_keys=True, default=str).encode()).hexdigest()
-
-
-def _read_lines(file: Path) -> Iterable[dict[str, Any]]:
-    """The finished lines; one that a kill cut short is none."""
-    for line in file.read_text(encoding="utf-8").splitlines() if file.is_file() else ():
-        try:
-            yield json.loads(line)
-        except json.JSONDecodeError:
-            continue
-
-
-def _append_line(file: Path, line: dict[str, Any]) -> None:
-    with file.open("a+b") as stream:
-        size = stream.seek(0, os.SEEK_END)
-        stream.seek(max(size - 1, 0))
-        cut_short = stream.read() not in (b"", b"\n")
-        stream.write((b"\n" if cut_short else b"") + json.dumps(line).encode() + b"\n")
-        stream.flush()
-        os.fsync(stream.fileno())

@@ -1,26 +1,21 @@
-"""Rows, texts and batches from anything: a file, a data set, a list, a `DataLoader`."""
+"""Rows and texts from anything: a file, a data set, a list."""
 
-import hashlib
+import math
 import random
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from itertools import islice
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
-
-import torch
-from torch.nn.utils.rnn import pad_sequence
 
 from hf_lowrank.data_files import FILE_TYPES, read_file
 from hf_lowrank.errors import InputError
 from hf_lowrank.extras import load_part
-from hf_lowrank.outputs import IGNORED_LABEL, Batch, real_tokens
 
 Row = Mapping[str, Any]
 
+# Beyond it no file system has a name.
+_LONGEST_NAME = 255
 # What a text is looked for under where no column is named, in this order.
 _TEXT_COLUMNS = ("text", "sentence", "content", "document")
-# Texts tokenized at a time: enough to be fast, few enough to stop early.
-_CHUNK = 64
 
 
 def load_rows(source: Any, limit: int | None = None, seed: int = 0) -> list[Row]:
@@ -33,7 +28,7 @@ def load_rows(source: Any, limit: int | None = None, seed: int = 0) -> list[Row]
         seed: Of that draw.
 
     Raises:
-        InputError: If it cannot be read, or holds nothing.
+        InputError: If it cannot be read, holds nothing, or a row is neither a text nor columns of whole characters.
     """
     if isinstance(source, (str, Path)):
         rows = _read(str(source))
@@ -46,11 +41,29 @@ def load_rows(source: Any, limit: int | None = None, seed: int = 0) -> list[Row]
     rows = [{"text": row} if isinstance(row, str) else row for row in rows]
     if not rows:
         raise InputError(f"{_named(source)} is empty. Give some text.")
-    if not isinstance(rows[0], Mapping):
-        raise InputError(f"Data must consist of texts or of rows (dicts), got items of {type(rows[0]).__name__}.")
-    if limit is not None and limit < len(rows):
-        rows = [rows[index] for index in sorted(random.Random(seed).sample(range(len(rows)), limit))]
-    return rows
+    for number, row in enumerate(rows, 1):
+        if not isinstance(row, Mapping):
+            kind = type(row).__name__
+            raise InputError(f"Data must consist of texts or of rows (dicts), got {kind} as row {number}. Mend it.")
+        if not _is_whole(row):
+            raise InputError(f"Row {number} of {_named(source)} holds half a character (a surrogate alone). Mend it.")
+    return [rows[place] for place in drawn_places(len(rows), limit, seed)]
+
+
+def drawn_places(count: int, limit: int | None, seed: int) -> list[int]:
+    """Which of `count` things are taken: `limit` of them drawn at random, in order; all where there are not more."""
+    if limit is None or limit >= count:
+        return list(range(count))
+    return sorted(random.Random(seed).sample(range(count), limit))
+
+
+def _is_whole(value: Any) -> bool:
+    """Whether all text in a value can be written as UTF-8."""
+    if isinstance(value, str):
+        return value.isascii() or value == value.encode(errors="ignore").decode()
+    if isinstance(value, Mapping):
+        return all(map(_is_whole, value.values()))
+    return not isinstance(value, (list, tuple)) or all(map(_is_whole, value))
 
 
 def load_texts(source: Any, text_column: str | None = None, limit: int | None = None, seed: int = 0) -> list[str]:
@@ -73,9 +86,7 @@ def load_texts(source: Any, text_column: str | None = None, limit: int | None = 
     texts = [value for value in values if isinstance(value, str) and value.strip()]
     if not texts:
         raise InputError(f"{_named(source)} holds no text: all {len(rows)} are blank.")
-    if limit is not None and limit < len(texts):
-        texts = [texts[index] for index in sorted(random.Random(seed).sample(range(len(texts)), limit))]
-    return texts
+    return [texts[place] for place in drawn_places(len(texts), limit, seed)]
 
 
 def find_text_column(row: Row, text_column: str | None = None) -> str:
@@ -85,7 +96,7 @@ def find_text_column(row: Row, text_column: str | None = None) -> str:
         InputError: If the named one is absent, or none is named and it cannot be told, with the columns there.
     """
     if text_column is not None:
-        require_columns(row, [text_column])
+        require_columns([row], [text_column])
         return text_column
     named = [name for name in _TEXT_COLUMNS if isinstance(row.get(name), str)]
     strings = [name for name, value in row.items() if isinstance(value, str)]
@@ -94,15 +105,28 @@ def find_text_column(row: Row, text_column: str | None = None) -> str:
     return (named or strings)[0]
 
 
-def require_columns(row: Row, columns: Sequence[str], hint: str = "") -> None:
-    """Check that a data set has columns.
+def require_columns(rows: Sequence[Row], columns: Sequence[str], hint: str = "") -> None:
+    """Check that every row of a data set has columns.
 
     Raises:
         InputError: Naming the first that is absent and the columns there.
     """
-    for column in columns:
-        if column not in row:
-            raise InputError(f"The data has no column {column!r}; there are: {', '.join(row)}.{hint and ' ' + hint}")
+    for number, row in enumerate(rows, 1):
+        for column in columns:
+            if column not in row:
+                place, there = "" if number == 1 else f" in row {number}", ", ".join(map(str, row))
+                raise InputError(f"The data has no column {column!r}{place}; there are: {there}.{hint and ' ' + hint}")
+
+
+def as_text(value: Any, column: str) -> str:
+    """What a column of texts holds; a number is text.
+
+    Raises:
+        InputError: If it is neither, with the column's name.
+    """
+    if not isinstance(value, (str, int, float)):
+        raise InputError(f"Column {column!r} must hold text, got {type(value).__name__}.")
+    return str(value)
 
 
 def as_number(value: Any, column: str) -> float:
@@ -112,178 +136,17 @@ def as_number(value: Any, column: str) -> float:
         InputError: If it is none, with the column's name.
     """
     try:
-        return float(value)
-    except (TypeError, ValueError) as error:
-        raise InputError(f"Column {column!r} must hold numbers, got {value!r}.") from error
-
-
-def make_batches(
-    source: Any,
-    tokenizer: Any,
-    num_calibration_samples: int = 256,
-    max_seq_length: int = 128,
-    batch_size: int = 8,
-    seed: int = 0,
-    text_column: str | None = None,
-    pack: bool | None = None,
-) -> list[Batch]:
-    """Batches of token ids and attention masks, the same for the same arguments.
-
-    Packed, the texts are shuffled, joined with the end-of-sequence token after each, and cut into windows that are all
-    `max_seq_length` long. Otherwise a sequence is the beginning of one text, with the tokenizer's special tokens and
-    padded to the longest of its batch, which the attention mask tells; only where there are too few texts are their
-    later parts used too.
-
-    Args:
-        source: See `load_rows`; or a `DataLoader` or other iterable of batches (`input_ids` in rows), or rows of
-            `input_ids`, whose order and other tensors, labels among them, are kept.
-        num_calibration_samples: Sequences at most.
-        pack: Whether to pack; None does so for a tokenizer without a mask token, that is for causal models.
-
-    Raises:
-        InputError: If the data is empty or unreadable, or there is no tokenizer to read text with.
-    """
-    if num_calibration_samples < 1 or max_seq_length < 1 or batch_size < 1:
-        raise InputError("num_calibration_samples, max_seq_length and batch_size must be at least 1.")
-    source = list(source) if isinstance(source, Iterator) else source
-    if holds_token_ids(source):
-        return _take(_collate(iter(source), batch_size), num_calibration_samples)
-    if tokenizer is None:
-        raise InputError("Text needs a tokenizer, and there is none. Give tokenizer=, or batches of input_ids.")
-    texts = load_texts(source, text_column)
-    random.Random(seed).shuffle(texts)
-    pack = tokenizer.mask_token_id is None if pack is None else pack
-    make = _packed_windows if pack else _passages
-    sequences = [{"input_ids": ids} for ids in islice(make(texts, tokenizer, max_seq_length), num_calibration_samples)]
-    if not sequences:
-        raise InputError("The text has no token the tokenizer knows. Give more text.")
-    return list(_collate(iter(sequences), batch_size, tokenizer.pad_token_id or 0))
-
-
-def require_tokens(batches: Sequence[Batch], min_tokens: int) -> None:
-    """Check that there is enough text.
-
-    Raises:
-        InputError: With the number of tokens there and the number needed.
-    """
-    there = sum(int(real_tokens(batch).sum()) for batch in batches)
-    if there < min_tokens:
-        raise InputError(f"The text has {there} tokens, and at least {min_tokens} are needed. Give more text.")
-
-
-def fingerprint(batches: Sequence[Batch]) -> str:
-    """SHA-256 of the ids, masks and other tensors of all batches."""
-    digest = hashlib.sha256()
-    for batch in batches:
-        for name in sorted(batch):
-            tensor = batch[name].detach().cpu().contiguous()
-            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-            digest.update(tensor.view(torch.uint8).numpy().tobytes() if tensor.dim() else str(tensor).encode())
-    return digest.hexdigest()
-
-
-def special_frame(tokenizer: Any) -> tuple[list[int], list[int]]:
-    """The special tokens the tokenizer puts before and after a text."""
-    ids = tokenizer("a")["input_ids"]
-    is_text = [index for index, token in enumerate(ids) if token not in tokenizer.all_special_ids]
-    first, last = (is_text[0], is_text[-1]) if is_text else (len(ids), len(ids))
-    return ids[:first], ids[last + 1 :]
-
-
-def tokenize(texts: Sequence[str], tokenizer: Any) -> Iterator[list[int]]:
-    """The token ids of each text that has some, without special tokens."""
-    for start in range(0, len(texts), _CHUNK):
-        # A text may be longer than the model reads: it is cut afterwards, so no warning.
-        found = tokenizer(texts[start : start + _CHUNK], add_special_tokens=False, verbose=False)["input_ids"]
-        yield from (ids for ids in found if ids)
-
-
-def _packed_windows(texts: Sequence[str], tokenizer: Any, length: int) -> Iterator[torch.Tensor]:
-    """Full windows over the joined texts, each text followed by the end-of-sequence token if there is one.
-
-    What is left at the end is dropped, unless it is all there is.
-    """
-    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    waiting: list[int] = []
-    is_first = True
-    for ids in tokenize(texts, tokenizer):
-        waiting += [*ids, *end]
-        while len(waiting) >= length:
-            yield torch.tensor(waiting[:length])
-            waiting, is_first = waiting[length:], False
-    if is_first and waiting:
-        yield torch.tensor(waiting)
-
-
-def _passages(texts: Sequence[str], tokenizer: Any, length: int) -> Iterator[torch.Tensor]:
-    """The beginnings of all texts, then their later parts, with special tokens."""
-    start, end = special_frame(tokenizer)
-    room = length - len(start) - len(end)
-    if room < 1:
-        raise InputError(f"max_seq_length={length} leaves no room beside the special tokens. Raise it.")
-    later = []
-    for ids in tokenize(texts, tokenizer):
-        yield torch.tensor([*start, *ids[:room], *end])
-        later += [ids[first : first + room] for first in range(room, len(ids), room)]
-    for ids in later:
-        yield torch.tensor([*start, *ids, *end])
-
-
-def holds_token_ids(source: Any) -> bool:
-    """Whether a source that can be read again holds batches or rows of token ids rather than text."""
-    if isinstance(source, (str, Path)) or not isinstance(source, Iterable):
-        return False
-    first = next(iter(source), None)
-    return isinstance(first, Mapping) and "input_ids" in first
-
-
-def _collate(items: Iterator[Row], batch_size: int, padding: int = 0) -> Iterator[Batch]:
-    """Batches as they are; single sequences padded together."""
-    waiting: list[dict[str, torch.Tensor]] = []
-    for item in items:
-        tensors = {name: torch.as_tensor(value) for name, value in item.items() if not _is_text(value)}
-        tensors.setdefault("attention_mask", torch.ones_like(tensors["input_ids"]))
-        if tensors["input_ids"].dim() > 1:
-            yield tensors
-            continue
-        waiting.append(tensors)
-        if len(waiting) == batch_size:
-            yield padded(waiting, padding)
-            waiting = []
-    if waiting:
-        yield padded(waiting, padding)
-
-
-def padded(rows: Sequence[Mapping[str, torch.Tensor]], padding: int) -> Batch:
-    """Sequences of unequal lengths as one batch; labels of tokens are filled up with the ignored one."""
-    fill = {"input_ids": padding, "labels": IGNORED_LABEL}
-    columns = {name: [row[name] for row in rows] for name in rows[0]}
-    return {
-        name: pad_sequence(values, batch_first=True, padding_value=fill.get(name, 0))
-        if values[0].dim()
-        else torch.stack(values)
-        for name, values in columns.items()
-    }
-
-
-def _take(batches: Iterable[Batch], num_sequences: int) -> list[Batch]:
-    """The first batches that hold that many sequences, the last one cut."""
-    taken: list[Batch] = []
-    for batch in batches:
-        taken.append({name: tensor[:num_sequences] for name, tensor in batch.items()})
-        num_sequences -= len(batch["input_ids"])
-        if num_sequences <= 0:
-            break
-    return taken
-
-
-def _is_text(value: Any) -> bool:
-    return isinstance(value, str) or (isinstance(value, (list, tuple)) and bool(value) and isinstance(value[0], str))
+        number = float(value)
+    except (TypeError, ValueError, OverflowError):
+        number = math.nan
+    if not math.isfinite(number):
+        raise InputError(f"Column {column!r} must hold numbers, got {str(value)[:50]!r}.")
+    return number
 
 
 def _read(name: str) -> list[Any]:
     path = Path(name)
-    if "\n" in name or len(name) > 1000:
+    if "\n" in name or len(name) > _LONGEST_NAME:
         raise InputError("Data given as one string must be a file or a data set's name. Give texts as a list.")
     if path.is_dir():
         raise InputError(f"{name} is a folder. Give a file in it, or the Hub name of a data set.")
@@ -293,6 +156,22 @@ def _read(name: str) -> list[Any]:
         raise InputError(f"There is no file {name}.")
     rows: list[Any] = load_part("hf_lowrank.hub_datasets", "train").load_hub_rows(name)
     return rows
+
+
+def source_name(source: Any) -> str:
+    """What a record calls data: a file's name without where it lies, a Hub name, or what kind of data it was."""
+    if isinstance(source, (str, Path)):
+        return Path(source).name if Path(source).exists() else str(source)
+    is_texts = isinstance(source, Sequence) and bool(source) and isinstance(source[0], str)
+    return "texts" if is_texts else "batches" if holds_token_ids(source) else "rows"
+
+
+def holds_token_ids(source: Any) -> bool:
+    """Whether a source that can be read again holds batches or rows of token ids rather than text."""
+    if isinstance(source, (str, Path)) or not isinstance(source, Iterable):
+        return False
+    first = next(iter(source), None)
+    return isinstance(first, Mapping) and "input_ids" in first
 
 
 def _named(source: Any) -> str:

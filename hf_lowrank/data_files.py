@@ -3,7 +3,7 @@
 import csv
 import io
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from hf_lowrank.extras import load_part
 
 # A file whose lines are all this short at most, with blank lines between some, was wrapped by an editor.
 _WRAPPED_LINE = 120
+_LARGEST_CELL = 1 << 30  # characters; csv's own limit of 131072 is less than an article
 
 
 def read_file(path: Path) -> list[Any]:
@@ -46,13 +47,25 @@ def _read_json(path: Path) -> list[Any]:
 
 
 def _read_csv(path: Path) -> list[Any]:
-    return list(csv.DictReader(io.StringIO(_text_of(path), newline="")))
+    return _read_cells(path, io.StringIO(_text_of(path), newline=""))
 
 
 def _read_tsv(path: Path) -> list[Any]:
     """Quotes are characters like any other, as in GLUE's files."""
     lines = _text_of(path).split("\n")
-    return list(csv.DictReader((line for line in lines if line), delimiter="\t", quoting=csv.QUOTE_NONE))
+    return _read_cells(path, (line for line in lines if line), delimiter="\t", quoting=csv.QUOTE_NONE)
+
+
+def _read_cells(path: Path, lines: Iterable[str], **form: Any) -> list[Any]:
+    csv.field_size_limit(_LARGEST_CELL)
+    try:
+        rows = list(csv.DictReader(lines, **form))
+    except csv.Error as error:
+        raise InputError(f"{path} cannot be read as rows: {error}. Mend it.") from error
+    for number, row in enumerate(rows, 1):
+        if None in row:
+            raise InputError(f"Row {number} of {path} has more cells than the first line has names. Quote its commas.")
+    return rows
 
 
 def _read_parquet(path: Path) -> list[Any]:
@@ -65,6 +78,8 @@ def _text_of(path: Path) -> str:
         return path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise InputError(f"{path} is not UTF-8 text (byte {error.start}). Convert it.") from error
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror}.") from error
 
 
 def _parse(path: Path, text: str, line: int) -> Any:
@@ -72,6 +87,8 @@ def _parse(path: Path, text: str, line: int) -> Any:
         return json.loads(text)
     except json.JSONDecodeError as error:
         raise InputError(f"{path} is not JSON: {error.msg} in line {line + error.lineno - 1}.") from error
+    except RecursionError as error:
+        raise InputError(f"{path} is nested too deeply in line {line}. Give a list of texts or objects.") from error
 
 
 # suffix -> reader

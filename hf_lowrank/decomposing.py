@@ -13,9 +13,9 @@ import torch
 from filelock import FileLock
 from transformers import PreTrainedModel
 
+from hf_lowrank.batches import fingerprint
 from hf_lowrank.calibration import Calibration, described_text, make_calibration
 from hf_lowrank.checkpoint import NOT_KEPT, Checkpoint, weights_digest
-from hf_lowrank.data import fingerprint
 from hf_lowrank.planning.allocation import ALLOCATIONS
 from hf_lowrank.planning.curves import measured_errors, predicted_errors, probe_rank, spectral_errors
 from hf_lowrank.planning.plans import candidate_matrices

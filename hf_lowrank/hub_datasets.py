@@ -22,7 +22,7 @@ def load_hub_rows(name: str) -> list[dict[str, Any]]:
     config, _, split = rest.partition(":")
     try:
         loaded = datasets.load_dataset(path, config or None, split=split or None)
-    except (OSError, ValueError, RuntimeError) as error:
+    except Exception as error:  # of the builder of any data set
         raise InputError(
             f"There is no file {name!r}, and the Hub data set of that name cannot be loaded: {one_line(error)} "
             "Give a file (.txt, .jsonl, .json, .csv, .tsv, .parquet), or NAME:CONFIG:SPLIT of a data set."

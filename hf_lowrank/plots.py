@@ -15,9 +15,10 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from hf_lowrank.analysis_report import Analysis, MatrixAnalysis
-from hf_lowrank.comparison_report import Comparison
+from hf_lowrank.comparison_report import Cell, Comparison
 from hf_lowrank.errors import InputError
 from hf_lowrank.scratch import write_file, write_text
+from hf_lowrank.wording import examples_in_words
 
 SUFFIXES = (".png", ".html")
 _DPI = 110
@@ -93,11 +94,14 @@ def comparison_figure(comparison: Comparison) -> Figure:
             cells = [cell for cell in comparison.cells[1:] if cell.method == method]
             points = [((cell.target_bytes or 0) / 1e6, comparison.score(cell, text)) for cell in cells]
             panel.plot(*zip(*sorted(points), strict=True), label=method, **_looks(index))
+            for cell, (place, _) in zip(cells, points, strict=True):
+                panel.vlines(place, *_ends(comparison, cell, text), color=_looks(index)["color"], linewidth=1)
         if (dense := comparison.score(comparison.cells[0], text)) is not None:
             panel.axhline(dense, color="black", linestyle=(0, (1, 2)), label="dense")
             panel.annotate(f"dense: {dense:.4g}", (0.02, dense), xycoords=panel.get_yaxis_transform(), va="bottom")
         panel.set_xlabel("size of the replaced matrices in MB")
-        panel.set_title(f"{text} text", fontsize=11)
+        size = examples_in_words(comparison.cells[0].scores[text])
+        panel.set_title(f"{text} text, {size}; bars: 95 % interval of the change from dense", fontsize=9)
         panel.grid(alpha=0.3)
     scores = [comparison.score(cell, text) for cell in comparison.cells for text in comparison.texts]
     known = [score for score in scores if score is not None]
@@ -110,6 +114,15 @@ def comparison_figure(comparison: Comparison) -> Figure:
     panels[0].set_ylabel(f"{comparison.metric.replace('_', ' ')} ({better} is better)")
     panels[-1].legend(fontsize=9)
     return figure
+
+
+def _ends(comparison: Comparison, cell: Cell, text: str) -> list[float]:
+    """Between which scores the interval of a cell's change from dense puts it; nothing where there is none."""
+    dense, scores = comparison.score(comparison.cells[0], text), cell.scores[text]
+    if dense is None or "change_low" not in scores:
+        return [math.nan, math.nan]
+    unit = dense if comparison.metric == "perplexity" else 1.0
+    return [dense + unit * scores[name] for name in ("change_low", "change_high")]
 
 
 def _draw_sizes(figure: Any, analysis: Analysis) -> None:

@@ -1,11 +1,11 @@
 """The dense matrices of a model that can be compressed, and choosing among them by name."""
 
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
 from typing import Any
 
+import regex
 import torch
 from torch import nn
 from transformers import PreTrainedModel
@@ -18,6 +18,7 @@ from hf_lowrank.remote_code.lowrank_structures import module_name, named_structu
 
 OUTPUT_EMBEDDINGS = "output_embeddings"
 ALL_LINEAR = "all-linear"
+_MATCHING_SECONDS = 1.0  # of one name; re itself has no limit, and some patterns need years
 
 Patterns = str | Sequence[str]
 
@@ -207,7 +208,11 @@ def _matches(matrix: DenseMatrix, pattern: str, is_regex: bool) -> bool:
     names = (matrix.name, matrix.path)
     if is_regex:
         try:
-            return any(re.fullmatch(pattern, name) for name in names)
-        except re.error as error:
+            return any(regex.fullmatch(pattern, name, timeout=_MATCHING_SECONDS) for name in names)
+        except regex.error as error:
             raise InputError(f"{pattern!r} is not a regular expression: {error}.") from error
+        except TimeoutError as error:
+            raise InputError(
+                f"{pattern!r} takes too long to match {names[0]!r}. Write it without nested * or +."
+            ) from error
     return any(name == pattern or name.endswith(f".{pattern}") for name in names)

@@ -11,7 +11,8 @@ from tokenizers.pre_tokenizers import ByteLevel
 from torch import nn
 from transformers import PreTrainedModel
 
-from hf_lowrank.data import load_texts, tokenize
+from hf_lowrank.batches import tokenize
+from hf_lowrank.data import load_texts
 from hf_lowrank.errors import InputError
 from hf_lowrank.loading import load_dense
 from hf_lowrank.remote_code.lowrank_dense import dense_kind

@@ -1,9 +1,13 @@
 """How numbers are said, on the terminal and on cards alike."""
 
+from collections.abc import Mapping
+
 from hf_lowrank.evaluation import Latency
 
 # Below this a difference in speed drowns in the noise of two medians.
 _WORTH_SAYING = 1.05
+# Of fewer examples the bootstrap's interval is too narrow to be believed.
+_FEWEST = 20
 
 
 def megabytes(num_bytes: int) -> str:
@@ -28,3 +32,39 @@ def milliseconds(latency: Latency) -> str:
 def share(now: float, before: float) -> str:
     """A fraction in percent; empty where there was nothing before."""
     return f"{now / before:.1%}" if before else ""
+
+
+def verdict(scores: Mapping[str, float], higher_is_better: bool) -> str:
+    """Whether a model's metric is `better` or `worse` than the dense one's, or `unclear`; empty without an interval.
+
+    Unclear are an interval of the change that holds none at all, and too few examples.
+    """
+    if "change_low" not in scores:
+        return ""
+    low, high = scores["change_low"], scores["change_high"]
+    if scores["examples"] < _FEWEST or not (low > 0 or high < 0):
+        return "unclear"
+    return "better" if (low > 0) is higher_is_better else "worse"
+
+
+def change_in_words(
+    scores: Mapping[str, float], dense: Mapping[str, float], metric: str, higher_is_better: bool
+) -> str:
+    """The change of a metric from the dense model's, its interval and the verdict: `+7.3% (+6.1% to +8.4%), worse`."""
+    if metric not in dense:
+        return ""
+    relative = metric == "perplexity"
+    change = scores[metric] / dense[metric] - 1 if relative else scores[metric] - dense[metric]
+    if not (said := verdict(scores, higher_is_better)):
+        return _signed(change, relative)
+    low, high = (_signed(scores[name], relative) for name in ("change_low", "change_high"))
+    return f"{_signed(change, relative)} ({low} to {high}), {said}"
+
+
+def examples_in_words(scores: Mapping[str, float]) -> str:
+    """How many examples scores stand on, `1,500 examples`; empty where that was not written down."""
+    return f"{scores['examples']:,.0f} examples" if "examples" in scores else ""
+
+
+def _signed(change: float, is_relative: bool) -> str:
+    return f"{change:+.1%}" if is_relative else f"{change:+.4f}"

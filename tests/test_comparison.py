@@ -107,13 +107,13 @@ def test_g_is_the_logarithm_of_the_ratio_of_perplexities(result):
 
 def cell(method, budget, perplexity):
     scores = {"held-out": {"perplexity": perplexity}}
-    return Cell(method, budget, 1, 4, None, 1, scores, g={}, relative_g={}, change={})
+    return Cell(method, budget, 1, 4, None, 1, scores, g={}, relative_g={}, change={}, verdict={})
 
 
 def test_relative_g_is_that_over_the_baseline_of_the_same_budget():
     made = [("dense", 1.0, 10.0), ("svd", 0.6, 40.0), ("best", 0.6, 20.0), ("svd", 0.3, 80.0), ("best", 0.3, 20.0)]
 
-    cells = list(related([cell(*one) for one in made], "perplexity", "svd"))
+    cells = list(related([cell(*one) for one in made], "perplexity", "svd", False))
 
     relatives = [cell.relative_g["held-out"] for cell in cells[1:]]
     assert relatives == pytest.approx([1, 1 / 2, 1, 1 / 3])
@@ -122,7 +122,7 @@ def test_relative_g_is_that_over_the_baseline_of_the_same_budget():
 def test_nothing_is_relative_to_a_baseline_that_lost_nothing():
     made = [cell("dense", 1.0, 10.0), cell("svd", 0.6, 9.0), cell("best", 0.6, 20.0)]
 
-    assert [one.relative_g for one in related(made, "perplexity", "svd")] == [{}, {}, {}]
+    assert [one.relative_g for one in related(made, "perplexity", "svd", False)] == [{}, {}, {}]
 
 
 def test_the_standard_is_the_baseline_however_it_is_spelled(dense, result):

@@ -9,7 +9,8 @@ import torch
 from tiny_tokenizers import LETTERS, decoder_tokenizer, encoder_tokenizer, make_tokenizer
 from torch.utils.data import DataLoader
 
-from hf_lowrank.data import fingerprint, load_rows, load_texts, make_batches, require_columns, require_tokens
+from hf_lowrank.batches import fingerprint, make_batches, require_tokens
+from hf_lowrank.data import load_rows, load_texts, require_columns
 from hf_lowrank.errors import InputError
 from hf_lowrank.extras import load_part
 
@@ -181,7 +182,7 @@ def test_fingerprint_sees_ids_masks_and_shapes():
         ([{"body": "x"}], {"text_column": "text"}, "no column 'text'; there are: body"),
         ([{"text": 3}], {"text_column": "text"}, "'text' of The data must hold text, got int"),
         (3, {}, "must be a file.* got int"),
-        ([3], {}, "got items of int"),
+        ([3], {}, "got int as row 1"),
         ("no-such-file.txt", {}, "There is no file no-such-file.txt"),
         ("nobody/no-such-data", {}, "Hub data set of that name cannot be loaded"),
         ("A text.\nAnother.", {}, "Give texts as a list"),
@@ -221,7 +222,7 @@ def test_missing_things_are_named(encoder):
     with pytest.raises(InputError, match="max_seq_length=2 leaves no room"):
         make_batches(TEXTS, encoder, max_seq_length=2)
     with pytest.raises(InputError, match=r"no column 'label'; there are: text\. Labels!"):
-        require_columns({"text": ""}, ["label"], "Labels!")
+        require_columns([{"text": ""}], ["label"], "Labels!")
 
 
 def test_a_missing_extra_names_the_command_that_installs_it(monkeypatch):

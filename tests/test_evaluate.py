@@ -42,7 +42,7 @@ def test_dense_and_compressed_stand_side_by_side(pair):
 
     alone = make_task("masked-lm", block_length=16).evaluate(dense, encoder_tokenizer(), TEXTS)
     assert result.dense.scores == pytest.approx(alone)
-    assert set(result.model.scores) - set(alone) == {"kl_from_dense", "top1_agreement"}
+    assert set(result.model.scores) - set(alone) == {"kl_from_dense", "top1_agreement", "change_low", "change_high"}
     assert result.model.parameters == sum(p.numel() for p in small.parameters()) < result.dense.parameters
     assert result.dense.latency.speed_up == 1
     assert json.loads(json.dumps(result.to_dict()))["options"]["block_length"] == 16
@@ -133,7 +133,7 @@ def test_models_without_a_head_agree_by_cosine(pair):
 
     scores = evaluate(small, TEXTS, "agreement", dense=dense, tokenizer=encoder_tokenizer(), cost=False).model.scores
 
-    assert set(scores) == {"cosine_to_dense"}
+    assert set(scores) == {"cosine_to_dense", "examples"}
     assert 0 < scores["cosine_to_dense"] < 1
 
 
@@ -232,25 +232,25 @@ def wikitext(data_dir):
 
 
 def test_the_masked_language_model_keeps_its_perplexity(data_dir, models_dir):
-    """Its README says 69.0 over 256 blocks; this recipe gives 69.7, and 58.5 to 65.7 with other seeds."""
+    """Its README says 69.0 over 256 blocks; the first 256 give 69.7 by this recipe, 64 drawn 65.4."""
     path = models_dir / "minilm-l6-mlm"
     model = AutoModelForMaskedLM.from_pretrained(path, dtype=torch.float32).eval()
 
     task = make_task("masked-lm", block_length=96, max_examples=64)
     scores = task.evaluate(model, AutoTokenizer.from_pretrained(path), wikitext(data_dir))
 
-    assert scores["perplexity"] == pytest.approx(62.63, rel=0.01)
+    assert scores["perplexity"] == pytest.approx(65.44, rel=0.01)
 
 
 def test_the_causal_language_model_keeps_its_perplexity(data_dir, models_dir):
-    """Its README says 100.9 over 200 blocks, of a text it does not state; this one gives 94.0."""
+    """Its README says 100.9 over 200 blocks, of a text it does not state; 200 drawn from this one give 99.6."""
     path = models_dir / "gpt2-mini"
     model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
 
     task = make_task("causal-lm", block_length=128, max_examples=200)
     scores = task.evaluate(model, AutoTokenizer.from_pretrained(path), wikitext(data_dir))
 
-    assert scores["perplexity"] == pytest.approx(94.02, rel=0.01)
+    assert scores["perplexity"] == pytest.approx(99.59, rel=0.01)
     assert scores["scored_tokens"] == 200 * 127
 
 

@@ -18,7 +18,7 @@ from hf_lowrank.planning.budgets import KINDS
 from hf_lowrank.redaction import without_tokens
 from hf_lowrank.report import CompressionReport, QualityReport
 from hf_lowrank.solvers.tensor_methods import TENSOR_METHODS
-from hf_lowrank.wording import megabytes, milliseconds, share, speed_in_words
+from hf_lowrank.wording import change_in_words, examples_in_words, megabytes, milliseconds, share, speed_in_words
 
 REPORT_FILE = "compression_report.json"
 KEPT_LINE = "<!-- What you write below this line is kept. -->"
@@ -190,12 +190,13 @@ def shown_precision() -> str:
 
 def _quality_row(entry: QualityReport) -> Row:
     where = ":".join(part for part in (entry.dataset, entry.config, entry.split) if part)
-    name = f"{entry.metric.replace('_', ' ')}, {entry.task} on {where}"
+    parts = (f"{entry.metric.replace('_', ' ')}, {entry.task} on {where}", examples_in_words(entry.scores))
+    name = ", ".join(part for part in parts if part)
     now, before = entry.scores[entry.metric], entry.dense_scores.get(entry.metric)
     better = "higher" if entry.higher_is_better else "lower"
     if before is None:
         return name, "not measured", _score(now), f"{better} is better"
-    change = f"{now / before - 1:+.1%}" if entry.metric == "perplexity" else f"{now - before:+.4f}"
+    change = change_in_words(entry.scores, entry.dense_scores, entry.metric, entry.higher_is_better)
     return name, _score(before), _score(now), f"{change}; {better} is better"
 
 

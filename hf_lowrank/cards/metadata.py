@@ -8,6 +8,7 @@ from huggingface_hub import EvalResult, EvalResultEntry, ModelCardData, eval_res
 
 from hf_lowrank.cards.usage import SENTENCES, pipeline_tag
 from hf_lowrank.report import CompressionReport, QualityReport
+from hf_lowrank.wording import examples_in_words
 
 RESULTS_FILE = ".eval_results/hf_lowrank.yaml"
 # task of this library -> task of the Hub; agreement with the dense model is no benchmark
@@ -69,7 +70,8 @@ def results_file(quality: Sequence[QualityReport]) -> str | None:
 def _notes(entry: QualityReport) -> str:
     dense = entry.dense_scores.get(entry.metric)
     beside = "" if dense is None else f"; the dense model: {dense:.6g}"
-    return f"{entry.metric} on {entry.split or 'the only split'}, measured by hf_lowrank{beside}"
+    of = ", ".join(part for part in (entry.split or "the only split", examples_in_words(entry.scores)) if part)
+    return f"{entry.metric} on {of}, measured by hf_lowrank{beside}"
 
 
 def _relation(report: CompressionReport) -> str:

@@ -5,7 +5,8 @@ from typing import Any
 
 import torch
 
-from hf_lowrank.data import holds_token_ids, load_texts, tokenize
+from hf_lowrank.batches import tokenize
+from hf_lowrank.data import holds_token_ids, load_texts
 
 _MOST_TEXTS = 20_000
 

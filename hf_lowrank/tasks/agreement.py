@@ -6,19 +6,28 @@ from typing import Any, ClassVar
 
 import torch
 
-from hf_lowrank.data import make_batches
-from hf_lowrank.tasks.base import Step, Task
+from hf_lowrank.batches import make_batches
+from hf_lowrank.tasks.base import Score, Step, Task
 from hf_lowrank.tasks.blocks import block_length_of
 
 
-class _Nothing:
+class _Nothing(Score):
     """Scores no model by itself."""
 
     def add(self, rows: torch.Tensor, step: Step) -> None:
-        """Nothing to count."""
+        """Count the texts."""
+        self._examples.append(torch.zeros(len(step.inputs["input_ids"]), 0))
 
     def result(self) -> dict[str, float]:
         """Empty."""
+        return {}
+
+    def metric(self, examples: torch.Tensor) -> float:
+        """Of a model by itself there is none."""
+        return 0.0
+
+    def interval(self, dense: Score) -> dict[str, float]:
+        """Empty: all that is scored is how far from dense."""
         return {}
 
 
@@ -56,7 +65,7 @@ class AgreementWithDense(Task):
         )
         return [Step(batch, None) for batch in batches]
 
-    def score(self) -> _Nothing:
+    def score(self) -> Score:
         return _Nothing()
 
 

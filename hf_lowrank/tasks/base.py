@@ -3,10 +3,11 @@
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar
 
 import torch
 
+from hf_lowrank.batches import require_known_tokens
 from hf_lowrank.errors import InputError
 from hf_lowrank.outputs import Batch, Said, run
 from hf_lowrank.progress import Progress, no_progress
@@ -14,6 +15,7 @@ from hf_lowrank.remote_code.configuration_lowrank import PREFIX
 
 # Agreement with a dense model, by what is said; more is better.
 AGREEMENTS = ("top1_agreement", "label_agreement", "pearson_to_dense", "cosine_to_dense")
+_RESAMPLES, _LEVEL = 1000, 0.95
 
 
 @dataclass(frozen=True)
@@ -24,14 +26,45 @@ class Step:
     targets: Any
 
 
-class Score(Protocol):
-    """A sum over steps."""
+class Score(ABC):
+    """What a model is scored by, kept example by example: one number of all, and how sure it is, come out of these."""
 
+    def __init__(self) -> None:
+        self._examples: list[torch.Tensor] = []
+
+    @property
+    def examples(self) -> torch.Tensor:
+        """What the metric is made of, (N, K), a row an example, float64."""
+        return torch.cat(self._examples).double()
+
+    @abstractmethod
     def add(self, rows: torch.Tensor, step: Step) -> None:
         """Count one step; `rows` are those of `hf_lowrank.outputs.run`."""
 
+    @abstractmethod
     def result(self) -> dict[str, float]:
         """Name of each metric and its value."""
+
+    @abstractmethod
+    def metric(self, examples: torch.Tensor) -> float:
+        """The task's metric of some of the examples, (N, K)."""
+
+    def change(self, ours: torch.Tensor, theirs: torch.Tensor) -> float:
+        """How far the metric of a model is from that of another on the same examples."""
+        return self.metric(ours) - self.metric(theirs)
+
+    def interval(self, dense: "Score") -> dict[str, float]:
+        """`change_low` and `change_high`: between them lies the change from dense in 95 of 100 draws of examples.
+
+        The examples are drawn with replacement as many times as there are, the same for both models: the paired
+        percentile bootstrap (Efron and Tibshirani, An Introduction to the Bootstrap, 1993).
+        """
+        ours, theirs = self.examples, dense.examples
+        generator = torch.Generator().manual_seed(0)
+        draws = [torch.randint(len(ours), (len(ours),), generator=generator) for _ in range(_RESAMPLES)]
+        changes = torch.tensor([self.change(ours[draw], theirs[draw]) for draw in draws])
+        ends = changes.quantile(torch.tensor([(1 - _LEVEL) / 2, (1 + _LEVEL) / 2]))
+        return dict(zip(("change_low", "change_high"), ends.tolist(), strict=True))
 
 
 @dataclass(frozen=True)
@@ -68,7 +101,11 @@ class Task(ABC):
         """
         if tokenizer is None and self.reads_text:
             raise InputError("Text needs a tokenizer, and there is none. Give tokenizer=.")
-        return self._steps(tokenizer, examples, batch_size, model)
+        if batch_size < 1:
+            raise InputError(f"batch_size must be at least 1, got {batch_size}.")
+        steps = self._steps(tokenizer, examples, batch_size, model)
+        require_known_tokens([step.inputs for step in steps], model, tokenizer)
+        return steps
 
     @abstractmethod
     def _steps(self, tokenizer: Any, examples: Any, batch_size: int, model: Any) -> Sequence[Step]: ...
@@ -102,7 +139,11 @@ class Task(ABC):
     def compare(
         self, models: dict[str, Any], steps: Sequence[Step], progress: Progress = no_progress
     ) -> dict[str, dict[str, float]]:
-        """Score models on the same data, all of them in each step; every later one is also compared with the first."""
+        """Score models on the same data, all of them in each step; every later one is also compared with the first.
+
+        Beside the task's metrics there are the number of `examples`, of later models also what `Agreement.result` and
+        `Score.interval` give.
+        """
         scores = {name: self.score() for name in models}
         agreements = {name: Agreement() for name in list(models)[1:]}
         was_training = {name: model.training for name, model in models.items()}
@@ -117,8 +158,11 @@ class Task(ABC):
         finally:
             for name, model in models.items():
                 model.train(was_training[name])
+        dense = next(iter(scores.values()))
         return {
-            name: score.result() | (agreements[name].result() if name in agreements else {})
+            name: score.result()
+            | {"examples": float(len(score.examples))}
+            | (agreements[name].result() | score.interval(dense) if name in agreements else {})
             for name, score in scores.items()
         }
 

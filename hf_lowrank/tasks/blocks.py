@@ -5,13 +5,11 @@ from typing import Any
 
 import torch
 
-from hf_lowrank.data import tokenize
+from hf_lowrank.batches import tokenize
 from hf_lowrank.errors import InputError
 
 
-def joined_ids(
-    texts: Sequence[str], tokenizer: Any, separator: int | None, min_tokens: int, max_tokens: int | None
-) -> torch.Tensor:
+def joined_ids(texts: Sequence[str], tokenizer: Any, separator: int | None, min_tokens: int) -> torch.Tensor:
     """The token ids of all texts in order, `separator` after each; no special tokens but that.
 
     Raises:
@@ -21,11 +19,9 @@ def joined_ids(
     ids: list[int] = []
     for found in tokenize(texts, tokenizer):
         ids += [*found, *end]
-        if max_tokens is not None and len(ids) >= max_tokens:
-            break
     if len(ids) < min_tokens:
         raise InputError(f"The text has {len(ids)} tokens, and at least {min_tokens} are needed. Give more text.")
-    return torch.tensor(ids[:max_tokens])
+    return torch.tensor(ids)
 
 
 def block_length_of(model: Any, wanted: int) -> int:

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 import torch
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from hf_lowrank.data import load_texts
+from hf_lowrank.data import drawn_places, load_texts
 from hf_lowrank.errors import InputError
 from hf_lowrank.outputs import IGNORED_LABEL
 from hf_lowrank.tasks.base import Step, Task
@@ -25,7 +25,7 @@ class CausalLanguageModeling(Task):
     With a stride of the length, the default, windows do not overlap and the first token of each is not scored.
 
     Args:
-        max_examples: Windows at most, from the beginning.
+        max_examples: Windows at most, drawn by `seed` out of the whole text.
         block_length: Tokens of a window; what the model can take, if that is less.
         stride: Tokens from one window to the next; None is `block_length`.
     """
@@ -47,12 +47,12 @@ class CausalLanguageModeling(Task):
             raise InputError(f"stride must be between 1 and block_length={length}, got {stride}.")
         end = tokenizer.eos_token_id
         texts = load_texts(examples, self.text_column)
-        wanted = None if self.max_examples is None else length + (self.max_examples - 1) * stride
-        ids = joined_ids(texts, tokenizer, end, length, wanted)
+        ids = joined_ids(texts, tokenizer, end, length)
         windows = ids.unfold(0, length, stride)  # (N, T)
         labels = torch.cat([windows[:, 1:], torch.full((len(windows), 1), IGNORED_LABEL)], dim=1)  # (N, T)
         labels[1:, : max(length - stride - 1, 0)] = IGNORED_LABEL
-        return token_steps(windows, labels, batch_size)
+        drawn = drawn_places(len(windows), self.max_examples, self.seed)
+        return token_steps(windows[drawn], labels[drawn], batch_size)
 
     def score(self) -> Perplexity:
         return Perplexity()

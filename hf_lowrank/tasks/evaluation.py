@@ -18,12 +18,12 @@ from hf_lowrank.targets import is_tied
 from hf_lowrank.tasks import make_task
 from hf_lowrank.tasks.base import AGREEMENTS, Task, metric_of
 from hf_lowrank.tasks.memory import peak_memory
-from hf_lowrank.wording import megabytes, milliseconds
+from hf_lowrank.wording import change_in_words, megabytes, milliseconds, verdict
 
 _SHAPE = (8, 128)
 _DENSE, _MODEL, _UNTIED = "dense", "model", "untied"
 # Digits after the point in the table; four for all other scores.
-_DIGITS = {"scored_tokens": 0, "perplexity": 2}
+_DIGITS = {"scored_tokens": 0, "examples": 0, "perplexity": 2}
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,8 @@ class Measurements:
     """What one model scores, takes and needs.
 
     Args:
-        scores: The task's metrics; for a model with a dense one beside it, the agreement with that too.
+        scores: The task's metrics and the number of `examples`; for a model with a dense one beside it the agreement
+            with that, and `change_low` and `change_high`; see `hf_lowrank.tasks.base.Task.compare`.
         size_bytes: Of all parameters in their own types.
         peak_memory_bytes: See `hf_lowrank.tasks.memory`.
         latency: Of one forward pass.
@@ -72,8 +73,8 @@ class Evaluation:
     untied: Measurements | None
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON."""
-        return asdict(self)
+        """Plain JSON, with the `verdict` on the model (see `hf_lowrank.wording`)."""
+        return {**asdict(self), "verdict": verdict(self.model.scores, self.higher_is_better)}
 
     def to_table(self) -> Table:
         """Dense and compressed side by side; what the dense model has not, agreement with itself, stays blank."""
@@ -83,7 +84,12 @@ class Evaluation:
         for name in ("dense", "compressed", "dense head")[: len(sides)] if self.dense is not None else ("model",):
             table.add_column(name, justify="right")
         for name in self.model.scores:
-            table.add_row(name.replace("_", " "), *(_score(side.scores, name) for side in sides))
+            if not name.startswith("change_"):
+                table.add_row(name.replace("_", " "), *(_score(side.scores, name) for side in sides))
+        if self.dense is not None and self.metric in self.dense.scores:
+            dense, better = self.dense.scores, self.higher_is_better
+            changes = (change_in_words(side.scores, dense, self.metric, better) for side in sides[1:])
+            table.add_row(f"change of {self.metric}, 95 % interval", "", *changes)
         table.add_row("parameters", *(f"{side.parameters:,}" for side in sides))
         table.add_row("weights", *(megabytes(side.size_bytes) for side in sides))
         shape = f"{self.batch_size} x {self.sequence_length} tokens"

@@ -10,7 +10,8 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_PRETRAINING_MAPPING_NAMES,
 )
 
-from hf_lowrank.data import load_texts, special_frame
+from hf_lowrank.batches import special_frame
+from hf_lowrank.data import drawn_places, load_texts
 from hf_lowrank.errors import InputError
 from hf_lowrank.outputs import IGNORED_LABEL
 from hf_lowrank.tasks.base import Step, Task
@@ -33,7 +34,7 @@ class MaskedLanguageModeling(Task):
     every model with that tokenizer sees the same.
 
     Args:
-        max_examples: Blocks at most, from the beginning.
+        max_examples: Blocks at most, drawn by `seed` out of the whole text.
         block_length: Tokens of a block; what the model can take, if that is less.
         masked_fraction: Probability of each token to be chosen.
     """
@@ -67,11 +68,13 @@ class MaskedLanguageModeling(Task):
 
     def _blocks(self, tokenizer: Any, texts: Sequence[str], model: Any) -> torch.Tensor:
         room = block_length_of(model, self.block_length) - tokenizer.num_special_tokens_to_add()
-        wanted = None if self.max_examples is None else self.max_examples * room
-        ids = joined_ids(texts, tokenizer, None, room, wanted)
-        rows = ids[: len(ids) // room * room].view(-1, room).tolist()
+        if room < 1:
+            raise InputError(f"block_length={self.block_length} leaves no room beside the special tokens. Raise it.")
+        ids = joined_ids(texts, tokenizer, None, room)
+        rows = ids[: len(ids) // room * room].view(-1, room)
         start, end = special_frame(tokenizer)
-        return torch.tensor([[*start, *row, *end] for row in rows])
+        drawn = drawn_places(len(rows), self.max_examples, self.seed)
+        return torch.tensor([[*start, *row, *end] for row in rows[drawn].tolist()])
 
     def score(self) -> Perplexity:
         return Perplexity()

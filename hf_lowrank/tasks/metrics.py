@@ -1,5 +1,6 @@
 """Metrics as `evaluate.Metric`, over scikit-learn and scipy, so that nothing is downloaded; values are fractions."""
 
+import math
 import re
 import string
 from collections import Counter
@@ -8,7 +9,7 @@ from typing import Any
 
 import datasets
 import evaluate
-from scipy.stats import pearsonr, spearmanr
+from scipy.stats import pearsonr, rankdata, spearmanr
 from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
@@ -54,8 +55,7 @@ class AnswerMetric(evaluate.Metric):  # type: ignore[misc]
     def _compute(self, predictions: Sequence[str], references: Sequence[Sequence[str]]) -> dict[str, float]:
         pairs = list(zip(predictions, references, strict=True))
         exact = [max(_normal(given) == _normal(gold) for gold in golds) for given, golds in pairs]
-        overlap = [max(_word_f1(given, gold) for gold in golds) for given, golds in pairs]
-        return {"f1": sum(overlap) / len(pairs), "exact_match": sum(exact) / len(pairs)}
+        return {"f1": sum(word_overlaps(predictions, references)) / len(pairs), "exact_match": sum(exact) / len(pairs)}
 
 
 def compute(
@@ -65,6 +65,20 @@ def compute(
     metric = metric_class(keep_in_memory=True)
     values: dict[str, float] = metric.compute(predictions=predictions, references=references, **options)
     return values
+
+
+def word_overlaps(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> list[float]:
+    """F1 of the words of every answer, the best over its gold answers."""
+    pairs = zip(predictions, references, strict=True)
+    return [max(_word_f1(given, gold) for gold in golds) for given, golds in pairs]
+
+
+def rank_correlation(examples: Any) -> float:
+    """Spearman's correlation of the two columns of an array; 0 where one never varies."""
+    ranks = rankdata(examples, axis=0)
+    ranks -= ranks.mean(axis=0)
+    (first, both), (_, second) = ranks.T @ ranks
+    return float(both / math.sqrt(first * second)) if first * second else 0.0
 
 
 def _information(name: str, description: str | None, value: Any, reference: Any = None) -> evaluate.MetricInfo:

@@ -7,25 +7,32 @@ import torch
 from torch.nn import functional as F
 
 from hf_lowrank.outputs import IGNORED_LABEL
-from hf_lowrank.tasks.base import Step
+from hf_lowrank.tasks.base import Score, Step
 
 
-class Perplexity:
-    """`exp` of the mean negative log-likelihood of the scored tokens."""
-
-    def __init__(self) -> None:
-        self._loss = 0.0
-        self._count = 0
+class Perplexity(Score):
+    """`exp` of the mean negative log-likelihood of the scored tokens; an example is a block."""
 
     def add(self, rows: torch.Tensor, step: Step) -> None:
         """Count one step; targets are token ids, one a row."""
-        self._loss += float(F.cross_entropy(rows.double(), step.targets, reduction="sum"))
-        self._count += len(rows)
+        losses = F.cross_entropy(rows.double(), step.targets, reduction="none")
+        counts = _scored(step.inputs["labels"]).sum(dim=1)  # (B)
+        sums = torch.stack([part.sum() for part in losses.split(counts.tolist())])
+        self._examples.append(torch.stack([sums, counts], dim=1))
 
     def result(self) -> dict[str, float]:
         """`perplexity`, `loss` in nats a token, and how many tokens were scored."""
-        loss = self._loss / self._count
-        return {"perplexity": math.exp(min(loss, 700.0)), "loss": loss, "scored_tokens": float(self._count)}
+        loss, count = self.examples.sum(dim=0).tolist()
+        return {"perplexity": self.metric(self.examples), "loss": loss / count, "scored_tokens": count}
+
+    def metric(self, examples: torch.Tensor) -> float:
+        """The perplexity; 1 where no token is scored."""
+        loss, count = examples.sum(dim=0).tolist()
+        return math.exp(min(loss / max(count, 1), 700.0))
+
+    def change(self, ours: torch.Tensor, theirs: torch.Tensor) -> float:
+        """Relative: `perplexity / other perplexity - 1`."""
+        return self.metric(ours) / self.metric(theirs) - 1
 
 
 def token_steps(input_ids: torch.Tensor, labels: torch.Tensor, batch_size: int) -> Sequence[Step]:

@@ -9,9 +9,9 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_QUESTION_ANSWERING_
 
 from hf_lowrank.data import Row, load_rows, require_columns
 from hf_lowrank.errors import InputError
-from hf_lowrank.tasks.base import Step, Task
+from hf_lowrank.tasks.base import Score, Step, Task
 from hf_lowrank.tasks.blocks import block_length_of
-from hf_lowrank.tasks.metrics import AnswerMetric, compute
+from hf_lowrank.tasks.metrics import AnswerMetric, compute, word_overlaps
 
 
 @dataclass(frozen=True)
@@ -28,10 +28,11 @@ class Window:
     spans: list[tuple[int, int] | None]
 
 
-class Answers:
+class Answers(Score):
     """The best span of every question over all windows of its context."""
 
     def __init__(self, max_answer_length: int) -> None:
+        super().__init__()
         self._max_answer_length = max_answer_length
         self._best: dict[int, tuple[float, str]] = {}
         self._gold: dict[int, list[str]] = {}
@@ -46,8 +47,20 @@ class Answers:
 
     def result(self) -> dict[str, float]:
         """`f1` and `exact_match`."""
+        return compute(AnswerMetric, *self._answers())
+
+    @property
+    def examples(self) -> torch.Tensor:
+        """F1 of every question, (N, 1)."""
+        return torch.tensor(word_overlaps(*self._answers()), dtype=torch.float64)[:, None]
+
+    def metric(self, examples: torch.Tensor) -> float:
+        """The mean F1."""
+        return float(examples.mean())
+
+    def _answers(self) -> tuple[list[str], list[list[str]]]:
         order = sorted(self._gold)
-        return compute(AnswerMetric, [self._best[i][1] for i in order], [self._gold[i] for i in order])
+        return [self._best[i][1] for i in order], [self._gold[i] for i in order]
 
 
 @dataclass(frozen=True)
@@ -77,7 +90,7 @@ class QuestionAnswering(Task):
         if not getattr(tokenizer, "is_fast", False):
             raise InputError("question-answering needs a fast tokenizer, which knows where in the text a token lies.")
         questions = load_rows(flat_questions(load_rows(examples)), self.max_examples, self.seed)
-        require_columns(questions[0], self.needs)
+        require_columns(questions, self.needs)
         steps: list[Step] = []
         for start in range(0, len(questions), batch_size):
             numbered = list(enumerate(questions[start : start + batch_size], start))

@@ -1,34 +1,28 @@
 """How well the cosine of two sentences' embeddings follows their gold similarity."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
-from hf_lowrank.data import as_number, load_rows, require_columns
+from hf_lowrank.data import as_number, as_text, load_rows, require_columns
 from hf_lowrank.tasks.base import Step, Task
 from hf_lowrank.tasks.blocks import block_length_of
-from hf_lowrank.tasks.metrics import CorrelationMetric, compute
+from hf_lowrank.tasks.text_regression import Correlation
+
+# What the two sentences and the score are read by.
+_READERS: tuple[Callable[[Any, str], Any], ...] = (as_text, as_text, as_number)
 
 
-class _Similarity:
+class _Similarity(Correlation):
     """Cosines and gold scores of all pairs."""
-
-    def __init__(self) -> None:
-        self._cosines: list[float] = []
-        self._gold: list[float] = []
 
     def add(self, rows: torch.Tensor, step: Step) -> None:
         """Count one step; the rows are unit vectors, (2, N) x D."""
         first, second = rows.double().chunk(2)
-        self._cosines += (first * second).sum(dim=-1).tolist()
-        self._gold += step.targets
-
-    def result(self) -> dict[str, float]:
-        """`spearman` and `pearson`."""
-        return compute(CorrelationMetric, self._cosines, self._gold)
+        super().add((first * second).sum(dim=-1, keepdim=True), step)
 
 
 @dataclass(frozen=True)
@@ -60,8 +54,8 @@ class SentenceSimilarity(Task):
     def _steps(self, tokenizer: Any, examples: Any, batch_size: int, model: Any) -> Sequence[Step]:
         rows = load_rows(examples, self.max_examples, self.seed)
         columns = [self.text_column, self.text_pair_column, self.score_column]
-        require_columns(rows[0], columns, "Set text_column, text_pair_column and score_column.")
-        pairs = [(str(row[columns[0]]), str(row[columns[1]]), as_number(row[columns[2]], columns[2])) for row in rows]
+        require_columns(rows, columns, "Set text_column, text_pair_column and score_column.")
+        pairs = [tuple(read(row[name], name) for read, name in zip(_READERS, columns, strict=True)) for row in rows]
         # Pairs of like length together: less padding.
         pairs.sort(key=lambda pair: len(pair[0]) + len(pair[1]))
         length = block_length_of(model, self.max_seq_length)
@@ -70,7 +64,7 @@ class SentenceSimilarity(Task):
             for start in range(0, len(pairs), batch_size)
         ]
 
-    def _step(self, pairs: Sequence[tuple[str, str, float]], tokenizer: Any, length: int) -> Step:
+    def _step(self, pairs: Sequence[tuple[Any, ...]], tokenizer: Any, length: int) -> Step:
         texts = [pair[0] for pair in pairs] + [pair[1] for pair in pairs]
         found = tokenizer(texts, truncation=True, max_length=length)["input_ids"]
         ids = [torch.tensor(row) for row in found]

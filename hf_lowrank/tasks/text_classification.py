@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import torch
 from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
 
-from hf_lowrank.data import Row, find_text_column, load_rows, require_columns
+from hf_lowrank.data import Row, as_text, find_text_column, load_rows, require_columns
 from hf_lowrank.errors import InputError
 from hf_lowrank.outputs import kind_of_head
 from hf_lowrank.tasks.base import Score, Step, Task
@@ -26,24 +26,24 @@ _PAIRS = (
 )
 
 
-class _Classification:
+class _Classification(Score):
     """Predicted and true classes of all rows."""
 
-    def __init__(self) -> None:
-        self._predicted: list[int] = []
-        self._true: list[int] = []
-        self._num_classes = 0
+    _num_classes = 0
 
     def add(self, rows: torch.Tensor, step: Step) -> None:
         """Count one step."""
         self._num_classes = rows.shape[1]
-        self._predicted += rows.argmax(dim=-1).tolist()
-        self._true += step.targets
+        self._examples.append(torch.stack([rows.argmax(dim=-1), torch.tensor(step.targets)], dim=1))
 
     def result(self) -> dict[str, float]:
         """`accuracy`, `f1` and `matthews`."""
         average = "binary" if self._num_classes == 2 else "macro"
-        return compute(ClassificationMetric, self._predicted, self._true, average=average)
+        return compute(ClassificationMetric, *self.examples.long().T.tolist(), average=average)
+
+    def metric(self, examples: torch.Tensor) -> float:
+        """The accuracy."""
+        return float((examples[:, 0] == examples[:, 1]).double().mean())
 
 
 @dataclass(frozen=True)
@@ -72,13 +72,14 @@ class TextClassification(Task):
     def _steps(self, tokenizer: Any, examples: Any, batch_size: int, model: Any) -> Sequence[Step]:
         rows = load_rows(examples, self.max_examples, self.seed)
         columns = self._columns(rows[0])
-        require_columns(rows[0], [self.label_column], f"{self.name} needs labels: set label_column.")
+        require_columns(rows, columns)
+        require_columns(rows, [self.label_column], f"{self.name} needs labels: set label_column.")
         read_label = self._label_reader(model)
         length = block_length_of(model, self.max_seq_length)
         steps = []
         for start in range(0, len(rows), batch_size):
             some = rows[start : start + batch_size]
-            texts = [[str(row[column]) for row in some] for column in columns]
+            texts = [[as_text(row[column], column) for row in some] for column in columns]
             found = tokenizer(*texts, truncation=True, max_length=length, padding=True, return_tensors="pt")
             steps.append(Step(dict(found), [read_label(row[self.label_column]) for row in some]))
         return steps
@@ -93,9 +94,7 @@ class TextClassification(Task):
             if pair is not None:
                 return list(pair)
         first = find_text_column({k: v for k, v in row.items() if k != self.label_column}, self.text_column)
-        second = [] if self.text_pair_column is None else [self.text_pair_column]
-        require_columns(row, second)
-        return [first, *second]
+        return [first, *([] if self.text_pair_column is None else [self.text_pair_column])]
 
     def score(self) -> Score:
         return _Classification()

@@ -11,25 +11,24 @@ from hf_lowrank.data import as_number
 from hf_lowrank.errors import InputError
 from hf_lowrank.outputs import kind_of_head
 from hf_lowrank.tasks.base import Score, Step
-from hf_lowrank.tasks.metrics import CorrelationMetric, compute
+from hf_lowrank.tasks.metrics import CorrelationMetric, compute, rank_correlation
 from hf_lowrank.tasks.text_classification import TextClassification
 
 
-class _Regression:
+class Correlation(Score):
     """Predicted and gold numbers of all rows."""
-
-    def __init__(self) -> None:
-        self._predicted: list[float] = []
-        self._gold: list[float] = []
 
     def add(self, rows: torch.Tensor, step: Step) -> None:
         """Count one step; the rows are (N, 1)."""
-        self._predicted += rows[:, 0].tolist()
-        self._gold += step.targets
+        self._examples.append(torch.stack([rows[:, 0].double(), torch.tensor(step.targets).double()], dim=1))
 
     def result(self) -> dict[str, float]:
         """`spearman` and `pearson`."""
-        return compute(CorrelationMetric, self._predicted, self._gold)
+        return compute(CorrelationMetric, *self.examples.T.tolist())
+
+    def metric(self, examples: torch.Tensor) -> float:
+        """Spearman's rank correlation."""
+        return rank_correlation(examples.numpy())
 
 
 @dataclass(frozen=True)
@@ -56,7 +55,7 @@ class TextRegression(TextClassification):
 
     def score(self) -> Score:
         """A score that has seen nothing yet."""
-        return _Regression()
+        return Correlation()
 
 
 TASK = TextRegression

@@ -1,6 +1,5 @@
 """What a model is trained on, from whatever data there are: rows of token ids, with the labels its head can use."""
 
-import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,8 +11,9 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
 )
 
+from hf_lowrank.batches import make_batches, padded, require_known_tokens
 from hf_lowrank.calibration import is_causal, is_masked_lm, mask_tokens
-from hf_lowrank.data import Row, holds_token_ids, load_rows, make_batches, padded, require_columns
+from hf_lowrank.data import Row, drawn_places, holds_token_ids, load_rows, require_columns
 from hf_lowrank.errors import InputError
 from hf_lowrank.outputs import IGNORED_LABEL, Batch, kind_of_head
 from hf_lowrank.remote_code.configuration_lowrank import PREFIX
@@ -75,7 +75,9 @@ def make_features(
     """
     length = block_length_of(model, max_seq_length)
     if holds_token_ids(source):
-        return _limited(_unbatched(source), max_examples, seed)
+        features = _unbatched(source)
+        require_known_tokens(features, model)
+        return [features[place] for place in drawn_places(len(features), max_examples, seed)]
     if tokenizer is None:
         raise InputError("Text needs a tokenizer, and there is none. Give tokenizer=, or rows of input_ids.")
     rows = load_rows(source)
@@ -123,7 +125,7 @@ def _text_features(
 
 def _answer_features(questions: Sequence[Row], tokenizer: Any, length: int) -> Features:
     """Windows over the contexts; the answer's first and last token, or the first token where a window has it not."""
-    require_columns(questions[0], ("question", "context", "answers"))
+    require_columns(questions, ("question", "context", "answers"))
     features: Features = []
     for start in range(0, len(questions), _CHUNK):
         some = questions[start : start + _CHUNK]
@@ -166,7 +168,7 @@ def hold_out(features: Features, seed: int = 0) -> tuple[Features, Features]:
     if len(features) < 2:
         raise InputError("Training needs two examples at least, one of them to choose by; got 1. Give more data.")
     count = min(_MOST_HELD_OUT, max(1, round(len(features) * _HELD_OUT)))
-    chosen = set(random.Random(seed).sample(range(len(features)), count))
+    chosen = set(drawn_places(len(features), count, seed))
     kept = [row for index, row in enumerate(features) if index not in chosen]
     return kept, [features[index] for index in sorted(chosen)]
 
@@ -195,9 +197,3 @@ def _row(batch: Batch, index: int) -> dict[str, torch.Tensor]:
         name: value[index][:length] if is_right_padded and value.shape == shape else value[index]
         for name, value in batch.items()
     }
-
-
-def _limited(features: Features, max_examples: int | None, seed: int) -> Features:
-    if max_examples is None or max_examples >= len(features):
-        return features
-    return [features[index] for index in sorted(random.Random(seed).sample(range(len(features)), max_examples))]

@@ -1,0 +1,192 @@
+"""Batches of token ids from anything: texts, rows of ids, a `DataLoader`."""
+
+import hashlib
+import random
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import islice
+from typing import Any
+
+import torch
+from torch.nn.utils.rnn import pad_sequence
+
+from hf_lowrank.data import Row, holds_token_ids, load_texts
+from hf_lowrank.errors import InputError
+from hf_lowrank.outputs import IGNORED_LABEL, Batch, real_tokens
+
+# Texts tokenized at a time: enough to be fast, few enough to stop early.
+_CHUNK = 64
+
+
+def make_batches(
+    source: Any,
+    tokenizer: Any,
+    num_calibration_samples: int = 256,
+    max_seq_length: int = 128,
+    batch_size: int = 8,
+    seed: int = 0,
+    text_column: str | None = None,
+    pack: bool | None = None,
+) -> list[Batch]:
+    """Batches of token ids and attention masks, the same for the same arguments.
+
+    Packed, the texts are shuffled, joined with the end-of-sequence token after each, and cut into windows that are all
+    `max_seq_length` long. Otherwise a sequence is the beginning of one text, with the tokenizer's special tokens and
+    padded to the longest of its batch, which the attention mask tells; only where there are too few texts are their
+    later parts used too.
+
+    Args:
+        source: See `load_rows`; or a `DataLoader` or other iterable of batches (`input_ids` in rows), or rows of
+            `input_ids`, whose order and other tensors, labels among them, are kept.
+        num_calibration_samples: Sequences at most.
+        pack: Whether to pack; None does so for a tokenizer without a mask token, that is for causal models.
+
+    Raises:
+        InputError: If the data is empty or unreadable, or there is no tokenizer to read text with.
+    """
+    if num_calibration_samples < 1 or max_seq_length < 1 or batch_size < 1:
+        raise InputError("num_calibration_samples, max_seq_length and batch_size must be at least 1.")
+    source = list(source) if isinstance(source, Iterator) else source
+    if holds_token_ids(source):
+        return _take(_collate(iter(source), batch_size), num_calibration_samples)
+    if tokenizer is None:
+        raise InputError("Text needs a tokenizer, and there is none. Give tokenizer=, or batches of input_ids.")
+    texts = load_texts(source, text_column)
+    random.Random(seed).shuffle(texts)
+    pack = tokenizer.mask_token_id is None if pack is None else pack
+    make = _packed_windows if pack else _passages
+    sequences = [{"input_ids": ids} for ids in islice(make(texts, tokenizer, max_seq_length), num_calibration_samples)]
+    if not sequences:
+        raise InputError("The text has no token the tokenizer knows. Give more text.")
+    return list(_collate(iter(sequences), batch_size, tokenizer.pad_token_id or 0))
+
+
+def require_tokens(batches: Sequence[Batch], min_tokens: int) -> None:
+    """Check that there is enough text.
+
+    Raises:
+        InputError: With the number of tokens there and the number needed.
+    """
+    there = sum(int(real_tokens(batch).sum()) for batch in batches)
+    if there < min_tokens:
+        raise InputError(f"The text has {there} tokens, and at least {min_tokens} are needed. Give more text.")
+
+
+def require_known_tokens(batches: Sequence[Batch], model: Any, tokenizer: Any = None) -> None:
+    """Check that a model has a row for every token id, and that the tokenizer knew any token of the text.
+
+    Raises:
+        InputError: With the first id that is out of bounds, or if all tokens are unknown.
+    """
+    vocab_size = getattr(model.config.get_text_config(), "vocab_size", None)
+    special = torch.tensor([] if tokenizer is None else tokenizer.all_special_ids, dtype=torch.long)
+    unknown: Any = getattr(tokenizer, "unk_token_id", None)
+    is_known = unknown is None
+    for ids in (batch["input_ids"] for batch in batches):
+        if vocab_size is not None and bool((bad := (ids < 0) | (ids >= vocab_size)).any()):
+            rule = f"must be below {vocab_size}, the size of the model's vocabulary"
+            raise InputError(f"Token id {int(ids[bad][0])} {rule}. Give the ids, or the tokenizer, of this model.")
+        is_known = is_known or not bool(ids.eq(unknown).any()) or not bool(torch.isin(ids, special).all())
+    if not is_known:
+        raise InputError("The text has no token the tokenizer knows. Give other text, or the model's own tokenizer.")
+
+
+def fingerprint(batches: Sequence[Batch]) -> str:
+    """SHA-256 of the ids, masks and other tensors of all batches."""
+    digest = hashlib.sha256()
+    for batch in batches:
+        for name in sorted(batch):
+            tensor = batch[name].detach().cpu().contiguous()
+            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+            digest.update(tensor.view(torch.uint8).numpy().tobytes() if tensor.dim() else str(tensor).encode())
+    return digest.hexdigest()
+
+
+def special_frame(tokenizer: Any) -> tuple[list[int], list[int]]:
+    """The special tokens the tokenizer puts before and after a text."""
+    ids = tokenizer("a")["input_ids"]
+    is_text = [index for index, token in enumerate(ids) if token not in tokenizer.all_special_ids]
+    first, last = (is_text[0], is_text[-1]) if is_text else (len(ids), len(ids))
+    return ids[:first], ids[last + 1 :]
+
+
+def tokenize(texts: Sequence[str], tokenizer: Any) -> Iterator[list[int]]:
+    """The token ids of each text that has some, without special tokens."""
+    for start in range(0, len(texts), _CHUNK):
+        # A text may be longer than the model reads: it is cut afterwards, so no warning.
+        found = tokenizer(texts[start : start + _CHUNK], add_special_tokens=False, verbose=False)["input_ids"]
+        yield from (ids for ids in found if ids)
+
+
+def _packed_windows(texts: Sequence[str], tokenizer: Any, length: int) -> Iterator[torch.Tensor]:
+    """Full windows over the joined texts, each text followed by the end-of-sequence token if there is one.
+
+    What is left at the end is dropped, unless it is all there is.
+    """
+    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    waiting: list[int] = []
+    is_first = True
+    for ids in tokenize(texts, tokenizer):
+        waiting += [*ids, *end]
+        while len(waiting) >= length:
+            yield torch.tensor(waiting[:length])
+            waiting, is_first = waiting[length:], False
+    if is_first and waiting:
+        yield torch.tensor(waiting)
+
+
+def _passages(texts: Sequence[str], tokenizer: Any, length: int) -> Iterator[torch.Tensor]:
+    """The beginnings of all texts, then their later parts, with special tokens."""
+    start, end = special_frame(tokenizer)
+    room = length - len(start) - len(end)
+    if room < 1:
+        raise InputError(f"max_seq_length={length} leaves no room beside the special tokens. Raise it.")
+    later = []
+    for ids in tokenize(texts, tokenizer):
+        yield torch.tensor([*start, *ids[:room], *end])
+        later += [ids[first : first + room] for first in range(room, len(ids), room)]
+    for ids in later:
+        yield torch.tensor([*start, *ids, *end])
+
+
+def _collate(items: Iterator[Row], batch_size: int, padding: int = 0) -> Iterator[Batch]:
+    """Batches as they are; single sequences padded together."""
+    waiting: list[dict[str, torch.Tensor]] = []
+    for item in items:
+        tensors = {name: torch.as_tensor(value) for name, value in item.items() if not _is_text(value)}
+        tensors.setdefault("attention_mask", torch.ones_like(tensors["input_ids"]))
+        if tensors["input_ids"].dim() > 1:
+            yield tensors
+            continue
+        waiting.append(tensors)
+        if len(waiting) == batch_size:
+            yield padded(waiting, padding)
+            waiting = []
+    if waiting:
+        yield padded(waiting, padding)
+
+
+def padded(rows: Sequence[Mapping[str, torch.Tensor]], padding: int) -> Batch:
+    """Sequences of unequal lengths as one batch; labels of tokens are filled up with the ignored one."""
+    fill = {"input_ids": padding, "labels": IGNORED_LABEL}
+    columns = {name: [row[name] for row in rows] for name in rows[0]}
+    return {
+        name: pad_sequence(values, batch_first=True, padding_value=fill.get(name, 0))
+        if values[0].dim()
+        else torch.stack(values)
+        for name, values in columns.items()
+    }
+
+
+def _take(batches: Iterable[Batch], num_sequences: int) -> list[Batch]:
+    """The first batches that hold that many sequences, the last one cut."""
+    taken: list[Batch] = []
+    for batch in batches:
+        taken.append({name: tensor[:num_sequences] for name, tensor in batch.items()})
+        num_sequences -= len(batch["input_ids"])
+        if num_sequences <= 0:
+            break
+    return taken
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str) or (isinstance(value, (list, tuple)) and bool(value) and isinstance(value[0], str))
