@@ -21,11 +21,13 @@ os.environ["MPLBACKEND"] = "Agg"
 # Else MKL rounds by where operands lie in memory on some processors, and equal models differ in their last bits.
 os.environ["MKL_CBWR"] = "AUTO,STRICT"
 
+import huggingface_hub
 import hypothesis
 import numpy as np
 import pytest
 import torch
 import transformers
+from hub_server import HubServer
 
 atexit.register(shutil.rmtree, os.environ["HF_HOME"], ignore_errors=True)
 torch.set_num_threads(1)
@@ -68,3 +70,20 @@ def data_dir():
 def models_dir():
     """Real trained models; a test that asks for it is marked `realdata`."""
     return folder_or_skip("HF_LOWRANK_MODELS", SHARED / "models")
+
+
+@pytest.fixture
+def our_hub(monkeypatch):
+    """The Hub of this process, on loopback, where we are `me`."""
+    with HubServer() as server:
+        server.users[server.token] = "me"
+        monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", server.endpoint)
+        template = server.endpoint + "/{repo_id}/resolve/{revision}/{filename}"  # of the downloads; made at import
+        monkeypatch.setattr(huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_XET", True)
+        monkeypatch.setenv("HF_TOKEN", server.token)
+        monkeypatch.setenv("NO_PROXY", "127.0.0.1,localhost")
+        huggingface_hub.close_session()
+        yield server
+        huggingface_hub.close_session()

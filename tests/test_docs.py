@@ -8,9 +8,7 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-import huggingface_hub
 import pytest
-from hub_server import HubServer
 from markdown_it import MarkdownIt
 from tiny_files import write_data, write_models
 
@@ -96,23 +94,6 @@ def world(tmp_path_factory):
 
 
 @pytest.fixture
-def server(monkeypatch):
-    """The Hub of this process, on loopback, where we are `me`."""
-    with HubServer() as server:
-        server.users[server.token] = "me"
-        monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", server.endpoint)
-        template = server.endpoint + "/{repo_id}/resolve/{revision}/{filename}"  # of the downloads; made at import
-        monkeypatch.setattr(huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
-        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
-        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_XET", True)
-        monkeypatch.setenv("HF_TOKEN", server.token)
-        monkeypatch.setenv("NO_PROXY", "127.0.0.1,localhost")
-        huggingface_hub.close_session()
-        yield server
-        huggingface_hub.close_session()
-
-
-@pytest.fixture
 def proof(page, monkeypatch):
     """The proof in another process, which takes seconds, is made on one page; pushes elsewhere go without."""
     if page.name != PROVED_ON:
@@ -125,7 +106,7 @@ def proof(page, monkeypatch):
 @pytest.mark.filterwarnings("ignore:'pin_memory' argument is set as true:UserWarning")  # of torch, without a GPU
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning", "ignore:fan_in_fan_out")
 @each_page
-def test_every_block_of_a_page_runs(page, world, server, proof, tmp_path, monkeypatch):
+def test_every_block_of_a_page_runs(page, world, our_hub, proof, tmp_path, monkeypatch):
     shutil.copytree(world, tmp_path, dirs_exist_ok=True)
     monkeypatch.chdir(tmp_path)
     namespace = {"__name__": "__main__"}

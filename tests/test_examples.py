@@ -1,30 +1,44 @@
 """Every example runs, at a size for a test."""
 
-import os
-import subprocess
+import runpy
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
-from hub_server import HubServer
 from tiny_models import build
 
 from hf_lowrank import compress
 from hf_lowrank.saving import save_folder
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
+# More of what it starts a process each for would be more of the same.
+OPTIONS = {"benchmark_compression_time.py": ["--tiers", "fast"]}
 SMOKE = sorted(path for path in EXAMPLES.glob("*.py") if "--smoke" in path.read_text(encoding="utf-8"))
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("path", SMOKE, ids=lambda path: path.name)
-def test_it_runs_at_its_smoke_size(path, tmp_path):
-    environment = {**os.environ, "PYTHONPATH": str(EXAMPLES.parent)}
-    command = [sys.executable, path, "--smoke"]
-    found = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+@pytest.fixture
+def run(tmp_path, monkeypatch, capsys):
+    """Runs an example as a program of this process, for a start of torch costs more than most examples; says what
+    it printed."""
 
-    assert found.returncode == 0, found.stderr[-2000:]
-    assert found.stdout.strip()
+    def run(name, *options):
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.syspath_prepend(str(EXAMPLES))
+        monkeypatch.setattr(sys, "argv", [name, *map(str, options)])
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what a user's program does not stop at
+            main = runpy.run_path(str(EXAMPLES / name))["main"]
+            assert not main()
+        return capsys.readouterr().out
+
+    return run
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [path.name for path in SMOKE])
+def test_it_runs_at_its_smoke_size(run, name):
+    assert run(name, "--smoke", *OPTIONS.get(name, ())).strip()
 
 
 def test_every_example_has_a_smoke_size_or_is_run_otherwise():
@@ -33,16 +47,12 @@ def test_every_example_has_a_smoke_size_or_is_run_otherwise():
 
 
 @pytest.mark.slow
-def test_a_model_is_shared_and_loaded_by_name(tmp_path):
+def test_a_model_is_shared_and_loaded_by_name(run, tmp_path, our_hub):
     small = compress(build("BertModel"), keep_params=0.6, method="svd")
     folder = save_folder(small, tmp_path / "small")
 
-    with HubServer() as server:
-        environment = {**os.environ, **server.environment(), "PYTHONPATH": str(EXAMPLES.parent)}
-        command = [sys.executable, EXAMPLES / "share_on_the_hub.py", folder, "user/small", "--private"]
-        found = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    said = run("share_on_the_hub.py", folder, "me/small", "--private")
 
-    assert found.returncode == 0, found.stderr[-2000:]
-    assert "model.safetensors" in found.stdout
-    assert f"loaded: LowRankBertModel of {sum(p.numel() for p in small.parameters()):,} parameters" in found.stdout
-    assert server.repos["user/small"].private
+    assert "model.safetensors" in said
+    assert f"loaded: LowRankBertModel of {sum(p.numel() for p in small.parameters()):,} parameters" in said
+    assert our_hub.repos["me/small"].private
