@@ -208,7 +208,8 @@ def decompress(model: PreTrainedModel) -> Any:
     for path, _ in named_shared_parts(dense):
         parent, _, leaf = path.rpartition(".")
         delattr(dense.get_submodule(parent), leaf)
-    dense.__dict__.pop("_tied_weights_keys", None)
+    for ours in ("_tied_weights_keys", "_weight_conversions"):  # the stock class has its own names, here and on disk
+        dense.__dict__.pop(ours, None)
     _retype_(dense, host_class, config)
     return dense
 

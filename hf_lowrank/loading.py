@@ -125,7 +125,7 @@ def find_tokenizer(model: PreTrainedModel) -> Any:
         return None
     try:
         return load_tokenizer(source)
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError, KeyError, TypeError):
         return None
 
 

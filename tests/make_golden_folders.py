@@ -15,7 +15,7 @@ from golden_folders import HEADS, ROOT
 from safetensors.torch import save
 from tiny_models import outputs
 
-from hf_lowrank.remote_code.lowrank_structures import STRUCTURES
+from hf_lowrank.remote_code.lowrank_table import STRUCTURES
 
 VOCABULARY, POSITIONS = 23, 9
 _ENCODER = {

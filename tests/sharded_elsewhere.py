@@ -20,7 +20,7 @@ from torch.distributed.tensor import DTensor
 from trainings_elsewhere import small_model, sparse_model
 
 from hf_lowrank import MixedRank
-from hf_lowrank.remote_code.lowrank_structures import STRUCTURES
+from hf_lowrank.remote_code.lowrank_table import STRUCTURES
 from hf_lowrank.training.distillation import repeated_blocks
 from hf_lowrank.training.features import PaddingCollator
 from hf_lowrank.training.processes import end_as_first

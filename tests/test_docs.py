@@ -17,7 +17,7 @@ from hf_lowrank import hub
 from hf_lowrank.cli import main
 from hf_lowrank.cli import verify as verify_command
 from hf_lowrank.planning.allocation import ALLOCATIONS
-from hf_lowrank.remote_code.lowrank_structures import STRUCTURES
+from hf_lowrank.remote_code.lowrank_table import STRUCTURES
 from hf_lowrank.solvers import SOLVERS
 from hf_lowrank.solvers.tensor_methods import TENSOR_METHODS
 from hf_lowrank.tasks import TASKS

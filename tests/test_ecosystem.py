@@ -17,7 +17,8 @@ from transformers import BertTokenizer, Trainer, TrainingArguments, pipeline
 
 import hf_lowrank
 from hf_lowrank import compress
-from hf_lowrank.remote_code.lowrank_structures import STRUCTURES, install_plan_, named_structures
+from hf_lowrank.remote_code.lowrank_structures import install_plan_, named_structures
+from hf_lowrank.remote_code.lowrank_table import STRUCTURES
 
 HEADS = ["BertForMaskedLM", "GPT2LMHeadModel", "DistilBertForMaskedLM", "LlamaForCausalLM", "OPTForCausalLM"]
 each_head = pytest.mark.parametrize("head", HEADS)

@@ -8,7 +8,7 @@ from elsewhere import run_elsewhere
 from golden_folders import ARCHIVES, HEADS, TOLERANCE, load_golden
 
 import hf_lowrank
-from hf_lowrank.remote_code.lowrank_structures import SHARED_PARTS, STRUCTURES
+from hf_lowrank.remote_code.lowrank_table import SHARED_PARTS, STRUCTURES
 
 each_archive = pytest.mark.parametrize("archive", ARCHIVES, ids=lambda path: f"{path.parent.name}-{path.stem}")
 

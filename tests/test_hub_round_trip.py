@@ -14,7 +14,7 @@ from transformers import GenerationConfig
 
 import hf_lowrank
 from hf_lowrank import compress, hub, push_to_hub
-from hf_lowrank.remote_code.lowrank_structures import STRUCTURES
+from hf_lowrank.remote_code.lowrank_table import STRUCTURES
 from hf_lowrank.saving import save_folder
 from hf_lowrank.verification import Verification
 

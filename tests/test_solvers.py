@@ -7,7 +7,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hf_lowrank.remote_code.lowrank_structures import STRUCTURES, build_structure
+from hf_lowrank.remote_code.lowrank_structures import build_structure
+from hf_lowrank.remote_code.lowrank_table import STRUCTURES
 from hf_lowrank.solvers import SOLVERS
 from hf_lowrank.solvers.factors import Factors, balanced
 from hf_lowrank.solvers.storage import ENCODERS, sizes_beside_rank

@@ -11,13 +11,8 @@ from transformers.pytorch_utils import Conv1D
 
 from hf_lowrank.remote_code.lowrank_dense import dense_shape
 from hf_lowrank.remote_code.lowrank_plan import PlanError
-from hf_lowrank.remote_code.lowrank_structures import (
-    SHARED_PARTS,
-    STRUCTURES,
-    build_shared_part,
-    build_structure,
-    structure_name,
-)
+from hf_lowrank.remote_code.lowrank_structures import build_shared_part, build_structure, structure_name
+from hf_lowrank.remote_code.lowrank_table import SHARED_PARTS, STRUCTURES
 
 SIZE = 4
 TOLERANCES = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 0.05}

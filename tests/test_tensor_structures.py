@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from hf_lowrank.remote_code.lowrank_kronecker import KroneckerLinear
 from hf_lowrank.remote_code.lowrank_plan import PlanError, validate_plan
-from hf_lowrank.remote_code.lowrank_structures import SHARED_PARTS, STRUCTURES
+from hf_lowrank.remote_code.lowrank_table import SHARED_PARTS, STRUCTURES
 from hf_lowrank.remote_code.lowrank_tensor_train import CentralCore, SharedTensorTrainLinear, TensorTrainLinear
 from hf_lowrank.remote_code.lowrank_tucker import BankedTuckerLinear, TuckerLinear
 from hf_lowrank.remote_code.lowrank_tucker_factors import TuckerBank, TuckerBasis

@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hf_lowrank.planning.prices import FloatArray, Price
-from hf_lowrank.remote_code.lowrank_structures import STRUCTURES
+from hf_lowrank.remote_code.lowrank_table import STRUCTURES
 from hf_lowrank.targets import Matrix
 
 # A pair of thin matrices is two calls where the dense layer is one. Measured on two CPU cores at 8 x 128 tokens

@@ -16,7 +16,7 @@ from hf_lowrank.planning.curves import Curve, make_curve, most_useful_weights
 from hf_lowrank.planning.prices import FloatArray, Price
 from hf_lowrank.progress import Progress
 from hf_lowrank.remote_code.lowrank_plan import FORMAT_VERSION, Plan, Spec, sizes_of
-from hf_lowrank.remote_code.lowrank_structures import STRUCTURES
+from hf_lowrank.remote_code.lowrank_table import STRUCTURES
 from hf_lowrank.settings import CompressionSettings
 from hf_lowrank.targets import (
     OUTPUT_EMBEDDINGS,

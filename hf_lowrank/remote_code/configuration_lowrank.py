@@ -11,9 +11,11 @@ from typing import Any
 
 import transformers
 from huggingface_hub.dataclasses import strict
-from transformers import PreTrainedConfig
 
 from .lowrank_plan import Plan
+
+if tuple(int(number) for number in transformers.__version__.split(".")[:2]) < (5, 10):
+    raise ImportError(f"This model needs transformers 5.10 or newer, found {transformers.__version__}. Upgrade it.")
 
 PREFIX = "LowRank"
 MODEL_TYPE_PREFIX = "lowrank_"
@@ -61,14 +63,14 @@ def as_stock(config: Any) -> Iterator[None]:
         vars(config).update({name: fields[name] for name in ours if name in fields})
 
 
-def compressed_config_class(host: type[PreTrainedConfig]) -> type:
+def compressed_config_class(host: type) -> type:
     """`LowRankXConfig` for `XConfig`."""
     return __getattr__(PREFIX + host.__name__)
 
 
 def __getattr__(name: str) -> Any:
     host = getattr(transformers, name.removeprefix(PREFIX), None) if name.startswith(PREFIX) else None
-    if not (isinstance(host, type) and issubclass(host, PreTrainedConfig)):
+    if not (isinstance(host, type) and issubclass(host, transformers.PreTrainedConfig)):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     if name not in globals():
         namespace = {

@@ -9,6 +9,7 @@ from torch import nn
 from transformers.models.auto import modeling_auto
 
 from .configuration_lowrank import PREFIX, LowRankConfigMixin, as_stock, dense_config_class
+from .lowrank_code import save_code
 from .lowrank_materialize import set_materialize_
 from .lowrank_plan import Spec
 from .lowrank_structures import (
@@ -19,6 +20,7 @@ from .lowrank_structures import (
     retie_,
     structure_name,
 )
+from .lowrank_weights import check_loaded, check_saved
 
 
 def auto_classes(model_type: str) -> dict[str, str]:
@@ -62,13 +64,23 @@ class LowRankMixin:
         # The host calls this at the end of its `__init__` to initialize and tie what it has built: too early.
         pass
 
+    @classmethod
+    def from_pretrained(cls: Any, *args: Any, output_loading_info: bool = False, **kwargs: Any) -> Any:
+        """As in the host, but where the host would draw weights of the plan at random it raises `PlanError`."""
+        model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
+        if not getattr(model, "_hf_peft_config_loaded", False):  # then it is told of the adapter's weights
+            check_loaded(model, info)
+        return (model, info) if output_loading_info else model
+
     @torch.no_grad()
     def initialize_weights(self: Any) -> None:
         # The host would draw each factor with the deviation of a whole weight.
         std = getattr(self.config, "initializer_range", None) or 0.02
         structure: Any
         for _, structure in [*named_shared_parts(self), *named_structures(self)]:
-            if not all(getattr(p, "_is_hf_initialized", False) for p in structure.parameters()):
+            # A quantizer puts new parameters, without the host's mark, in the place of those that are loaded.
+            is_loaded = any(getattr(p, "_is_hf_initialized", False) for p in structure.parameters())
+            if not (is_loaded or getattr(self, "is_quantized", False)):
                 structure.reset_parameters(std)
             for module in structure.modules():
                 module._is_hf_initialized = True
@@ -79,14 +91,32 @@ class LowRankMixin:
 
         Among the weights is an empty tensor in the place of one that is gone. A stock class, which knows nothing of
         the plan, would draw that weight at random; it stops at the wrong shape instead.
+
+        Raises:
+            PlanError: If the weights are not those of the plan.
         """
-        self.config.auto_map = auto_map(type(self.config))
-        guard = _guard_name(self.config.plan)
-        if guard is not None and not getattr(self, "_hf_peft_config_loaded", False):
+        config = self.config
+        config.auto_map = auto_map(type(config))
+        is_main, guard = kwargs.get("is_main_process", True), _guard_name(config.plan)
+        if is_main and not getattr(self, "_hf_peft_config_loaded", False):
             state = kwargs.pop("state_dict", None) or self.state_dict()
-            prefix = "" if self.base_model is self else f"{self.base_model_prefix}."
-            kwargs["state_dict"] = {**state, prefix + guard: torch.empty(0, dtype=self.dtype)}
-        super().save_pretrained(save_directory, **kwargs)
+            if not getattr(self, "is_quantized", False):
+                check_saved(self, state)
+            if guard is not None:
+                prefix = "" if self.base_model is self else f"{self.base_model_prefix}."
+                state = {**state, prefix + guard: torch.empty(0, dtype=self.dtype)}
+            kwargs["state_dict"] = state
+        # A host's other names on disk are turned into those here only for the host's own classes.
+        super().save_pretrained(save_directory, **{**kwargs, "save_original_format": False})
+        if is_main:
+            save_code(config.plan, save_directory)
+
+    def _load_from_state_dict(self: Any, state_dict: Any, prefix: str, *args: Any) -> None:
+        guard = _guard_name(self.config.plan)
+        for name in (f"{prefix}{guard}", f"{prefix}{self.base_model_prefix}.{guard}"):
+            if name in state_dict and not state_dict[name].numel():
+                del state_dict[name]  # torch's own copy of what it was given
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def resize_token_embeddings(
         self: Any,

@@ -34,6 +34,14 @@ class PlanError(ValueError):
     """A plan that cannot be read or does not fit the model."""
 
 
+def specs_of(plan: Plan) -> dict[str, Spec]:
+    """Every spec of a plan by the name of its module, of the head or of the shared part."""
+    specs = {**plan["modules"], **(plan.get("shared") or {})}
+    if plan.get("output_embeddings") is not None:
+        specs["output_embeddings"] = plan["output_embeddings"]
+    return specs
+
+
 def members_of(plan: Plan, part: str) -> list[str]:
     """Names of the modules that use a shared part, in a fixed order."""
     return sorted(name for name, spec in plan["modules"].items() if spec.get("shared") == part)

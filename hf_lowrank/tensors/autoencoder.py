@@ -15,7 +15,7 @@ from hf_lowrank.planning.curves import Curve
 from hf_lowrank.planning.prices import FloatArray
 from hf_lowrank.remote_code.lowrank_autoencoder_linear import ROWS, row_shape
 from hf_lowrank.remote_code.lowrank_plan import Plan
-from hf_lowrank.remote_code.lowrank_structures import SHARED_PARTS
+from hf_lowrank.remote_code.lowrank_table import SHARED_PARTS
 from hf_lowrank.solvers import SOLVERS
 from hf_lowrank.solvers.row_autoencoder import RowAutoencoder, Rows, rows_by_direction
 from hf_lowrank.solvers.stacking import by_kind
