@@ -222,11 +222,12 @@ def compressed_class(path: str | Path) -> Any:
             raise unusable(path, error) from error
     if not config.get("compression"):
         raise InputError(f"{path} is not a compressed model: its config.json has no 'compression'.")
-    name = (config.get("architectures") or [""])[0]
-    try:
-        return getattr(modeling_lowrank, name)
-    except AttributeError as error:
-        raise InputError(f"{path} names the architecture {name!r}, which this library does not know.") from error
+    names = config.get("architectures")
+    name = names[0] if isinstance(names, list) and names else names
+    found = getattr(modeling_lowrank, name, None) if isinstance(name, str) else None
+    if not (isinstance(found, type) and issubclass(found, LowRankMixin)):
+        raise InputError(f"{path} names the architecture {name!r:.50}, which this library does not know.")
+    return found
 
 
 def load_skeleton_config(path: str | Path) -> tuple[Any, Any]:
@@ -238,7 +239,7 @@ def load_skeleton_config(path: str | Path) -> tuple[Any, Any]:
     model_class = compressed_class(path)
     try:
         return model_class, model_class.config_class.from_pretrained(path)
-    except (OSError, ValueError, TypeError, StrictDataclassError) as error:
+    except (OSError, ValueError, TypeError, RecursionError, StrictDataclassError) as error:
         raise InputError(f"The config.json of {path} is damaged: {one_line(error)}") from error
 
 
@@ -255,13 +256,11 @@ def load_compressed(path: str | Path) -> Any:
         model, info = model_class.from_pretrained(path, config=config, dtype="auto", output_loading_info=True)
     except PlanError:
         raise
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+    except (OSError, ValueError, RuntimeError, ArithmeticError, SafetensorError) as error:
         if "ignore_mismatched_sizes" in str(error):
             raise InputError(f"The weights of {path} do not fit its plan: some have other shapes.") from error
         raise InputError(f"The weights of {path} cannot be loaded: {one_line(error)}") from error
-    for problem in ("missing_keys", "unexpected_keys"):
-        if keys := sorted(info[problem]):
-            word = problem.partition("_")[0]
-            raise InputError(f"The weights of {path} do not fit its plan: {len(keys)} {word}, such as {keys[0]!r}.")
+    if keys := sorted(info["unexpected_keys"]):  # of the host, to which the shipped code leaves its own
+        raise InputError(f"The weights of {path} do not fit its plan: {len(keys)} unexpected, such as {keys[0]!r}.")
     require_finite(model)
     return model.eval()

@@ -9,16 +9,19 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 import transformers
 from huggingface_hub.dataclasses import strict
 
-from .lowrank_plan import Plan
+from .lowrank_plan import Plan, PlanError
 
 if tuple(int(number) for number in transformers.__version__.split(".")[:2]) < (5, 10):
     raise ImportError(f"This model needs transformers 5.10 or newer, found {transformers.__version__}. Upgrade it.")
 
 PREFIX = "LowRank"
 MODEL_TYPE_PREFIX = "lowrank_"
+MAX_DEPTH = 50  # Python gives up copying soon after
+MAX_LAYERS = 10_000  # a damaged number would be built for hours
 
 
 @dataclass(kw_only=True)
@@ -34,10 +37,38 @@ class LowRankConfigMixin:
     compression: dict[str, Any] | None = None
     materialize: str = "each_forward"
 
+    @classmethod
+    def from_dict(cls: Any, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """As in the host, once what would end somewhere inside it is known to be sound."""
+        _check_fields(config_dict)
+        return super().from_dict(config_dict, **kwargs)  # type: ignore[misc]  # the host's
+
     @property
     def plan(self) -> Plan:
         """The plan to install, never None."""
-        return self.compression or {"format_version": 1, "modules": {}}
+        return {"format_version": 1, "modules": {}} if self.compression is None else self.compression
+
+
+def _nests_deeper(value: Any, limit: int) -> bool:
+    parts = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return limit < 0 or any(_nests_deeper(part, limit - 1) for part in parts)
+
+
+def _check_fields(fields: dict[str, Any]) -> None:
+    if _nests_deeper(fields, MAX_DEPTH):
+        raise PlanError(f"config.json must not be nested more than {MAX_DEPTH} deep. Restore it.")
+    if not isinstance(fields.get("compression") or {}, dict):
+        raise PlanError(f"compression must be a JSON object, got {fields['compression']!r:.50}. Restore config.json.")
+    names = fields.get("architectures") or []
+    if not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
+        raise PlanError(f"architectures must be a list of class names, got {names!r:.50}. Restore config.json.")
+    for dtype in (fields.get("dtype"), fields.get("torch_dtype")):  # the second is the older name
+        if dtype is not None and not isinstance(getattr(torch, str(dtype).removeprefix("torch."), None), torch.dtype):
+            raise PlanError(f"dtype must name a type of torch, got {dtype!r:.50}. Restore config.json.")
+    for part in [fields, *(value for value in fields.values() if isinstance(value, dict))]:
+        for name, value in part.items():
+            if name.endswith(("layer", "layers", "depth")) and isinstance(value, int) and value > MAX_LAYERS:
+                raise PlanError(f"{name} must be at most {MAX_LAYERS}, got {value}. Restore config.json.")
 
 
 def dense_config_class(config_class: type) -> Any:

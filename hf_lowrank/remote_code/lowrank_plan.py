@@ -61,19 +61,18 @@ def validate_plan(plan: Plan, structures: dict[str, Any], shared_parts: dict[str
     if not isinstance(plan, dict):
         raise PlanError(f"compression must be a JSON object, got {type(plan).__name__}. Restore config.json.")
     version = plan.get("format_version")
-    if not isinstance(version, int) or not 1 <= version <= FORMAT_VERSION:
+    if type(version) is not int or not 1 <= version <= FORMAT_VERSION:
         raise PlanError(
             f"compression.format_version must be between 1 and {FORMAT_VERSION}, got {version!r}. "
             "Load the model with the code it was saved with, or a newer hf_lowrank."
         )
-    modules, parts = plan.get("modules"), plan.get("shared") or {}
-    for key, specs in (("modules", modules), ("shared", parts)):
-        if not isinstance(specs, dict):
-            raise PlanError(f"compression.{key} must map module names to specs. Restore config.json.")
-    specs = dict(modules or {})
-    if plan.get("output_embeddings") is not None:
-        specs["output_embeddings"] = plan["output_embeddings"]
-    for name, spec in specs.items():
+    for key in ("modules", "shared", "provenance"):
+        value = plan.get(key)
+        if not isinstance(value, dict) and (value is not None or key == "modules"):
+            raise PlanError(f"compression.{key} must be a JSON object, got {value!r:.50}. Restore config.json.")
+    modules, parts = plan["modules"], plan.get("shared") or {}
+    head = plan.get("output_embeddings")
+    for name, spec in [*modules.items(), *([] if head is None else [("output_embeddings", head)])]:
         _validate_spec(name, spec, structures)
         _validate_reference(name, spec, structures, parts)
     for name, spec in parts.items():
@@ -83,9 +82,9 @@ def validate_plan(plan: Plan, structures: dict[str, Any], shared_parts: dict[str
 
 
 def _validate_spec(name: str, spec: Spec, structures: dict[str, Any]) -> None:
-    if not isinstance(spec, dict) or spec.get("structure") not in structures:
-        found = spec.get("structure") if isinstance(spec, dict) else spec
-        raise PlanError(f"{name}: structure must be one of {', '.join(sorted(structures))}, got {found!r}.")
+    found = spec.get("structure") if isinstance(spec, dict) else spec
+    if not isinstance(spec, dict) or not isinstance(found, str) or found not in structures:
+        raise PlanError(f"{name}: structure must be one of {', '.join(sorted(structures))}, got {found!r:.50}.")
     structure = structures[spec["structure"]]
     options = getattr(structure, "OPTIONS", {})
     sizes = {key: value for key, value in sizes_of(spec).items() if key not in options}
@@ -96,8 +95,8 @@ def _validate_spec(name: str, spec: Spec, structures: dict[str, Any]) -> None:
             f"got {', '.join(sorted(sizes)) or 'none'}."
         )
     for size, value in sizes.items():
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise PlanError(f"{name}: {size} must be a whole number of at least 1, got {value!r}.")
+        if type(value) is not int or value < 1:
+            raise PlanError(f"{name}: {size} must be a whole number of at least 1, got {value!r:.50}.")
     for option in set(spec) & set(options):
         if spec[option] not in options[option]:
             raise PlanError(f"{name}: {option} must be one of {', '.join(options[option])}, got {spec[option]!r}.")
@@ -105,12 +104,11 @@ def _validate_spec(name: str, spec: Spec, structures: dict[str, Any]) -> None:
 
 def _validate_reference(name: str, spec: Spec, structures: dict[str, Any], parts: dict[str, Any]) -> None:
     shares = getattr(structures[spec["structure"]], "SHARES", None) is not None
-    if shares and spec.get("shared") not in parts:
-        raise PlanError(
-            f"{name}: shared must name one of {', '.join(sorted(parts)) or 'no parts'}, got {spec.get('shared')!r}."
-        )
+    part = spec.get("shared")
+    if shares and not (isinstance(part, str) and part in parts):
+        raise PlanError(f"{name}: shared must name one of {', '.join(sorted(parts)) or 'no parts'}, got {part!r:.50}.")
     if not shares and "shared" in spec:
-        raise PlanError(f"{name}: {spec['structure']} shares nothing, got shared={spec['shared']!r}.")
+        raise PlanError(f"{name}: {spec['structure']} shares nothing, got shared={part!r:.50}.")
 
 
 def sizes_of(spec: Spec) -> dict[str, Any]:
