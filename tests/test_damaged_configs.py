@@ -53,7 +53,7 @@ DAMAGES = {
     "a structure is an object": (structure({"structure": {}}), "structure must be one of"),
     "a rank is a list": (structure({"structure": "low_rank", "rank": [1]}), "rank must be a whole number"),
     "a rank is huge": (structure({"structure": "low_rank", "rank": 10**30}), "rank must be between 1 and"),
-    "shared names a list": (structure({"structure": "joint_low_rank", "shared": ["a"]}), "shared must name one of"),
+    "a list is shared": (structure({"structure": "low_rank", "rank": 3, "shared": ["a"]}), "low_rank shares nothing"),
     "head is a number": (plan(output_embeddings=0), "structure must be one of"),
 }
 CHILD = """
