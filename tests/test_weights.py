@@ -10,6 +10,10 @@ from safetensors.torch import load_file, save_file
 from safetensors.torch import load_model as safetensors_load_model
 from tiny_models import build, inputs_for, outputs
 from torch import nn
+from transformers.core_model_loading import ConversionOps
+from transformers.quantizers import HfQuantizer
+from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
 
 import hf_lowrank
 from hf_lowrank import PlanError, compress
@@ -196,3 +200,48 @@ def test_a_saved_file_is_loaded_strictly_by_torch_and_by_safetensors(name, load,
 def test_every_structure_and_shared_part_is_damaged_here(models):
     members = [module for model in models.values() for module in model.modules()]
     assert {*STRUCTURES.values(), *SHARED_PARTS.values()} <= {type(module) for module in members}
+
+
+class PutsNewParameters(ConversionOps):
+    """What quantizers do to weights as they are loaded: a new parameter, without transformers' mark, takes their place."""
+
+    def __init__(self, hf_quantizer):
+        pass
+
+    def convert(self, input_dict, model=None, full_layer_name=None, missing_keys=None, **kwargs):
+        module = model.get_submodule(full_layer_name.rpartition(".")[0])
+        module.weight = nn.Parameter(next(iter(input_dict.values()))[0].clone())
+        module._is_hf_initialized = True
+        missing_keys.discard(full_layer_name)
+        return {}
+
+
+@register_quantization_config("puts_new_parameters")
+class NewParametersConfig(QuantizationConfigMixin):
+    def __init__(self, **kwargs):
+        self.quant_method = "puts_new_parameters"
+
+
+@register_quantizer("puts_new_parameters")
+class NewParametersQuantizer(HfQuantizer):
+    requires_calibration = False
+    is_trainable = True
+
+    def is_serializable(self):
+        return False
+
+    def param_needs_quantization(self, model, param_name, **kwargs):
+        name, _, leaf = param_name.rpartition(".")
+        return leaf == "weight" and isinstance(model.get_submodule(name), nn.Linear)
+
+    def get_quantize_ops(self):
+        return PutsNewParameters(self)
+
+
+@pytest.mark.parametrize("name", CHOSEN)
+def test_what_a_quantizer_puts_in_the_place_of_loaded_weights_is_not_drawn_again(name, models, folders):
+    load = getattr(hf_lowrank, f"LowRank{HEAD}").from_pretrained
+    model = load(folders / name, quantization_config=NewParametersConfig())
+
+    expected = models[name].state_dict()
+    assert {key for key, value in model.state_dict().items() if not torch.equal(value, expected[key])} == set()
