@@ -203,7 +203,7 @@ def test_every_structure_and_shared_part_is_damaged_here(models):
 
 
 class PutsNewParameters(ConversionOps):
-    """What quantizers do to weights as they are loaded: a new parameter, without transformers' mark, takes their place."""
+    """What quantizers do to weights they load: a new parameter, without transformers' mark, takes their place."""
 
     def __init__(self, hf_quantizer):
         pass
