@@ -33,7 +33,7 @@ def _is_known(path: Path, known: set[str]) -> bool:
 
 def _digests_of(name: str, content: bytes) -> list[str]:
     """That of a file and, of the table of structures, of each line: a plan's own has some of them."""
-    parts = [content, *(content.splitlines() if name == _TABLE else [])]
+    parts = [content, *(b"line " + line for line in (content.splitlines() if name == _TABLE else []))]
     return [hashlib.sha256(part).hexdigest() for part in parts]
 
 
