@@ -23,7 +23,6 @@ from hf_lowrank.origin import find_origin
 from hf_lowrank.planning.plans import make_plan
 from hf_lowrank.planning.sizes import parameter_bytes
 from hf_lowrank.progress import Progress, no_progress
-from hf_lowrank.redaction import without_tokens_inside
 from hf_lowrank.refinement import refine_
 from hf_lowrank.remote_code.configuration_lowrank import compressed_config_class, dense_config_class
 from hf_lowrank.remote_code.lowrank_model import LowRankMixin
@@ -85,8 +84,7 @@ def compress(
         settings = replace(settings, dtype=str(dtype).removeprefix("torch."))
     decomposer = Decomposer(dense, settings, calibration, tokenizer, progress)
     plan, replaced = plan_model(dense, settings, decomposer)
-    said = _provenance(dense, settings, decomposer) | {"dense_size_bytes": dense_bytes}
-    plan["provenance"] |= without_tokens_inside(said)
+    plan["provenance"] |= _provenance(dense, settings, decomposer) | {"dense_size_bytes": dense_bytes}
     modules = [member.module for matrix in replaced for member in matrix.members]
     anchors = settings.anchors(has_text=calibration is not None, inplace=inplace)
     passes = settings.passes(has_text=calibration is not None, inplace=inplace)

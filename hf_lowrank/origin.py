@@ -9,6 +9,8 @@ from huggingface_hub import ModelCard
 from huggingface_hub.errors import HFValidationError
 from yaml import YAMLError
 
+from hf_lowrank.redaction import without_tokens
+
 # A snapshot in the Hub's cache, whose path tells which model it is.
 _CACHED = re.compile(r"models--(?P<id>[^/]+)/snapshots/(?P<revision>\w+)$")
 
@@ -62,7 +64,7 @@ def find_origin(source: str, revision: str | None = None) -> Origin:
     is_base = cached is not None or not Path(source).is_dir()
     said = card.get("base_model")
     return Origin(
-        name=source if is_base else Path(source).resolve().name,
+        name=without_tokens(source if is_base else Path(source).resolve().name),
         base_model=source if is_base else said if isinstance(said, str) else None,
         is_base=is_base,
         revision=revision if is_base else None,
