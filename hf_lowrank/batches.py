@@ -15,6 +15,7 @@ from hf_lowrank.outputs import IGNORED_LABEL, Batch, real_tokens
 
 # Texts tokenized at a time: enough to be fast, few enough to stop early.
 _CHUNK = 64
+_UNKNOWN = "The text has no token the tokenizer knows. Give other text, or the model's own tokenizer."
 
 
 def make_batches(
@@ -56,7 +57,7 @@ def make_batches(
     make = _packed_windows if pack else _passages
     sequences = [{"input_ids": ids} for ids in islice(make(texts, tokenizer, max_seq_length), num_calibration_samples)]
     if not sequences:
-        raise InputError("The text has no token the tokenizer knows. Give more text.")
+        raise InputError(_UNKNOWN)
     return list(_collate(iter(sequences), batch_size, tokenizer.pad_token_id or 0))
 
 
@@ -71,23 +72,26 @@ def require_tokens(batches: Sequence[Batch], min_tokens: int) -> None:
         raise InputError(f"The text has {there} tokens, and at least {min_tokens} are needed. Give more text.")
 
 
-def require_known_tokens(batches: Sequence[Batch], model: Any, tokenizer: Any = None) -> None:
-    """Check that a model has a row for every token id, and that the tokenizer knew any token of the text.
+def require_known_tokens(batches: Iterable[Mapping[str, Any]], model: Any, tokenizer: Any = None) -> None:
+    """Check that a model has a row for every token id, and that the text is not of special tokens alone.
 
     Raises:
-        InputError: With the first id that is out of bounds, or if all tokens are unknown.
+        InputError: With the first id that is out of bounds, or if the tokenizer knew no token.
     """
     vocab_size = getattr(model.config.get_text_config(), "vocab_size", None)
-    special = torch.tensor([] if tokenizer is None else tokenizer.all_special_ids, dtype=torch.long)
-    unknown: Any = getattr(tokenizer, "unk_token_id", None)
-    is_known = unknown is None
+    is_known = tokenizer is None
     for ids in (batch["input_ids"] for batch in batches):
         if vocab_size is not None and bool((bad := (ids < 0) | (ids >= vocab_size)).any()):
             rule = f"must be below {vocab_size}, the size of the model's vocabulary"
             raise InputError(f"Token id {int(ids[bad][0])} {rule}. Give the ids, or the tokenizer, of this model.")
-        is_known = is_known or not bool(ids.eq(unknown).any()) or not bool(torch.isin(ids, special).all())
+        is_known = is_known or any_known(ids, tokenizer) or bool(ids.eq(tokenizer.mask_token_id or -1).any())
     if not is_known:
-        raise InputError("The text has no token the tokenizer knows. Give other text, or the model's own tokenizer.")
+        raise InputError(_UNKNOWN)
+
+
+def any_known(ids: torch.Tensor, tokenizer: Any) -> bool:
+    """Whether any token is not special; what a tokenizer does not know becomes a special one."""
+    return not bool(torch.isin(ids, torch.tensor(tokenizer.all_special_ids, dtype=torch.long)).all())
 
 
 def fingerprint(batches: Sequence[Batch]) -> str:

@@ -124,7 +124,7 @@ def as_text(value: Any, column: str) -> str:
     Raises:
         InputError: If it is neither, with the column's name.
     """
-    if not isinstance(value, (str, int, float)):
+    if not isinstance(value, (str, int, float)) or value != value:
         raise InputError(f"Column {column!r} must hold text, got {type(value).__name__}.")
     return str(value)
 

@@ -6,7 +6,6 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformers import PreTrainedModel
 
 from hf_lowrank.analysis import planned_report
@@ -15,7 +14,7 @@ from hf_lowrank.cli import tables
 from hf_lowrank.compression import compress, plan_model
 from hf_lowrank.decomposing import Decomposer
 from hf_lowrank.errors import InputError
-from hf_lowrank.loading import find_tokenizer, load_dense
+from hf_lowrank.loading import find_tokenizer, load_dense, require_device
 from hf_lowrank.planning.budgets import parse_size
 from hf_lowrank.planning.sizes import parameter_bytes
 from hf_lowrank.progress import progress_bar
@@ -43,7 +42,7 @@ def run(arguments: argparse.Namespace) -> int:
     if not arguments.dry_run:
         check_output(arguments.out, arguments.overwrite, arguments.model)
     settings = _settings(arguments)
-    _check_device(settings.device)
+    require_device(settings.device)
     dense, tokenizer = load_dense(arguments.model), None
     if arguments.vocabulary is not None:
         dense, tokenizer = reduce_vocabulary(
@@ -83,13 +82,6 @@ def _patterns(given: list[str]) -> list[str] | str:
     """Names as a list; a single regular expression, or `all-linear`, as the string it is in PEFT."""
     is_string = len(given) == 1 and (given[0] == ALL_LINEAR or _IS_PATTERN.search(given[0]))
     return given[0] if is_string else given
-
-
-def _check_device(name: str | None) -> None:
-    try:
-        torch.empty(0, device=name)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise InputError(f"--device {name} cannot be used: {str(error).splitlines()[0]}") from error
 
 
 def _without_side_files(settings: CompressionSettings, side_bytes: int) -> CompressionSettings:

@@ -13,7 +13,7 @@ from hf_lowrank.architectures import read_config
 from hf_lowrank.cards.card import REPORT_FILE
 from hf_lowrank.cli import tables
 from hf_lowrank.errors import InputError, one_line
-from hf_lowrank.loading import load_dense, load_tokenizer
+from hf_lowrank.loading import load_dense, load_tokenizer, require_device
 from hf_lowrank.progress import progress_bar
 from hf_lowrank.recorded_evaluation import record_evaluation
 from hf_lowrank.saving import load_compressed
@@ -61,11 +61,9 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _load(path: str, dtype: torch.dtype | None, device: str) -> Any:
     """A compressed or a dense model."""
+    require_device(device)
     model: Any = load_compressed(path) if _is_compressed(path) else load_dense(path)
-    try:
-        return model.to(device=device, dtype=dtype or model.dtype).eval()
-    except (RuntimeError, AssertionError) as error:
-        raise InputError(f"--device {device} cannot be used: {str(error).splitlines()[0]}") from error
+    return model.to(device=device, dtype=dtype or model.dtype).eval()
 
 
 def _is_compressed(path: str) -> bool:

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from hf_lowrank.batches import tokenize
+from hf_lowrank.batches import any_known, tokenize
 from hf_lowrank.errors import InputError
 
 
@@ -21,7 +21,10 @@ def joined_ids(texts: Sequence[str], tokenizer: Any, separator: int | None, min_
         ids += [*found, *end]
     if len(ids) < min_tokens:
         raise InputError(f"The text has {len(ids)} tokens, and at least {min_tokens} are needed. Give more text.")
-    return torch.tensor(ids)
+    joined = torch.tensor(ids)
+    if not any_known(joined, tokenizer):
+        raise InputError("The text has no token the tokenizer knows. Give other text, or the model's own tokenizer.")
+    return joined
 
 
 def block_length_of(model: Any, wanted: int) -> int:

@@ -7,8 +7,8 @@ from typing import Any, ClassVar
 import torch
 from transformers.models.auto.modeling_auto import MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES
 
-from hf_lowrank.data import Row, load_rows, require_columns
-from hf_lowrank.errors import InputError
+from hf_lowrank.data import Row, as_text, load_rows, require_columns
+from hf_lowrank.errors import InputError, one_line
 from hf_lowrank.tasks.base import Score, Step, Task
 from hf_lowrank.tasks.blocks import block_length_of
 from hf_lowrank.tasks.metrics import AnswerMetric, compute, word_overlaps
@@ -91,6 +91,9 @@ class QuestionAnswering(Task):
             raise InputError("question-answering needs a fast tokenizer, which knows where in the text a token lies.")
         questions = load_rows(flat_questions(load_rows(examples)), self.max_examples, self.seed)
         require_columns(questions, self.needs)
+        questions = [
+            {**row, **{name: as_text(row[name], name) for name in ("question", "context")}} for row in questions
+        ]
         steps: list[Step] = []
         for start in range(0, len(questions), batch_size):
             numbered = list(enumerate(questions[start : start + batch_size], start))
@@ -145,20 +148,27 @@ def flat_questions(rows: Sequence[Row]) -> list[Row]:
     """One row a question; SQuAD's files hold paragraphs in articles."""
     if "paragraphs" not in rows[0]:
         return list(rows)
-    return [
-        {"question": question["question"], "context": paragraph["context"], "answers": question["answers"]}
-        for article in rows
-        for paragraph in article["paragraphs"]
-        for question in paragraph["qas"]
-    ]
+    try:
+        return [
+            {"question": question["question"], "context": paragraph["context"], "answers": question["answers"]}
+            for article in rows
+            for paragraph in article["paragraphs"]
+            for question in paragraph["qas"]
+        ]
+    except (KeyError, TypeError) as error:
+        raise InputError(f"The paragraphs are not as in SQuAD's files: {one_line(error)}. Mend them.") from error
 
 
 def _gold(row: Row) -> list[str]:
     answers = row["answers"]
-    texts = answers["text"] if isinstance(answers, dict) else [answer["text"] for answer in answers]
+    try:
+        texts = answers["text"] if isinstance(answers, dict) else [answer["text"] for answer in answers]
+        texts = [as_text(text, "answers") for text in texts]
+    except (KeyError, TypeError) as error:
+        raise InputError(f"The answers of question {row['question']!r} are not as in SQuAD. Mend them.") from error
     if not texts:
         raise InputError(f"Question {row['question']!r} has no answer. Leave out questions without one (SQuAD 2).")
-    return list(texts)
+    return texts
 
 
 TASK = QuestionAnswering

@@ -84,7 +84,9 @@ def make_features(
     head = type(model).__name__.removeprefix(PREFIX)
     if head in MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES.values() and {"answers", "paragraphs"} & set(rows[0]):
         questions = load_rows(flat_questions(rows), max_examples, seed)
-        return _answer_features(questions, tokenizer, length)
+        features = _answer_features(questions, tokenizer, length)
+        require_known_tokens(features, model, tokenizer)
+        return features
     is_sequence_head = head in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES.values()
     if is_sequence_head and label_column in rows[0] and (name := _labelling_task(model)):
         options = {"text_column": text_column, "label_column": label_column, "max_seq_length": length}
@@ -113,6 +115,7 @@ def _text_features(
 ) -> Features:
     limit = _ALL if max_examples is None else max_examples
     batches = make_batches(rows, tokenizer, limit, length, _CHUNK, seed, text_column, pack=is_causal(model) or None)
+    require_known_tokens(batches, model, tokenizer)
     if is_masked_lm(model):
         batches = mask_tokens(batches, model, tokenizer, seed)
     elif is_causal(model):
