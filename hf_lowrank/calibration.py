@@ -16,7 +16,7 @@ from transformers.models.auto.modeling_auto import (
 from hf_lowrank.batches import fingerprint, make_batches, require_known_tokens, require_tokens, special_frame
 from hf_lowrank.data import holds_token_ids, load_texts, source_name
 from hf_lowrank.errors import InputError
-from hf_lowrank.outputs import IGNORED_LABEL, Batch, real_tokens
+from hf_lowrank.outputs import IGNORED_LABEL, Batch, longest_input, real_tokens
 from hf_lowrank.remote_code.configuration_lowrank import PREFIX
 from hf_lowrank.settings import CompressionSettings
 
@@ -27,7 +27,6 @@ _MASKED_FRACTION = 0.15
 _ZIPF_OFFSET = 20
 _SYNTHETIC_LENGTH = 64
 _SYNTHETIC_SAMPLES = 144
-_UNBOUNDED = 1 << 20
 _SHORT_TEXT = (4, 100)  # words
 
 
@@ -69,7 +68,7 @@ def _read(model: PreTrainedModel, source: Any, tokenizer: Any, settings: Compres
         source,
         tokenizer,
         num_calibration_samples=settings.num_samples,
-        max_seq_length=min(settings.max_seq_length, _longest_input(model)),
+        max_seq_length=min(settings.max_seq_length, longest_input(model)),
         batch_size=settings.batch_size,
         seed=settings.seed,
         text_column=text_column,
@@ -94,7 +93,7 @@ def synthetic_batches(model: PreTrainedModel, tokenizer: Any, settings: Compress
         usable = _usable_tokens(tokenizer, config.vocab_size)
         weights = torch.zeros(config.vocab_size).index_copy(0, usable, 1 / (torch.arange(len(usable)) + _ZIPF_OFFSET))
         start, end = (torch.tensor(part, dtype=torch.long) for part in special_frame(tokenizer))
-    length = min(_SYNTHETIC_LENGTH, _longest_input(model)) - len(start) - len(end)
+    length = min(_SYNTHETIC_LENGTH, longest_input(model)) - len(start) - len(end)
     drawn = torch.multinomial(weights, _SYNTHETIC_SAMPLES * length, replacement=True, generator=generator)
     rows = drawn.view(_SYNTHETIC_SAMPLES, length)
     ids = torch.cat([start.expand(len(rows), -1), rows, end.expand(len(rows), -1)], dim=1)  # (N, T)
@@ -165,13 +164,6 @@ def _usable_tokens(tokenizer: Any, vocab_size: int) -> torch.Tensor:
     vocabulary = sorted((index, token) for token, index in tokenizer.get_vocab().items() if index < vocab_size)
     usable = [index for index, token in vocabulary if index not in special and not token.startswith("[unused")]
     return torch.tensor(usable, dtype=torch.long)
-
-
-def _longest_input(model: PreTrainedModel) -> int:
-    config = model.config.get_text_config()
-    # RoBERTa keeps two of its positions for padding.
-    positions = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
-    return int(positions or _UNBOUNDED) - 2
 
 
 def described_text(source: Any, batches: Sequence[Batch]) -> dict[str, Any]:

@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from hf_lowrank.outputs import longest_input
+
 _WARM_UP_ROUNDS = 2
 
 
@@ -61,9 +63,8 @@ def measure_latency(
 
 
 def typical_length(model: Any, sequence_length: int = 128) -> int:
-    """`sequence_length`, or half of the positions the model has if that is less; some reserve a few of them."""
-    positions = getattr(model.config, "max_position_embeddings", None)
-    return min(sequence_length, max(positions // 2, 1)) if positions else sequence_length
+    """`sequence_length`, or half of the positions the model has if that is less."""
+    return min(sequence_length, longest_input(model) // 2 + 1)
 
 
 def _inputs(model: Any, batch_size: int, sequence_length: int) -> dict[str, torch.Tensor]:

@@ -13,6 +13,7 @@ Batch = Mapping[str, torch.Tensor]
 IGNORED_LABEL = -100
 # Of logits, whose softmaxes would otherwise be held several times for a whole batch.
 _ROWS_AT_ONCE = 64
+_UNBOUNDED = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -191,6 +192,11 @@ def real_tokens(batch: Batch) -> torch.Tensor:
     """Which tokens are no padding, (B, T), bool."""
     mask = batch.get("attention_mask")
     return torch.ones_like(batch["input_ids"], dtype=torch.bool) if mask is None else mask.bool()
+
+
+def longest_input(model: Any) -> int:
+    """The most tokens a model reads at once; two of its positions are left out, which RoBERTa keeps for padding."""
+    return int(getattr(model.config.get_text_config(), "max_position_embeddings", None) or _UNBOUNDED) - 2
 
 
 def speaking_places(batch: Batch) -> torch.Tensor:

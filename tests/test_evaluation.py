@@ -73,10 +73,11 @@ def test_nothing_to_measure_is_refused():
         measure_latency({})
 
 
-def test_length_fits_the_positions_of_the_model():
-    assert typical_length(SimpleNamespace(config=SimpleNamespace(max_position_embeddings=32))) == 16
-    assert typical_length(SimpleNamespace(config=SimpleNamespace(max_position_embeddings=512))) == 128
-    assert typical_length(SimpleNamespace(config=SimpleNamespace())) == 128
+@pytest.mark.parametrize(("config", "length"), [({"max_position_embeddings": 32}, 16), ({}, 128)])
+def test_length_fits_the_positions_of_the_model(config, length):
+    text = SimpleNamespace(**config)
+
+    assert typical_length(SimpleNamespace(config=SimpleNamespace(get_text_config=lambda: text))) == length
 
 
 def test_padding_does_not_change_an_embedding(model):

@@ -43,7 +43,7 @@ def add_evaluate(commands: Commands) -> None:
 def _add_options(task: Any) -> None:
     for column in ("text", "text-pair", "label", "score"):
         task.add_argument(f"--{column}-column", metavar="NAME", help=f"where the {column.replace('-', ' ')} is")
-    task.add_argument("--max-examples", type=int, metavar="N", help="examples, or blocks of a language model, at most")
+    task.add_argument("--max-examples", type=int, metavar="N", help="examples or blocks at most, drawn by --seed")
     task.add_argument("--max-seq-length", type=int, metavar="N", help="tokens of an example at most")
     task.add_argument("--block-length", type=int, metavar="N", help="tokens of a language model's block (128)")
     task.add_argument("--stride", type=int, metavar="N", help="tokens between causal-lm windows (no overlap)")

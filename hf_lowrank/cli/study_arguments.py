@@ -61,7 +61,7 @@ def _add_compare(commands: Commands) -> None:
     task = parser.add_argument_group("of the task")
     for column in ("text", "text-pair", "label", "score"):
         task.add_argument(f"--{column}-column", metavar="NAME")
-    task.add_argument("--max-examples", type=int, metavar="N", help="score on that many at most")
+    task.add_argument("--max-examples", type=int, metavar="N", help="score on that many at most, drawn")
     task.add_argument("--block-length", type=int, metavar="N", help="tokens of a block, for language models")
     task.add_argument("--stride", type=int, metavar="N", help="tokens from block to block, for causal-lm")
     task.add_argument("--batch-size", type=int, metavar="N", help="sequences run at once")

@@ -7,6 +7,7 @@ import torch
 
 from hf_lowrank.batches import any_known, tokenize
 from hf_lowrank.errors import InputError
+from hf_lowrank.outputs import longest_input
 
 
 def joined_ids(texts: Sequence[str], tokenizer: Any, separator: int | None, min_tokens: int) -> torch.Tensor:
@@ -31,7 +32,4 @@ def block_length_of(model: Any, wanted: int) -> int:
     """The wanted block length, or what the model can take if that is less."""
     if wanted < 2:
         raise InputError(f"block_length must be at least 2, got {wanted}.")
-    config = model.config.get_text_config()
-    positions = getattr(config, "max_position_embeddings", None)
-    # Some families keep positions for padding: RoBERTa two of 514.
-    return min(wanted, int(positions) - 2) if positions else wanted
+    return min(wanted, longest_input(model))
