@@ -19,8 +19,8 @@ from pathlib import Path
 import torch
 from transformers import BertConfig, BertForMaskedLM, PreTrainedModel
 
-from hf_lowrank import CompressionSettings, compress
-from hf_lowrank.calibration import make_calibration
+from hf_lowrank import compress
+from hf_lowrank.calibration import Text, make_calibration
 from hf_lowrank.statistics.collection import collect_statistics
 from hf_lowrank.targets import find_matrices
 
@@ -50,7 +50,7 @@ def dense_model(smoke: bool) -> tuple[PreTrainedModel, Batches]:
 
 def run_batch(model: PreTrainedModel, batches: Batches) -> None:
     """One batch forwards and backwards, with statistics of no matrix."""
-    calibration = make_calibration(model, batches, None, CompressionSettings(**BUDGET))
+    calibration = make_calibration(model, batches, None, Text(batch_size=BATCH_SIZE))
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "none.safetensors"
         kinds = frozenset({"output_moment"})

@@ -25,14 +25,14 @@ from transformers import AutoTokenizer, BertConfig, BertForMaskedLM, GPT2Config,
 
 from hf_lowrank import compress
 from hf_lowrank.data import load_texts
+from hf_lowrank.methods import kronecker
+from hf_lowrank.methods.matrix.svd import SVD, decompose
+from hf_lowrank.methods.metric import identity, row_metric
+from hf_lowrank.methods.tables.nonlinear_table import NonlinearTable
+from hf_lowrank.methods.tables.token_tables import make_table
+from hf_lowrank.methods.tables.trained_table import TrainedTable
+from hf_lowrank.methods.tucker.tucker import TuckerRanks, tucker
 from hf_lowrank.remote_code.lowrank_nonlinear_table import NonlinearAutoencoderTable
-from hf_lowrank.solvers import kronecker
-from hf_lowrank.solvers.metric import identity, row_metric
-from hf_lowrank.solvers.nonlinear_table import NonlinearTable
-from hf_lowrank.solvers.svd import SVD, decompose
-from hf_lowrank.solvers.token_tables import make_table
-from hf_lowrank.solvers.trained_autoencoder import TrainedTable
-from hf_lowrank.solvers.tucker import TuckerRanks, tucker
 from hf_lowrank.statistics.token_counts import count_tokens
 from hf_lowrank.tasks import make_task
 from hf_lowrank.tasks.base import Step

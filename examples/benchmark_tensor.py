@@ -21,10 +21,10 @@ from tensorly.decomposition import tucker as tensorly_tucker
 from transformers import BertConfig, BertModel
 
 from hf_lowrank import compress, make_report
+from hf_lowrank.methods.trains.tensor_train import tensor_train
+from hf_lowrank.methods.tucker.tucker import TuckerRanks, relative_error, tucker
 from hf_lowrank.progress import progress_bar
 from hf_lowrank.remote_code.lowrank_tensor_train import factor_shape
-from hf_lowrank.solvers.tensor_train import tensor_train
-from hf_lowrank.solvers.tucker import TuckerRanks, relative_error, tucker
 
 PRESETS = ("tucker-III-64", "tucker-IV-36-128", "tucker-IV-72-384")
 SHAPES = ((32, 128), (1, 128), (1, 32), (1, 16), (1, 8))

@@ -32,11 +32,11 @@ if TYPE_CHECKING:
     from hf_lowrank.hub import Push as Push
     from hf_lowrank.hub import push_to_hub as push_to_hub
     from hf_lowrank.inspection import saved_report as saved_report
+    from hf_lowrank.methods.table import register_method as register_method
     from hf_lowrank.recorded_evaluation import record_evaluation as record_evaluation
     from hf_lowrank.remote_code.lowrank_plan import PlanError as PlanError
     from hf_lowrank.report import CompressionReport as CompressionReport
     from hf_lowrank.report import make_report as make_report
-    from hf_lowrank.settings import CompressionSettings as CompressionSettings
     from hf_lowrank.tasks.evaluation import Evaluation as Evaluation
     from hf_lowrank.tasks.evaluation import evaluate as evaluate
     from hf_lowrank.training.distillation import DistillationTrainer as DistillationTrainer
@@ -55,7 +55,6 @@ _HOMES = {
     "CardCallback": "hf_lowrank.cards.callback",
     "Comparison": "hf_lowrank.comparison_report",
     "CompressionReport": "hf_lowrank.report",
-    "CompressionSettings": "hf_lowrank.settings",
     "PlanError": "hf_lowrank.remote_code.lowrank_plan",
     "Push": "hf_lowrank.hub",
     "DistillationTrainer": "hf_lowrank.training.distillation",
@@ -77,6 +76,7 @@ _HOMES = {
     "recover": "hf_lowrank.training.recovery",
     "reduce_vocabulary": "hf_lowrank.vocabulary",
     "push_to_hub": "hf_lowrank.hub",
+    "register_method": "hf_lowrank.methods.table",
     "record_evaluation": "hf_lowrank.recorded_evaluation",
     "saved_report": "hf_lowrank.inspection",
 }

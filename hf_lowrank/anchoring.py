@@ -15,14 +15,14 @@ from transformers import PreTrainedModel
 from hf_lowrank.blocks import Walk, block_name, calls_in_order, frozen
 from hf_lowrank.calibration import Calibration
 from hf_lowrank.checkpoint import NOT_KEPT, Checkpoint
+from hf_lowrank.methods.encoding import ENCODERS
+from hf_lowrank.methods.factors import Factors
+from hf_lowrank.methods.matrix.anchored import AnchoredMoments, AnchoredTarget
+from hf_lowrank.methods.matrix.svd import decompose
+from hf_lowrank.methods.metric import BlockMetric, Metric
 from hf_lowrank.outputs import mean_distance, real_tokens
 from hf_lowrank.progress import Progress, no_progress
 from hf_lowrank.remote_code.lowrank_structures import structure_name
-from hf_lowrank.solvers.anchored import AnchoredMoments, AnchoredTarget
-from hf_lowrank.solvers.factors import Factors
-from hf_lowrank.solvers.metric import BlockMetric, Metric
-from hf_lowrank.solvers.storage import ENCODERS
-from hf_lowrank.solvers.svd import decompose
 from hf_lowrank.targets import DenseMatrix, JointMatrix, Matrix
 
 # Of what is missing, the share that is asked for; MPIFA (ICML 2025) takes a quarter.

@@ -99,9 +99,9 @@ def fingerprint(batches: Sequence[Batch]) -> str:
     digest = hashlib.sha256()
     for batch in batches:
         for name in sorted(batch):
-            tensor = batch[name].detach().cpu().contiguous()
+            tensor = batch[name].detach().cpu().clone(memory_format=torch.contiguous_format)
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-            digest.update(tensor.view(torch.uint8).numpy().tobytes() if tensor.dim() else str(tensor).encode())
+            digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
 

@@ -18,7 +18,6 @@ from hf_lowrank.data import holds_token_ids, load_texts, source_name
 from hf_lowrank.errors import InputError
 from hf_lowrank.outputs import IGNORED_LABEL, Batch, longest_input, real_tokens
 from hf_lowrank.remote_code.configuration_lowrank import PREFIX
-from hf_lowrank.settings import CompressionSettings
 
 # Of all batches, the share that ranks are measured on; the others make the statistics.
 _PROBE_SHARE = 1 / 9
@@ -31,6 +30,25 @@ _SHORT_TEXT = (4, 100)  # words
 
 
 @dataclass(frozen=True)
+class Text:
+    """How much text is looked at, and how it is drawn.
+
+    Args:
+        num_samples: Sequences.
+        max_seq_length: Tokens a sequence may have; longer ones are cut.
+        batch_size: Sequences run at once.
+        text_column: Column of a data set that holds the text.
+        seed: Of every draw.
+    """
+
+    num_samples: int = 384
+    max_seq_length: int = 128
+    batch_size: int = 8
+    text_column: str | None = None
+    seed: int = 0
+
+
+@dataclass(frozen=True)
 class Calibration:
     """Batches to collect statistics from, and others to measure ranks on."""
 
@@ -38,9 +56,7 @@ class Calibration:
     probes: tuple[Batch, ...]
 
 
-def make_calibration(
-    model: PreTrainedModel, source: Any, tokenizer: Any, settings: CompressionSettings
-) -> Calibration:
+def make_calibration(model: PreTrainedModel, source: Any, tokenizer: Any, text: Text) -> Calibration:
     """Batches from `source` (see `hf_lowrank.batches.make_batches`), or synthetic ones if it is None.
 
     A masked-language-model head is given inputs with 15 % of the tokens masked, as it was trained on.
@@ -48,29 +64,27 @@ def make_calibration(
     Raises:
         InputError: If the source is empty, or too little for statistics.
     """
-    batches = (
-        synthetic_batches(model, tokenizer, settings) if source is None else _read(model, source, tokenizer, settings)
-    )
+    batches = synthetic_batches(model, tokenizer, text) if source is None else _read(model, source, tokenizer, text)
     if is_masked_lm(model) and "labels" not in batches[0]:
-        batches = mask_tokens(batches, model, tokenizer, settings.seed)
+        batches = mask_tokens(batches, model, tokenizer, text.seed)
     num_probes = max(1, round(len(batches) * _PROBE_SHARE))
     if len(batches) < 2:
         raise InputError("Calibration needs two batches at least, one to measure ranks on; got 1. Give more text.")
     return Calibration(tuple(batches[:-num_probes]), tuple(batches[-num_probes:]))
 
 
-def _read(model: PreTrainedModel, source: Any, tokenizer: Any, settings: CompressionSettings) -> list[Batch]:
+def _read(model: PreTrainedModel, source: Any, tokenizer: Any, text: Text) -> list[Batch]:
     source = list(source) if isinstance(source, Iterator) else source
-    text_column = settings.text_column
+    text_column = text.text_column
     if not holds_token_ids(source) and not is_causal(model):
-        source, text_column = varied_lengths(source, settings), None
+        source, text_column = varied_lengths(source, text), None
     batches = make_batches(
         source,
         tokenizer,
-        num_calibration_samples=settings.num_samples,
-        max_seq_length=min(settings.max_seq_length, longest_input(model)),
-        batch_size=settings.batch_size,
-        seed=settings.seed,
+        num_calibration_samples=text.num_samples,
+        max_seq_length=min(text.max_seq_length, longest_input(model)),
+        batch_size=text.batch_size,
+        seed=text.seed,
         text_column=text_column,
     )
     require_known_tokens(batches, model, tokenizer)
@@ -78,14 +92,14 @@ def _read(model: PreTrainedModel, source: Any, tokenizer: Any, settings: Compres
     return batches
 
 
-def synthetic_batches(model: PreTrainedModel, tokenizer: Any, settings: CompressionSettings) -> list[Batch]:
+def synthetic_batches(model: PreTrainedModel, tokenizer: Any, text: Text) -> list[Batch]:
     """Sequences of independent tokens with the frequencies of a natural vocabulary.
 
     Nothing is known of the language, but the model's own weights decide where such tokens go: that alone finds most of
     what its layers use. With a tokenizer, special and unused tokens are left out and sequences begin and end as usual.
     """
     config = model.config.get_text_config()
-    generator = torch.Generator().manual_seed(settings.seed)
+    generator = torch.Generator().manual_seed(text.seed)
     weights = 1 / (torch.arange(config.vocab_size) + _ZIPF_OFFSET)
     start, end = torch.empty(0, dtype=torch.long), torch.empty(0, dtype=torch.long)
     if tokenizer is not None and len(_usable_tokens(tokenizer, config.vocab_size)):
@@ -97,7 +111,7 @@ def synthetic_batches(model: PreTrainedModel, tokenizer: Any, settings: Compress
     drawn = torch.multinomial(weights, _SYNTHETIC_SAMPLES * length, replacement=True, generator=generator)
     rows = drawn.view(_SYNTHETIC_SAMPLES, length)
     ids = torch.cat([start.expand(len(rows), -1), rows, end.expand(len(rows), -1)], dim=1)  # (N, T)
-    return [{"input_ids": part, "attention_mask": torch.ones_like(part)} for part in ids.split(settings.batch_size)]
+    return [{"input_ids": part, "attention_mask": torch.ones_like(part)} for part in ids.split(text.batch_size)]
 
 
 def is_causal(model: PreTrainedModel) -> bool:
@@ -105,14 +119,14 @@ def is_causal(model: PreTrainedModel) -> bool:
     return bool(model.can_generate())
 
 
-def varied_lengths(source: Any, settings: CompressionSettings) -> list[str]:
+def varied_lengths(source: Any, text: Text) -> list[str]:
     """The texts, every other one cut to a sentence or a few: an encoder is asked about short texts too.
 
     The number of words kept is drawn log-uniformly; a cut begins at a sentence where there is one.
     """
-    texts = load_texts(source, settings.text_column, limit=settings.num_samples, seed=settings.seed)
-    generator = random.Random(settings.seed)
-    return [text if index % 2 else _cut(text, generator) for index, text in enumerate(texts)]
+    texts = load_texts(source, text.text_column, limit=text.num_samples, seed=text.seed)
+    generator = random.Random(text.seed)
+    return [one if index % 2 else _cut(one, generator) for index, one in enumerate(texts)]
 
 
 def _cut(text: str, generator: random.Random) -> str:

@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -13,11 +13,13 @@ from transformers import PreTrainedModel
 
 from hf_lowrank.batches import fingerprint
 from hf_lowrank.calibration import described_text, make_calibration
+from hf_lowrank.checkpoint import model_digest
 from hf_lowrank.comparison_record import append_line, read_lines
 from hf_lowrank.comparison_report import Cell, Comparison, related
 from hf_lowrank.compression import compress
 from hf_lowrank.data import source_name
 from hf_lowrank.errors import InputError
+from hf_lowrank.job import Settings, settle_compression
 from hf_lowrank.loading import find_tokenizer, load_dense
 from hf_lowrank.multiply_adds import count_multiply_adds
 from hf_lowrank.planning.sizes import parameter_bytes
@@ -25,7 +27,6 @@ from hf_lowrank.progress import Progress, no_progress
 from hf_lowrank.remote_code.lowrank_model import LowRankMixin
 from hf_lowrank.report import make_report
 from hf_lowrank.scratch import temporary_folder
-from hf_lowrank.settings import CompressionSettings, make_settings
 from hf_lowrank.tasks import make_task
 from hf_lowrank.tasks.base import Step, Task, metric_of
 from hf_lowrank.version import __version__
@@ -47,7 +48,7 @@ class ComparisonSettings:
     """What is compared, and how.
 
     Args:
-        methods: Each a name of `SOLVERS`, optionally with an allocation, a storage and passes of refinement:
+        methods: Each a name of `METHODS`, optionally with an allocation, a storage and passes of refinement:
             `two_sided_svd`, `whitened_svd:uniform`, `two_sided_svd:measured:pivoted:0`, `svd::pivoted`. What is left
             out is what `compress` does by default.
         budgets: Fractions of the parameters of the replaced matrices that stay (`keep_targets`), the same for all.
@@ -81,7 +82,7 @@ def compare(
         off_calibration: A text of another kind than the calibration text, to score on as well.
         calibration: As for `compress`.
         tokenizer: Of the model.
-        options: The fields of `ComparisonSettings` and, for all methods alike, of `CompressionSettings`.
+        options: The fields of `ComparisonSettings` and, for all methods alike, of `CompressOptions`.
 
     Raises:
         InputError: If the model, the data, a method or an option cannot be used.
@@ -97,7 +98,7 @@ def compare(
     dense = load_dense(model_or_id)
     tokenizer = tokenizer if tokenizer is not None else find_tokenizer(dense)
     data = {HELD_OUT: dataset} | ({} if off_calibration is None else {OFF_CALIBRATION: off_calibration})
-    part, batch_size = task.prepare(dense), entries[0].settings.batch_size
+    part, batch_size = task.prepare(dense), entries[0].settings.text.batch_size
     steps = {name: task.steps(tokenizer, source, batch_size, part) for name, source in data.items()}
     with temporary_folder() as scratch:
         bench = _Bench(dense, task, steps, Path(settings.work_dir or scratch), progress)
@@ -112,7 +113,7 @@ def compare(
         texts=tuple(data),
         baseline=baseline,
         cells=tuple(related(cells, metric, baseline, task.higher_is_better)),
-        about=_about(model_or_id, data, cells[0], bench.text, entries[0].settings.seed),
+        about=_about(model_or_id, data, cells[0], bench.text, entries[0].settings.text.seed),
     )
 
 
@@ -133,29 +134,16 @@ class _Entry:
 
     method: str
     budget: float
-    settings: CompressionSettings
+    given: dict[str, Any]
+    settings: Settings
     has_text: bool
-
-    @property
-    def passes(self) -> int:
-        """Of refinement."""
-        return self.settings.passes(self.has_text, inplace=False)
-
-    @property
-    def anchors(self) -> bool:
-        """Whether matrices are solved a second time."""
-        return self.settings.anchors(self.has_text, inplace=False)
-
-    @property
-    def reads_text(self) -> bool:
-        """Whether the model is run on the calibration text."""
-        return self.settings.looks_at_text or self.anchors or self.passes > 0
 
     @property
     def resolved(self) -> list[Any]:
         """The method with nothing left to a default."""
-        settings = self.settings
-        return [settings.method, settings.chosen_allocation, settings.chosen_storage, self.anchors, self.passes]
+        name, learning = self.settings.options.method, self.settings.learning
+        how = (self.settings.allocation, self.settings.storage.linear)
+        return [name, *how, learning.anchors, learning.passes]
 
 
 def _entries(settings: ComparisonSettings, shared: dict[str, Any], has_text: bool) -> list[_Entry]:
@@ -172,7 +160,8 @@ def _entry(method: str, budget: float, shared: dict[str, Any], has_text: bool) -
     chosen: dict[str, Any] = {name: part for name, part in zip(_PARTS, parts, strict=False) if part}
     if "refine_passes" in chosen:
         chosen["refine_passes"] = int(chosen["refine_passes"])
-    return _Entry(method, budget, make_settings({**shared, **chosen, "keep_targets": budget}), has_text)
+    given = {**shared, **chosen, "keep_targets": budget}
+    return _Entry(method, budget, given, settle_compression(given, has_text=has_text), has_text)
 
 
 def _baseline(wanted: str | None, entries: Sequence[_Entry]) -> str | None:
@@ -206,13 +195,13 @@ class _Bench:
         work_dir.mkdir(parents=True, exist_ok=True)
         self._file = work_dir / _RECORD
         self._done = {line["fingerprint"]: line for line in read_lines(self._file)}
-        about = [fingerprint([dict(dense.named_parameters())]), __version__, task.name, asdict(task)]
+        about = [model_digest(dense), __version__, task.name, asdict(task)]
         self._about = {name: [*about, _fingerprint(of_text)] for name, of_text in steps.items()}
 
     def calibrate(self, source: Any, tokenizer: Any, entries: Sequence[_Entry]) -> None:
         """Read the calibration text, if any method looks at it: the same batches for all."""
-        if any(entry.reads_text for entry in entries):
-            calibration = make_calibration(self._dense, source, tokenizer, entries[0].settings)
+        if any(entry.settings.runs_model for entry in entries):
+            calibration = make_calibration(self._dense, source, tokenizer, entries[0].settings.text)
             batches = [*calibration.batches, *calibration.probes]
             self._calibration = None if source is None else batches
             self.text = described_text(source, batches)
@@ -224,11 +213,12 @@ class _Bench:
 
     def cell(self, entry: _Entry, tokenizer: Any) -> Cell:
         """One method at one budget."""
-        settings = replace(entry.settings, cache_dir=entry.settings.cache_dir or str(self._work_dir))
-        about = [settings.to_dict() | {"cache_dir": None}, entry.resolved, self._seen if entry.reads_text else ""]
+        given = {**entry.given, "cache_dir": entry.given.get("cache_dir") or str(self._work_dir)}
+        seen = self._seen if entry.settings.runs_model else ""
+        about = [entry.settings.options.to_dict() | {"cache_dir": None}, entry.resolved, seen]
         progress = _Labelled(self._progress, f"{entry.method} {entry.budget:g}")
         make = partial(
-            compress, self._dense, settings, calibration=self._calibration, tokenizer=tokenizer, progress=progress
+            compress, self._dense, calibration=self._calibration, tokenizer=tokenizer, progress=progress, **given
         )
         return self._cell(entry.method, entry.budget, about, make)
 

@@ -8,10 +8,10 @@ import torch
 from transformers import PreTrainedModel
 
 from hf_lowrank.errors import InputError
+from hf_lowrank.methods.encoding import DECODERS, ENCODERS, sizes_beside_rank
+from hf_lowrank.methods.factors import Factors, truncated
 from hf_lowrank.remote_code.lowrank_structures import replace_, structure_name
 from hf_lowrank.remote_code.lowrank_table import STRUCTURES
-from hf_lowrank.solvers.factors import Factors, truncated
-from hf_lowrank.solvers.storage import DECODERS, ENCODERS, sizes_beside_rank
 
 _TWO_FACTORS = "low_rank"
 

@@ -1,29 +1,61 @@
 """Putting structures with the numbers a solver has found in the place of matrices, and how far they are from these."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
+from hf_lowrank.job import Job
+from hf_lowrank.methods.encoding import StateDict, sizes_beside_rank
+from hf_lowrank.planning.plans import specs_of
 from hf_lowrank.remote_code.lowrank_plan import Plan, Spec
 from hf_lowrank.remote_code.lowrank_structures import build_shared_part, build_structure, is_bias, replace_
-from hf_lowrank.solvers.storage import StateDict
-from hf_lowrank.targets import DenseMatrix
+from hf_lowrank.targets import DenseMatrix, Matrix
 
 
-def place_part_(
+def replace_matrices_(
+    model: PreTrainedModel, matrices: Sequence[Matrix], plan: Plan, job: Job, dtype: torch.dtype, frees: bool
+) -> None:
+    """Solve and replace one group after the other, and note the relative error of each matrix.
+
+    Args:
+        matrices: Those that the plan replaces.
+        dtype: Type to store the numbers in.
+        frees: Whether nobody needs the dense weights any more.
+    """
+    plan["provenance"]["relative_errors"] = {}
+    specs, by_name = specs_of(plan), {member.name: member for matrix in matrices for member in matrix.members}
+    for solved in job.settings.method.solve(replace(job.problem, dtype=dtype), matrices, plan):
+        members, part = [by_name[name] for name in solved.members], None
+        if solved.part is not None:
+            state = _stored(solved.part_state, dtype)
+            part = _place_part_(model.base_model, solved.part, plan["shared"][solved.part], state, members)
+        for matrix in members:
+            state, spec = _stored(solved.members[matrix.name], dtype), specs[matrix.name]
+            spec |= sizes_beside_rank(state)
+            _replace_matrix_(model, matrix, plan, spec, state, part, frees)
+        del solved
+
+
+def _stored(state: StateDict, dtype: torch.dtype) -> StateDict:
+    return {name: value.to(dtype) if value.is_floating_point() else value for name, value in state.items()}
+
+
+def _place_part_(
     model: nn.Module, path: str, spec: Spec, state: StateDict, members: Sequence[DenseMatrix]
 ) -> nn.Module:
     """Put what several matrices will share where `path` of the model says, with its numbers, and return it."""
     part = build_shared_part([matrix.module for matrix in members], spec, device="meta")
-    load_numbers_(part, state, members[0].module)
+    _load_numbers_(part, state, members[0].module)
     parent, _, leaf = path.rpartition(".")
     model.get_submodule(parent).add_module(leaf, part.train(model.training))
     return part
 
 
-def replace_matrix_(
+def _replace_matrix_(
     model: nn.Module,
     matrix: DenseMatrix,
     plan: Plan,
@@ -39,14 +71,17 @@ def replace_matrix_(
         frees: Whether nobody needs the dense weight any more.
     """
     structure = build_structure(matrix.module, spec, device="meta", shared=part)
-    load_numbers_(structure, state, matrix.module)
+    bias: Any = getattr(matrix.module, "bias", None)
+    if bias is not None and "bias" in dict(structure.named_parameters()) and "bias" not in state:
+        state["bias"] = bias.detach().clone().to(next(iter(state.values())).dtype)
+    _load_numbers_(structure, state, matrix.module)
     plan["provenance"]["relative_errors"][matrix.name] = relative_error(matrix.weight, structure)
     replace_(model, matrix.path, structure)
     if frees:
         matrix.module.register_parameter("weight", None)
 
 
-def load_numbers_(structure: nn.Module, state: StateDict, dense: Any) -> None:
+def _load_numbers_(structure: nn.Module, state: StateDict, dense: Any) -> None:
     """Give a structure its numbers, where the dense module's are, and train of it what was trained there."""
     placed = {name: value.to(dense.weight.device).contiguous() for name, value in state.items()}
     structure.load_state_dict(placed, strict=True, assign=True)

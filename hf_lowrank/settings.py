@@ -1,32 +1,34 @@
 """What `compress` can be asked for, in one place for Python, the command line and the record in `config.json`."""
 
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, fields
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-import torch
-
 from hf_lowrank.errors import InputError
-from hf_lowrank.planning.allocation import ALLOCATIONS
+from hf_lowrank.methods.table import METHOD_NAMES, OF_MATRICES, OF_TENSORS, MethodRow, find_method
+from hf_lowrank.options import LARGEST_SEED, MOST_PASSES, Options, option
 from hf_lowrank.planning.budgets import Budget, make_budget
-from hf_lowrank.remote_code.lowrank_plan import closest_name
-from hf_lowrank.solvers import SOLVERS
-from hf_lowrank.solvers.stacking import GROUPS
-from hf_lowrank.solvers.tensor_methods import TENSOR_METHODS, TensorMethod
-from hf_lowrank.solvers.token_tables import EMBEDDING_OBJECTIVES, TABLE_NEEDS
-from hf_lowrank.targets import Patterns
 
-EMBEDDINGS = ("low_rank", "autoencoder", "dense")
+ALLOCATION_NAMES = ("uniform", "energy", "first_order", "measured")
 STORAGES = ("low_rank", "pivoted")
-# Up to here, pivoted rows are as fast as two factors of the same size (examples/benchmark_speed.py).
-_LARGEST_PIVOTED_FRACTION = 0.65
-_REFINE_PASSES = 2
-_FAST_SHARE = 4
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
+EMBEDDINGS = ("low_rank", "autoencoder", "dense")
+EMBEDDING_OBJECTIVES = ("loss", "direction", "published", "nonlinear")
+GROUP_NAMES = ("attention", "feed_forward", "both")
+DTYPE_NAMES = ("float32", "bfloat16", "float16", "float64")
+# With these, an option asks for nothing that any method would not do.
+_ASKS_NOTHING: dict[str, Any] = {
+    "rank_pattern": {},
+    "storage": "low_rank",
+    "embeddings": "dense",
+    "anchored": False,
+    "refine_passes": 0,
+}
+# At most so many sequences, so long: more than any text that is worth looking at.
+_MOST_TEXT = 10_000_000
 
 
 @dataclass(frozen=True, kw_only=True)
-class CompressionSettings:
+class CompressOptions(Options):
     """How to compress. Exactly one of the six budgets must be given, none where the method's name holds its ranks.
 
     Args:
@@ -39,8 +41,7 @@ class CompressionSettings:
         ranks: The ranks of a tensor method: (left, right) of `tucker` and trains, (bank, left, right) of `tucker`, or
             the one of `kronecker_sum` and autoencoders.
         rank_pattern: Rank by module name or last part of it; these matrices are outside the budget's sharing.
-        method: Solver that finds the numbers; see `SOLVERS`, and `TENSOR_METHODS` for those that take the matrices of
-            all layers together.
+        method: How the numbers are found; see `METHODS`.
         allocation: How the budget is shared among the matrices; see `ALLOCATIONS`. Default: `measured` for a method
             that looks at text (`first_order` with `fast`), `energy` for one that does not.
         storage: Structure that holds a low-rank linear layer: `low_rank` (two factors) or `pivoted` (more rank in the
@@ -52,7 +53,7 @@ class CompressionSettings:
         exclude_modules: The same, taken away again.
         embeddings: `"low_rank"`, `"autoencoder"` (longer codes for frequent tokens; see `AutoencoderEmbedding`) or
             `"dense"`, overriding the default for the token embedding and the untied head.
-        embedding_objective: What an autoencoder's errors count by: `"loss"` (lowest perplexity), `"direction"`
+        embedding_objective: What errors of an `autoencoder` count by: `"loss"` (lowest perplexity), `"direction"`
             (lowest cosine error over all rows alike), `"published"` (trained; see `PublishedTraining`) or
             `"nonlinear"` (trained, with a non-linear decoder; see `NonlinearTable`).
         dtype: Type of the compressed model's weights, such as `"bfloat16"`; None keeps the model's.
@@ -81,165 +82,60 @@ class CompressionSettings:
         InputError: Naming the option, the rule and the value.
     """
 
-    keep_params: float | None = None
-    keep_targets: float | None = None
-    target_size: str | int | None = None
-    keep_latency: float | None = None
-    rank: int | None = None
-    ranks: Sequence[int] | None = None
-    rank_pattern: dict[str, int] = field(default_factory=dict)
-    method: str = "two_sided_svd"
-    allocation: str | None = None
-    storage: str | None = None
-    group: str = "both"
-    target_modules: Patterns | None = None
-    exclude_modules: Patterns | None = None
-    embeddings: str | None = None
-    embedding_objective: str = "loss"
-    dtype: str | None = None
-    device: str | None = None
-    num_calibration_samples: int = 384
-    max_seq_length: int = 128
-    batch_size: int = 8
-    text_column: str | None = None
-    seed: int = 0
-    anchored: bool | None = None
-    refine_block_passes: int = 0
-    refine_passes: int | None = None
-    refine_learning_rate: float = 1e-4
-    bias_correction: bool = False
-    fast: bool = False
-    cache_dir: str | None = None
+    keep_params: float | None = option(None, metavar="F")
+    keep_targets: float | None = option(None, metavar="F")
+    target_size: str | float | None = option(None, metavar="SIZE")
+    keep_latency: float | None = option(None, metavar="F")
+    rank: int | None = option(None)
+    ranks: Sequence[int] | None = option(None)
+    rank_pattern: Mapping[str, int] | None = option(None, at_least=1, metavar="NAME=R")
+    method: str = option("two_sided_svd", choices=METHOD_NAMES)
+    allocation: str | None = option(None, choices=ALLOCATION_NAMES)
+    storage: str | None = option(None, choices=STORAGES)
+    group: str = option("both", choices=GROUP_NAMES)
+    target_modules: str | Sequence[str] | None = option(None, metavar="NAME")
+    exclude_modules: str | Sequence[str] | None = option(None, metavar="NAME")
+    embeddings: str | None = option(None, choices=EMBEDDINGS)
+    embedding_objective: str = option("loss", choices=EMBEDDING_OBJECTIVES)
+    dtype: str | None = option(None, choices=DTYPE_NAMES)
+    device: str | None = option(None)
+    num_calibration_samples: int = option(384, at_least=1, at_most=_MOST_TEXT)
+    max_seq_length: int = option(128, at_least=1, at_most=_MOST_TEXT)
+    batch_size: int = option(8, at_least=1, at_most=_MOST_TEXT)
+    text_column: str | None = option(None, metavar="NAME")
+    seed: int = option(0, at_least=0, at_most=LARGEST_SEED)
+    anchored: bool | None = option(None)
+    refine_block_passes: int = option(0, at_least=0, at_most=MOST_PASSES)
+    refine_passes: int | None = option(None, at_least=0, at_most=MOST_PASSES)
+    refine_learning_rate: float = option(1e-4, above=0, at_most=1)
+    bias_correction: bool = option(False)
+    fast: bool = option(False)
+    cache_dir: str | None = option(None, metavar="DIR")
 
     def __post_init__(self) -> None:
-        _check_choice("method", self.method, [*SOLVERS, *TENSOR_METHODS])
-        _check_choice("group", self.group, list(GROUPS))
-        if self.allocation is not None:
-            _check_choice("allocation", self.allocation, list(ALLOCATIONS))
-        if self.storage is not None:
-            _check_choice("storage", self.storage, list(STORAGES))
-        if self.dtype is not None:
-            _check_choice("dtype", self.dtype, list(DTYPES))
-        for name in ("num_calibration_samples", "max_seq_length", "batch_size"):
-            if getattr(self, name) < 1:
-                raise InputError(f"{name} must be at least 1, got {getattr(self, name)}.")
-        if self.embeddings is not None:
-            _check_choice("embeddings", self.embeddings, list(EMBEDDINGS))
-        _check_choice("embedding_objective", self.embedding_objective, list(EMBEDDING_OBJECTIVES))
+        super().__post_init__()
+        for name in sorted((OF_MATRICES | OF_TENSORS) - self.row.takes):
+            if self._asks(name):
+                raise InputError(
+                    f"{name} does not go with method={self.method}. Leave it out, or take another method."
+                )
         _ = self.budget
-        if self.tensor_method is not None:
-            self._check_suits_tensors()
-        elif self.ranks is not None:
-            raise InputError(f"ranks belong to the methods {', '.join(TENSOR_METHODS)}, got method={self.method}.")
 
-    def _check_suits_tensors(self) -> None:
-        learning = ["anchored", "refine_block_passes", "refine_passes", "bias_correction", "fast"]
-        given = [name for name in ["rank_pattern", "keep_latency", "allocation", *learning] if getattr(self, name)]
-        given += ["storage"] * (self.storage not in (None, "low_rank")) + ["embeddings"] * (
-            self.embeddings not in (None, "dense")
-        )
-        if given:
-            raise InputError(
-                f"{given[0]} does not go with method={self.method}, which takes the matrices of the blocks together. "
-                "Leave it out."
-            )
+    def _asks(self, name: str) -> bool:
+        value, default = getattr(self, name), next(f.default for f in fields(self) if f.name == name)
+        return value not in (default, _ASKS_NOTHING.get(name, default))
+
+    @property
+    def row(self) -> MethodRow:
+        """The row of the method."""
+        return find_method(self.method)
 
     @property
     def budget(self) -> Budget:
-        """The one budget that was given."""
-        method = self.tensor_method
-        ranks = self.ranks or (None if method is None else method.ranks)
+        """The one budget that was given, or that the method's name says."""
         sizes = (self.keep_params, self.keep_targets, self.target_size)
-        return make_budget(*sizes, self.keep_latency, self.rank, ranks)
-
-    @property
-    def tensor_method(self) -> TensorMethod | None:
-        """The tensor method asked for; None for a solver of one matrix after the other."""
-        return TENSOR_METHODS.get(self.method)
-
-    @property
-    def given_ranks(self) -> Sequence[int] | None:
-        """The ranks of a tensor method, where they and not a size were given."""
-        if self.rank is not None:
-            return self.rank, self.rank
-        return self.ranks or (None if self.tensor_method is None else self.tensor_method.ranks)
-
-    @property
-    def torch_dtype(self) -> torch.dtype | None:
-        """The type asked for."""
-        return None if self.dtype is None else DTYPES[self.dtype]
-
-    @property
-    def chosen_allocation(self) -> str:
-        """The allocation asked for; by default what suits the method, and the time there is."""
-        looks = self.needs and self.tensor_method is None
-        suits = ("first_order" if self.fast else "measured") if looks else "energy"
-        return self.allocation or suits
-
-    @property
-    def chosen_storage(self) -> str:
-        """The storage asked for; by default what is best among the fastest."""
-        budget = self.budget
-        is_small = budget.kind in ("keep_params", "keep_targets") and budget.value <= _LARGEST_PIVOTED_FRACTION
-        return self.storage or ("pivoted" if is_small or budget.kind == "target_size" else "low_rank")
-
-    @property
-    def num_samples(self) -> int:
-        """Sequences of text to look at."""
-        return max(2, self.num_calibration_samples // _FAST_SHARE) if self.fast else self.num_calibration_samples
-
-    def passes(self, has_text: bool, inplace: bool) -> int:
-        """Passes of refinement: those asked for, or what is worth its time."""
-        if self.refine_passes is not None:
-            return self.refine_passes
-        return _REFINE_PASSES if self._can_learn(has_text, inplace) else 0
-
-    def anchors(self, has_text: bool, inplace: bool) -> bool:
-        """Whether matrices are solved a second time: if that is asked for, or worth its time."""
-        return self._can_learn(has_text, inplace) if self.anchored is None else self.anchored
-
-    def _can_learn(self, has_text: bool, inplace: bool) -> bool:
-        return has_text and not inplace and not self.fast and self.chosen_allocation == "measured"
-
-    @property
-    def looks_at_text(self) -> bool:
-        """Whether the model has to be run: for statistics, to measure ranks, or to learn from it."""
-        shares = self.rank is None and ALLOCATIONS[self.chosen_allocation].errors == "probes"
-        return bool(self.needs or self.anchored or self.refine_block_passes or self.refine_passes) or shares
-
-    @property
-    def needs(self) -> frozenset[str]:
-        """Kinds of statistics; see `hf_lowrank.statistics.collection.KINDS`."""
-        if self.tensor_method is not None:
-            return self.tensor_method.needs
-        for_tables = TABLE_NEEDS if self.embeddings == "autoencoder" else frozenset()
-        return SOLVERS[self.method].needs | for_tables | ({"input_moment"} if self.bias_correction else set())
-
-    @property
-    def roles(self) -> set[str]:
-        """Which matrices are candidates when `target_modules` does not say."""
-        is_whole_model = self.budget.is_whole_model and self.tensor_method is None
-        with_embeddings = is_whole_model if self.embeddings is None else self.embeddings != "dense"
-        return {"block", "embedding", "head"} if with_embeddings else {"block"}
+        return make_budget(*sizes, self.keep_latency, self.rank, self.ranks or self.row.ranks)
 
     def to_dict(self) -> dict[str, Any]:
-        """The settings that were given, as plain JSON."""
+        """What was asked for, as plain JSON."""
         return {key: value for key, value in asdict(self).items() if value not in (None, {})}
-
-
-def make_settings(options: dict[str, Any]) -> CompressionSettings:
-    """Settings from keyword arguments.
-
-    Raises:
-        InputError: If one of them does not exist, naming the closest that does.
-    """
-    known = [f.name for f in fields(CompressionSettings)]
-    for name in options:
-        if name not in known:
-            raise InputError(f"There is no option {name!r}. Closest: {closest_name(name, known)!r}.")
-    return CompressionSettings(**options)
-
-
-def _check_choice(option: str, value: str, known: list[str]) -> None:
-    if value not in known:
-        raise InputError(f"{option} must be one of {', '.join(known)}, got {value!r}.")

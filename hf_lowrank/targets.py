@@ -1,7 +1,8 @@
 """The dense matrices of a model that can be compressed, and choosing among them by name."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Set as AbstractSet
+from dataclasses import dataclass, field
 from itertools import takewhile
 from typing import Any
 
@@ -21,6 +22,25 @@ ALL_LINEAR = "all-linear"
 _MATCHING_SECONDS = 1.0  # of one name; re itself has no limit, and some patterns need years
 
 Patterns = str | Sequence[str]
+
+
+@dataclass(frozen=True)
+class Targets:
+    """Which matrices are to be replaced.
+
+    Args:
+        roles: Of the matrices where `target_modules` does not say.
+        target_modules: As in PEFT; see `select_matrices`.
+        exclude_modules: The same, taken away again.
+        rank_pattern: Rank by name or last part of it, of matrices outside the budget's sharing.
+        group: Of the matrices that a tensor method takes; see `hf_lowrank.methods.stacking.GROUPS`.
+    """
+
+    roles: frozenset[str] = frozenset({"block"})
+    target_modules: Patterns | None = None
+    exclude_modules: Patterns | None = None
+    rank_pattern: Mapping[str, int] = field(default_factory=dict)
+    group: str = "both"
 
 
 @dataclass(frozen=True)
@@ -160,9 +180,21 @@ def is_tied(model: PreTrainedModel) -> bool:
     return bool(getattr(model.config, "tie_word_embeddings", False))
 
 
+def candidate_matrices(model: PreTrainedModel, targets: Targets) -> list[DenseMatrix]:
+    """The matrices the targets speak of: those to share the budget, and those whose rank is given by name.
+
+    Raises:
+        InputError: If nothing matches.
+    """
+    every = find_matrices(model)
+    chosen = select_matrices(every, targets.roles, targets.target_modules, targets.exclude_modules)
+    named = [m for pattern in targets.rank_pattern for m in matching(every, [pattern], "rank_pattern")]
+    return [matrix for matrix in every if matrix in chosen or matrix in named]
+
+
 def select_matrices(
     matrices: Iterable[DenseMatrix],
-    roles: set[str],
+    roles: AbstractSet[str],
     target_modules: Patterns | None,
     exclude_modules: Patterns | None,
 ) -> list[DenseMatrix]:

@@ -10,10 +10,10 @@ from hf_lowrank import InputError, anchoring, compress
 from hf_lowrank.anchoring import anchor_
 from hf_lowrank.blocks import Walk, calls_in_order, find_blocks, hidden_states, recorded_outputs
 from hf_lowrank.calibration import Calibration
+from hf_lowrank.methods.matrix.anchored import AnchoredMoments
+from hf_lowrank.methods.matrix.svd import decompose
+from hf_lowrank.methods.metric import identity, moment_metric, shrinkage_strength
 from hf_lowrank.outputs import mean_distance, run
-from hf_lowrank.solvers.anchored import AnchoredMoments
-from hf_lowrank.solvers.metric import identity, moment_metric, shrinkage_strength
-from hf_lowrank.solvers.svd import decompose
 from hf_lowrank.targets import find_matrices
 
 ROWS, COLUMNS, TOKENS, RANK = 7, 5, 40, 3

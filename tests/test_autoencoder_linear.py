@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from every_method import TENSOR_METHODS
 from safetensors.torch import load_file
 from tiny_models import WIDTH, assert_same_function, build, inputs_for
 from torch import nn
@@ -11,20 +12,20 @@ from transformers.pytorch_utils import Conv1D
 from hf_lowrank import compress
 from hf_lowrank.checkpoint import Checkpoint
 from hf_lowrank.errors import InputError
-from hf_lowrank.progress import no_progress
+from hf_lowrank.methods.metric import DiagonalMetric, identity, moment_metric
+from hf_lowrank.methods.problem import Problem
+from hf_lowrank.methods.rows import row_autoencoder
+from hf_lowrank.methods.rows.method import Group
+from hf_lowrank.methods.rows.nonlinear_autoencoder import RowTraining, train_rows
+from hf_lowrank.methods.rows.nonlinear_method import NonlinearAutoencoderMethod
+from hf_lowrank.methods.rows.row_autoencoder import RowAutoencoder, Rows
+from hf_lowrank.planning.budgets import Budget
 from hf_lowrank.remote_code.lowrank_autoencoder_linear import ROWS, LinearDecoder, NonlinearDecoder, row_shape
 from hf_lowrank.remote_code.lowrank_materialize import MODES, set_materialize_
 from hf_lowrank.remote_code.lowrank_plan import PlanError
 from hf_lowrank.remote_code.lowrank_structures import build_shared_part, build_structure
-from hf_lowrank.solvers import row_autoencoder
-from hf_lowrank.solvers.metric import DiagonalMetric, identity, moment_metric
-from hf_lowrank.solvers.nonlinear_autoencoder import RowTraining, train_rows
-from hf_lowrank.solvers.row_autoencoder import RowAutoencoder, Rows
-from hf_lowrank.solvers.tensor_methods import TENSOR_METHODS
+from hf_lowrank.statistics.evidence import Evidence
 from hf_lowrank.targets import find_matrices
-from hf_lowrank.tensors.autoencoder import Group
-from hf_lowrank.tensors.nonlinear_autoencoder import NonlinearAutoencoderKind
-from hf_lowrank.tensors.problem import TensorProblem
 from hf_lowrank.verification import verify
 
 NAMES = {"autoencoder": "linear_decoder", "nonlinear_autoencoder": "nonlinear_decoder"}
@@ -317,17 +318,18 @@ def test_a_killed_training_goes_on_to_the_same_numbers(tmp_path):
 
 
 def test_rows_of_inputs_are_not_taken_for_those_of_outputs_that_were_kept(tmp_path):
-    matrices = [matrix for matrix in find_matrices(build("BertModel")) if matrix.name.endswith("self.key")]
+    model = build("BertModel")
+    matrices = [matrix for matrix in find_matrices(model) if matrix.name.endswith("self.key")]
 
-    def solved(rows, kept):
-        problem = TensorProblem(matrices, WIDTH, None, torch.device("cpu"), no_progress, checkpoint=kept)
+    def solved(rows, folder):
+        evidence = Evidence(model, matrices, cache_dir=folder)
+        problem = Problem(model, matrices, evidence, "nonlinear_autoencoder", Budget("ranks", 3, (3,)))
         group = Group("decoder_key", matrices, rows, "nonlinear_decoder")
-        return NonlinearAutoencoderKind(None)._solved(problem, group, 3)[0]
+        return NonlinearAutoencoderMethod(None)._solved(problem, group, 3)[0]
 
-    kept = Checkpoint(tmp_path, "learned")
-    solved("output", kept)
+    solved("output", tmp_path)
 
-    assert all(map(torch.equal, solved("input", kept), solved("input", Checkpoint())))
+    assert all(map(torch.equal, solved("input", tmp_path), solved("input", None)))
 
 
 def test_training_that_gains_nothing_ends_early():

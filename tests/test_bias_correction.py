@@ -2,10 +2,10 @@
 
 import pytest
 import torch
+from every_method import SOLVERS
 from tiny_models import VOCABULARY, build
 
 from hf_lowrank import compress
-from hf_lowrank.solvers import SOLVERS
 
 NAME = "encoder.layer.0.intermediate.dense"  # the first matrix' input is that of the dense model in a compressed one
 

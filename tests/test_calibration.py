@@ -5,11 +5,10 @@ import torch
 from tiny_models import VOCABULARY, build
 
 from hf_lowrank import InputError, compress
-from hf_lowrank.calibration import is_masked_lm, make_calibration, mask_tokens, varied_lengths
+from hf_lowrank.calibration import Text, is_masked_lm, make_calibration, mask_tokens, varied_lengths
 from hf_lowrank.outputs import IGNORED_LABEL
-from hf_lowrank.settings import CompressionSettings
 
-SETTINGS = CompressionSettings(rank=4, num_calibration_samples=32, max_seq_length=24, batch_size=4)
+SETTINGS = Text(num_samples=32, max_seq_length=24, batch_size=4)
 
 
 def ready_batches(count=6, length=12):

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 import yaml
+from every_method import SOLVERS, TENSOR_METHODS
 from huggingface_hub import ModelCard, parse_eval_result_entries
 from tiny_models import build
 from tiny_tokenizers import encoder_tokenizer
@@ -14,19 +15,18 @@ from tiny_tokenizers import encoder_tokenizer
 import hf_lowrank
 from hf_lowrank import InputError, compress, evaluate, record_evaluation, saved_report
 from hf_lowrank.cards.card import KEPT_LINE, REPORT_FILE, make_card, shown_command
-from hf_lowrank.cards.citations import PAPERS, paper_of
 from hf_lowrank.cards.metadata import RESULTS_FILE, results_file
 from hf_lowrank.cards.pictures import rank_picture
 from hf_lowrank.cli import main
 from hf_lowrank.evaluation import Latency
 from hf_lowrank.loading import load_dense
 from hf_lowrank.machine import machine_name
+from hf_lowrank.methods import papers
+from hf_lowrank.methods.table import paper_of
 from hf_lowrank.origin import Origin, find_origin
 from hf_lowrank.record import read_record, record_bytes, write_record
 from hf_lowrank.report import CompressionReport, LatencyReport, ModuleReport, QualityReport, make_report
 from hf_lowrank.saving import load_compressed, save_folder
-from hf_lowrank.solvers import SOLVERS
-from hf_lowrank.solvers.tensor_methods import TENSOR_METHODS
 
 CARD = "---\nlicense: mit\nlanguage: [en, de]\npipeline_tag: fill-mask\n---\n# dense\n"
 LATENCY = LatencyReport(8, 20, "a machine", Latency(0.02, 0.01, 0.03, 1.0), Latency(0.01, 0.01, 0.02, 2.0))
@@ -197,9 +197,9 @@ def test_every_method_names_its_paper(report, method):
 
 
 def test_ways_to_do_a_method_have_its_paper():
-    assert paper_of("tucker-IV-72-384") is paper_of("whitened_tucker") is PAPERS["tucker"]
-    assert paper_of("shared_tensor_train") is not paper_of("whitened_tensor_train") is PAPERS["tensor_train"]
-    assert paper_of("separated_nonlinear_autoencoder") is PAPERS["autoencoder"]
+    assert paper_of("tucker-IV-72-384") is paper_of("whitened_tucker") is papers.TUCKER
+    assert paper_of("shared_tensor_train") is not paper_of("whitened_tensor_train") is papers.TENSOR_TRAIN
+    assert paper_of("separated_nonlinear_autoencoder") is papers.AUTOENCODER
     assert paper_of("unheard_of") is None
 
 

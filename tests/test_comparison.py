@@ -4,14 +4,15 @@ import json
 import math
 
 import pytest
+from every_method import TENSOR_METHODS
 from tiny_models import build
 from tiny_tokenizers import LETTERS, encoder_tokenizer
 
-from hf_lowrank import InputError, comparison, compress, decomposing
+from hf_lowrank import InputError, comparison, compress
 from hf_lowrank.cli import main
 from hf_lowrank.comparison import compare
 from hf_lowrank.comparison_report import Cell, related
-from hf_lowrank.solvers.tensor_methods import TENSOR_METHODS
+from hf_lowrank.statistics import evidence
 from hf_lowrank.targets import find_matrices
 from hf_lowrank.tasks import make_task
 
@@ -42,9 +43,9 @@ def compressions(monkeypatch):
     """What was compressed, as `method budget`."""
     made = []
 
-    def counted(model, settings, **options):
-        made.append(f"{settings.method} {settings.keep_targets}")
-        return compress(model, settings, **options)
+    def counted(model, **options):
+        made.append(f"{options['method']} {options['keep_targets']}")
+        return compress(model, **options)
 
     monkeypatch.setattr(comparison, "compress", counted)
     return made
@@ -136,10 +137,10 @@ def test_the_standard_is_the_baseline_however_it_is_spelled(dense, result):
 def test_a_killed_comparison_goes_on_where_it_was(dense, result, tmp_path, monkeypatch, compressions):
     counted = comparison.compress
 
-    def killed(model, settings, **options):
+    def killed(model, **options):
         if len(compressions) == 4:
             raise KeyboardInterrupt
-        return counted(model, settings, **options)
+        return counted(model, **options)
 
     monkeypatch.setattr(comparison, "compress", killed)
     with pytest.raises(KeyboardInterrupt):
@@ -183,9 +184,9 @@ def test_a_second_text_costs_no_second_evaluation_of_the_first(dense, tmp_path):
 
 def test_statistics_are_collected_once_for_all_budgets(dense, monkeypatch):
     collected = []
-    collect = decomposing.collect_statistics
+    collect = evidence.collect_statistics
     monkeypatch.setattr(
-        decomposing,
+        evidence,
         "collect_statistics",
         lambda *args, **kwargs: collected.append(args[3]) or collect(*args, **kwargs),
     )
@@ -206,7 +207,7 @@ def test_statistics_are_collected_once_for_all_budgets(dense, monkeypatch):
         ({"budgets": []}, "nothing to compare"),
         ({"baseline": "two_sided_svd:uniform"}, "baseline 'two_sided_svd:uniform' is not among the methods"),
         ({"keep_params": 0.5}, "Exactly one budget"),
-        ({"sede": 1}, "There is no option 'sede'. Closest: 'seed'"),
+        ({"sede": 1}, "compress has no option 'sede'. Closest: 'seed'"),
     ],
 )
 def test_bad_input_gets_one_clear_line(dense, options, message):

@@ -7,17 +7,20 @@ from functools import partial
 
 import pytest
 import torch
+from every_method import SOLVERS
 from tiny_models import VOCABULARY, assert_same_function, build, inputs_for
 
-from hf_lowrank import CompressionSettings, InputError, compress, decomposing, make_report
+from hf_lowrank import InputError, compress, make_report
 from hf_lowrank.blocks import find_blocks, recorded_outputs, replayed_outputs
+from hf_lowrank.calibration import Text, make_calibration
 from hf_lowrank.checkpoint import Checkpoint
+from hf_lowrank.methods.matrix.decompositions import Decompositions
+from hf_lowrank.methods.matrix.svd import Decomposition
 from hf_lowrank.outputs import run
 from hf_lowrank.planning.probes import Probe
 from hf_lowrank.planning.sizes import overhead_bytes, parameter_bytes
 from hf_lowrank.refinement import refine_
-from hf_lowrank.solvers import SOLVERS
-from hf_lowrank.solvers.svd import Decomposition
+from hf_lowrank.statistics import evidence
 from hf_lowrank.statistics.moments import MatrixStatistics
 from hf_lowrank.targets import find_matrices
 
@@ -107,9 +110,7 @@ def test_refining_at_a_hopeless_rate_keeps_the_model_as_it_was():
     small = compress(dense, keep_targets=0.4, method="svd")
     before = {name: value.clone() for name, value in small.state_dict().items()}
     trainable = [parameter.requires_grad for parameter in small.parameters()]
-    calibration = decomposing.Decomposer(
-        dense, CompressionSettings(keep_targets=0.4), text(), None, lambda work, description: work
-    ).calibration
+    calibration = make_calibration(dense, text(), None, Text())
 
     found = refine_(small, dense, calibration, passes=2, learning_rate=1e6)
 
@@ -127,7 +128,7 @@ def test_refining_in_place_is_refused():
 def test_a_second_budget_looks_at_the_text_no_more(tmp_path, monkeypatch):
     options = {"calibration": text(), "cache_dir": str(tmp_path), "refine_passes": 0}
     first = compress(build("BertModel"), keep_targets=0.5, **options)
-    monkeypatch.setattr(decomposing, "collect_statistics", lambda *args, **kwargs: pytest.fail("collected again"))
+    monkeypatch.setattr(evidence, "collect_statistics", lambda *args, **kwargs: pytest.fail("collected again"))
 
     again = compress(build("BertModel"), keep_targets=0.5, **options)
     compress(build("BertModel"), keep_targets=0.3, **options)
@@ -162,7 +163,7 @@ def test_a_killed_run_goes_on_where_it_was(tmp_path, monkeypatch):
 def test_no_matrix_is_decomposed_twice_not_even_after_a_kill(options, tmp_path, monkeypatch):
     options = {"keep_targets": 0.5, "calibration": text(), **options}
     whole = compress(build("BertModel"), **options)
-    decompose, decomposed, killed = decomposing.Decomposer._decompose, [], []
+    decompose, decomposed, killed = Decompositions.decompose, [], []
 
     def dying(self, matrix):
         if len(decomposed) == 3 and not killed:
@@ -171,7 +172,7 @@ def test_no_matrix_is_decomposed_twice_not_even_after_a_kill(options, tmp_path, 
         decomposed.append(matrix.name)
         return decompose(self, matrix)
 
-    monkeypatch.setattr(decomposing.Decomposer, "_decompose", dying)
+    monkeypatch.setattr(Decompositions, "decompose", dying)
     with pytest.raises(KeyboardInterrupt):
         compress(build("BertModel"), cache_dir=str(tmp_path), **options)
     resumed = compress(build("BertModel"), cache_dir=str(tmp_path), **options)
@@ -269,7 +270,7 @@ def test_a_16_bit_model_is_watched_in_32_bits_and_stays_16_bits(dtype):
 
 
 def test_the_fast_tier_runs_no_probe_and_trains_nothing(monkeypatch):
-    monkeypatch.setattr(decomposing, "Probe", lambda *args: pytest.fail("probed"))
+    monkeypatch.setattr(evidence, "Probe", lambda *args: pytest.fail("probed"))
 
     small = compress(build("BertForMaskedLM"), keep_targets=0.5, calibration=text(), fast=True)
 

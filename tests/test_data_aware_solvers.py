@@ -2,10 +2,10 @@
 
 import pytest
 import torch
+from every_method import SOLVERS
 
-from hf_lowrank.solvers import SOLVERS
-from hf_lowrank.solvers.metric import FullMetric, identity, moment_metric
-from hf_lowrank.solvers.svd import decompose
+from hf_lowrank.methods.matrix.svd import decompose
+from hf_lowrank.methods.metric import FullMetric, identity, moment_metric
 from hf_lowrank.statistics.moments import MatrixStatistics
 
 SHAPES = [(9, 6), (6, 9), (7, 7)]

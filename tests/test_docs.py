@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from every_method import SOLVERS, TENSOR_METHODS
 from markdown_it import MarkdownIt
 from tiny_files import write_data, write_models
 
@@ -18,8 +19,6 @@ from hf_lowrank.cli import main
 from hf_lowrank.cli import verify as verify_command
 from hf_lowrank.planning.allocation import ALLOCATIONS
 from hf_lowrank.remote_code.lowrank_table import STRUCTURES
-from hf_lowrank.solvers import SOLVERS
-from hf_lowrank.solvers.tensor_methods import TENSOR_METHODS
 from hf_lowrank.tasks import TASKS
 from hf_lowrank.verification import Verification
 

@@ -4,12 +4,18 @@ import itertools
 
 import pytest
 import torch
+from every_method import SOLVERS
 from tiny_models import VOCABULARY, build
 
 from hf_lowrank import compress
-from hf_lowrank.solvers import SOLVERS
-from hf_lowrank.solvers.element_weighted_svd import MOST_SWEEPS, TOLERANCE, regular_weights, sweep, weighted_error
-from hf_lowrank.solvers.factors import Factors
+from hf_lowrank.methods.factors import Factors
+from hf_lowrank.methods.matrix.element_weighted_svd import (
+    MOST_SWEEPS,
+    TOLERANCE,
+    regular_weights,
+    sweep,
+    weighted_error,
+)
 from hf_lowrank.statistics.moments import MatrixStatistics
 
 SHAPES = [(12, 8), (8, 12), (9, 9), (1, 5), (5, 1)]

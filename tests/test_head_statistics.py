@@ -2,9 +2,9 @@
 
 import pytest
 import torch
+from every_method import SOLVERS
 from tiny_models import VOCABULARY, build
 
-from hf_lowrank.solvers import SOLVERS
 from hf_lowrank.statistics.collection import collect_statistics
 from hf_lowrank.statistics.moments import MatrixStatistics
 from hf_lowrank.targets import find_matrices

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from hf_lowrank.errors import InputError
+from hf_lowrank.methods.kronecker import kronecker_spectrum, kronecker_sum, rearranged
 from hf_lowrank.remote_code.lowrank_kronecker import KroneckerLinear, factor_pairs, largest_kronecker_rank
-from hf_lowrank.solvers.kronecker import kronecker_spectrum, kronecker_sum, rearranged
 
 WHOLE = [(12, 12), (36, 70), (24, 6), (1, 6)]
 FILLED = [(13, 11), (7, 36), (5, 1)]

@@ -5,13 +5,12 @@ import re
 from pathlib import Path
 
 import pytest
+from every_method import SOLVERS, TENSOR_METHODS
 from huggingface_hub import ModelCard
 
 from hf_lowrank.cards.card import KEPT_LINE, REPORT_FILE
 from hf_lowrank.record import card_text
 from hf_lowrank.report import CompressionReport
-from hf_lowrank.solvers import SOLVERS
-from hf_lowrank.solvers.tensor_methods import TENSOR_METHODS
 
 FOLDER = Path(__file__).resolve().parents[1] / "model_cards"
 CARDS = sorted(path.parent for path in FOLDER.glob(f"*/{REPORT_FILE}"))

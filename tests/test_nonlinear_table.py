@@ -9,15 +9,15 @@ from hf_lowrank import compress, decompress
 from hf_lowrank.analysis import analyze
 from hf_lowrank.checkpoint import Checkpoint
 from hf_lowrank.errors import InputError
+from hf_lowrank.methods.rows.row_autoencoder import RowAutoencoder, rows_by_direction
+from hf_lowrank.methods.tables import nonlinear_table
+from hf_lowrank.methods.tables.nonlinear_table import NonlinearTable
+from hf_lowrank.methods.tables.trained_table import TrainedTable
 from hf_lowrank.planning.sizes import overhead_bytes, parameter_bytes
 from hf_lowrank.remote_code.lowrank_materialize import set_materialize_
 from hf_lowrank.remote_code.lowrank_nonlinear_table import NonlinearAutoencoderEmbedding
 from hf_lowrank.report import make_report
 from hf_lowrank.saving import load_compressed
-from hf_lowrank.solvers import nonlinear_table
-from hf_lowrank.solvers.nonlinear_table import NonlinearTable
-from hf_lowrank.solvers.row_autoencoder import RowAutoencoder, rows_by_direction
-from hf_lowrank.solvers.token_tables import make_table
 
 V, D = 200, 16
 HEADS = ["BertForMaskedLM", "GPT2LMHeadModel"]
@@ -103,7 +103,7 @@ def test_training_finds_nearer_directions_than_the_linear_start_and_keeps_the_le
 def test_the_seed_decides_and_nothing_else_is_drawn_from():
     rows, expected = curved(), torch.random.get_rng_state()
 
-    tables = (make_table(rows, None, objective="nonlinear", seed=seed) for seed in (0, 0, 1))
+    tables = (NonlinearTable(rows, seed) for seed in (0, 0, 1))
     first, again, other = (table.at_sizes({"code_length": 3}) for table in tables)
 
     assert torch.equal(torch.random.get_rng_state(), expected)
@@ -119,7 +119,7 @@ def test_a_killed_training_goes_on_and_no_other_is_taken_for_it(tmp_path):
             yield step
 
     rows, kept, seen = curved(), Checkpoint(tmp_path, "table"), []
-    make_table(rows, None, objective="published", checkpoint=kept).at_rank(3)
+    TrainedTable(rows, checkpoint=kept).at_rank(3)
     expected = NonlinearTable(rows).at_sizes({"code_length": 3})
     with pytest.raises(KeyboardInterrupt):
         NonlinearTable(rows, checkpoint=kept, progress=killed).at_sizes({"code_length": 3})

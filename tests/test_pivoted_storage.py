@@ -8,9 +8,9 @@ from tiny_models import build
 
 from hf_lowrank import InputError, compress, decompress
 from hf_lowrank.conversion import as_two_factors, convert_storage_
+from hf_lowrank.methods.encoding import DECODERS, ENCODERS, sizes_beside_rank
+from hf_lowrank.methods.factors import Factors
 from hf_lowrank.remote_code.lowrank_pivoted import PivotedLinear
-from hf_lowrank.solvers.factors import Factors
-from hf_lowrank.solvers.storage import DECODERS, ENCODERS, sizes_beside_rank
 
 SHAPES = [(12, 7, 3), (7, 12, 3), (9, 9, 1), (40, 9, 9), (9, 40, 9), (5, 5, 4)]
 each_shape = pytest.mark.parametrize("shape", SHAPES, ids=str)

@@ -23,12 +23,12 @@ import hf_lowrank
 from hf_lowrank import InputError, compress, saving
 from hf_lowrank.checkpoint import Checkpoint
 from hf_lowrank.comparison import _append_line
+from hf_lowrank.methods.matrix.stored import store_decomposition
+from hf_lowrank.methods.matrix.svd import SVD
 from hf_lowrank.record import write_record
 from hf_lowrank.report import QualityReport, make_report
 from hf_lowrank.saving import save_folder
 from hf_lowrank.scratch import REPLACED, scratch_folder, temporary_folder, workshop, write_text
-from hf_lowrank.solvers.stored import store_decomposition
-from hf_lowrank.solvers.svd import SVD
 from hf_lowrank.statistics.running_sums import RunningSums
 from hf_lowrank.training.best import BestStateCallback
 

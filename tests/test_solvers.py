@@ -4,14 +4,14 @@ import itertools
 
 import pytest
 import torch
+from every_method import SOLVERS
 from hypothesis import given
 from hypothesis import strategies as st
 
+from hf_lowrank.methods.encoding import ENCODERS, sizes_beside_rank
+from hf_lowrank.methods.factors import Factors, balanced
 from hf_lowrank.remote_code.lowrank_structures import build_structure
 from hf_lowrank.remote_code.lowrank_table import STRUCTURES
-from hf_lowrank.solvers import SOLVERS
-from hf_lowrank.solvers.factors import Factors, balanced
-from hf_lowrank.solvers.storage import ENCODERS, sizes_beside_rank
 
 SHAPES = [(12, 7), (7, 12), (9, 9), (1, 8), (8, 1), (1, 1), (40, 3), (5000, 6)]
 each_solver = pytest.mark.parametrize("name", SOLVERS)

@@ -111,9 +111,13 @@ def trees():
     return {str(path.relative_to(PACKAGE)): ast.parse(path.read_text(encoding="utf-8")) for path in FILES}
 
 
+@pytest.fixture(scope="module")
+def documented(trees):
+    return {name: methods for tree in trees.values() for name, methods in documented_methods(tree).items()}
+
+
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
-def test_file_keeps_the_style_budget(path, trees):
-    documented = {name: methods for tree in trees.values() for name, methods in documented_methods(tree).items()}
+def test_file_keeps_the_style_budget(path, documented):
     text = path.read_text(encoding="utf-8")
 
     assert violations(ast.parse(text), text, documented) == []

@@ -7,7 +7,7 @@ from tiny_models import build
 
 from hf_lowrank import InputError, compress, decompress, make_report, targets
 from hf_lowrank.remote_code.lowrank_structures import named_structures
-from hf_lowrank.settings import CompressionSettings
+from hf_lowrank.settings import CompressOptions
 from hf_lowrank.targets import find_matrices, matching, select_matrices
 
 
@@ -113,7 +113,7 @@ def test_a_regular_expression_that_does_not_end_is_refused(medium, monkeypatch, 
 )
 def test_an_unknown_choice_is_answered_with_the_known_ones(option, value, said):
     with pytest.raises(InputError, match=said):
-        CompressionSettings(rank=1, **{option: value})
+        CompressOptions(rank=1, **{option: value})
 
 
 def test_an_unknown_option_is_answered_with_the_closest(medium):

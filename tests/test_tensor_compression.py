@@ -6,25 +6,25 @@ from itertools import product
 
 import pytest
 import torch
+from every_method import TENSOR_METHODS
 from safetensors.torch import load_file
 from tiny_models import WIDTH, assert_same_function, build, inputs_for
 from transformers import BertConfig, BertModel
 
 from hf_lowrank import analyze, cli, compress, decompress, make_report
-from hf_lowrank.decomposing import Decomposer
 from hf_lowrank.errors import InputError
+from hf_lowrank.methods.problem import Problem
+from hf_lowrank.methods.stacking import in_group
+from hf_lowrank.methods.table import METHODS
+from hf_lowrank.methods.tensor_ranks import ranks_within
+from hf_lowrank.methods.tucker.ranks import tucker_ranks
+from hf_lowrank.methods.tucker.tucker import TuckerRanks, hosvd, relative_error
+from hf_lowrank.planning.budgets import Budget
 from hf_lowrank.planning.sizes import overhead_bytes, parameter_bytes
-from hf_lowrank.planning.tensor_ranks import ranks_within, tucker_ranks
-from hf_lowrank.progress import no_progress
 from hf_lowrank.remote_code.configuration_lowrank import compressed_config_class
 from hf_lowrank.remote_code.modeling_lowrank import compressed_model_class
-from hf_lowrank.settings import CompressionSettings
-from hf_lowrank.solvers.stacking import in_group
-from hf_lowrank.solvers.tensor_methods import TENSOR_METHODS
-from hf_lowrank.solvers.tucker import TuckerRanks, hosvd, relative_error
+from hf_lowrank.statistics.evidence import Evidence
 from hf_lowrank.targets import find_matrices
-from hf_lowrank.tensors import KINDS
-from hf_lowrank.tensors.problem import TensorProblem
 from hf_lowrank.verification import verify
 
 HEADS = ["BertForMaskedLM", "GPT2LMHeadModel", "DistilBertForMaskedLM", "LlamaForCausalLM"]
@@ -43,10 +43,9 @@ each_method = pytest.mark.parametrize("method", FREE)
 
 def skeleton(dense, method):
     """A compressed model of a named size without any numbers."""
-    settings = CompressionSettings(method=method)
-    matrices = in_group(find_matrices(dense), "both")
-    problem = TensorProblem(matrices, dense.config.hidden_size, None, torch.device("meta"), no_progress)
-    modules, shared = KINDS[settings.tensor_method.kind].specs(problem, settings.given_ranks)
+    row, matrices = METHODS[method], in_group(find_matrices(dense), "both")
+    problem = Problem(dense, matrices, Evidence(dense, matrices), method, Budget("ranks", max(row.ranks), row.ranks))
+    modules, shared = row.method.specs(problem, row.ranks)
     config = copy.deepcopy(dense.config)
     config.__class__ = compressed_config_class(type(dense.config))
     config.compression = {"format_version": 1, "modules": modules, "shared": shared, "provenance": {}}
@@ -311,7 +310,7 @@ def test_the_report_counts_shared_parts_once():
         ({"method": "kronecker_sum", "ranks": (3, 4)}, r"sum of Kronecker products is one, .* got \[3, 4\]"),
         ({"method": "kronecker_sum", "rank": 99}, r"query: rank must be between 1 and \d+ for a sum .*got 99\."),
         ({"method": "tucker", "keep_targets": 0.001}, r"keep_targets=0.001 is out of reach.*smallest.*0\.00"),
-        ({"method": "svd", "ranks": (3, 3)}, "ranks belong to the methods tucker"),
+        ({"method": "svd", "ranks": (3, 3)}, "ranks does not go with method=svd"),
         ({"method": "tucker", "rank": 3, "allocation": "energy"}, "allocation does not go with method=tucker"),
         ({"method": "tucker", "rank": 3, "storage": "pivoted"}, "storage does not go with"),
         ({"method": "tucker", "rank": 3, "embeddings": "low_rank"}, "embeddings does not go with"),
@@ -341,6 +340,6 @@ def test_analysis_of_single_matrices_refuses_a_tensor_method():
 
 
 def test_nothing_is_run_for_a_method_that_looks_at_no_text(monkeypatch):
-    monkeypatch.setattr(Decomposer, "calibration", property(lambda _: pytest.fail("looked at text")))
+    monkeypatch.setattr(Evidence, "calibration", property(lambda _: pytest.fail("looked at text")))
 
     compress(build("BertModel"), method="tucker", keep_targets=0.3)

@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from hf_lowrank.errors import InputError
-from hf_lowrank.planning.tensor_ranks import ranks_for
+from hf_lowrank.methods.tensor_ranks import ranks_for
+from hf_lowrank.methods.trains.tensor_train import cut_spectra, modes, shared_tensor_trains, tensor_train
 from hf_lowrank.remote_code.lowrank_tensor_train import factor_shape
-from hf_lowrank.solvers.tensor_train import cut_spectra, modes, shared_tensor_trains, tensor_train
 
 SHAPES = [(12, 12), (36, 70), (9, 13), (24, 5), (1, 7)]
 

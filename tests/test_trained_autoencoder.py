@@ -5,7 +5,7 @@ import torch
 from torch.nn import functional as F
 
 from hf_lowrank.checkpoint import Checkpoint
-from hf_lowrank.solvers.trained_autoencoder import PublishedTraining, TrainedTable
+from hf_lowrank.methods.tables.trained_table import PublishedTraining, TrainedTable
 
 SHORT = PublishedTraining(epochs=6, extra_epochs=4, learning_rate=0.01)
 

@@ -3,13 +3,13 @@
 import pytest
 import tiny_models
 import torch
+from every_method import SOLVERS
 from tiny_training import StopAt, arguments, rows
 from torch import nn
 from torch.nn.utils import parametrize
 from transformers import Trainer
 
 from hf_lowrank import InputError, compress
-from hf_lowrank.solvers import SOLVERS
 from hf_lowrank.statistics.moments import MatrixStatistics
 from hf_lowrank.targets import find_matrices
 from hf_lowrank.training.pruning import IMPORTANCES, FirstOrderPruningCallback, Pruner, PruningMask, measure_rank

@@ -5,8 +5,9 @@ import torch
 from tiny_models import INNER, WIDTH, build
 
 from hf_lowrank.errors import InputError
-from hf_lowrank.solvers.metric import DiagonalMetric, identity, moment_metric
-from hf_lowrank.solvers.stacking import (
+from hf_lowrank.methods.matrix.svd import SVD
+from hf_lowrank.methods.metric import DiagonalMetric, identity, moment_metric
+from hf_lowrank.methods.stacking import (
     GROUPS,
     BlockLayout,
     block_layout,
@@ -16,8 +17,7 @@ from hf_lowrank.solvers.stacking import (
     join_blocks,
     stack_blocks,
 )
-from hf_lowrank.solvers.svd import SVD
-from hf_lowrank.solvers.tucker import (
+from hf_lowrank.methods.tucker.tucker import (
     BlockMetrics,
     Tucker,
     TuckerRanks,

@@ -9,15 +9,14 @@ from typing import Any
 
 from huggingface_hub import ModelCard
 
-from hf_lowrank.cards.citations import paper_of
 from hf_lowrank.cards.learning import learning_lines
 from hf_lowrank.cards.metadata import card_data
 from hf_lowrank.cards.pictures import LEGEND, rank_picture
 from hf_lowrank.cards.usage import snippet
+from hf_lowrank.methods.table import known_method, paper_of
 from hf_lowrank.planning.budgets import KINDS
 from hf_lowrank.redaction import without_tokens
 from hf_lowrank.report import CompressionReport, QualityReport
-from hf_lowrank.solvers.tensor_methods import TENSOR_METHODS
 from hf_lowrank.wording import change_in_words, examples_in_words, megabytes, milliseconds, share, speed_in_words
 
 REPORT_FILE = "compression_report.json"
@@ -136,7 +135,8 @@ class _Text:
         method = str(settings.get("method", ""))
         given = [f"`{name}={_said(settings[name])}`" for name in KINDS if name in settings]
         budget = f", budget {given[0]}" if given else ", its sizes as published"
-        asked = ("allocation", "storage", *(["group"] if method in TENSOR_METHODS else []))
+        row = known_method(method)
+        asked = ("allocation", "storage", *(["group"] if row is not None and "group" in row.takes else []))
         details = [f"{name} `{settings[name]}`" for name in asked if name in settings]
         left_dense = sum(module.structure == "dense" for module in modules)
         parts = sum(not module.dense_parameters for module in modules)

@@ -3,12 +3,13 @@
 import argparse
 from typing import Any
 
+import torch
+
 from hf_lowrank.cli import tables
 from hf_lowrank.cli.analyze import load_plots, print_grid, print_plot
 from hf_lowrank.comparison import compare
 from hf_lowrank.loading import load_dense
 from hf_lowrank.progress import progress_bar
-from hf_lowrank.settings import DTYPES
 from hf_lowrank.tasks import make_task
 
 # Options of the tasks and of the settings; only those that were given are passed on.
@@ -26,7 +27,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Compare and print; draw if asked for."""
     plots = load_plots(arguments.plot)
     comparison = compare(
-        load_dense(arguments.model, DTYPES.get(arguments.dtype)),
+        load_dense(arguments.model, None if arguments.dtype is None else getattr(torch, arguments.dtype)),
         arguments.dataset,
         make_task(arguments.task, **_given(arguments, _TASK_OPTIONS)),
         off_calibration=arguments.off_calibration,

@@ -11,28 +11,21 @@ from transformers import PreTrainedModel
 from hf_lowrank.analysis import planned_report
 from hf_lowrank.cards.card import shown_command
 from hf_lowrank.cli import tables
-from hf_lowrank.compression import compress, plan_model
-from hf_lowrank.decomposing import Decomposer
+from hf_lowrank.compression import compress
 from hf_lowrank.errors import InputError
-from hf_lowrank.loading import find_tokenizer, load_dense, require_device
+from hf_lowrank.job import Job, prepare, settle_compression
+from hf_lowrank.loading import find_tokenizer, load_dense
+from hf_lowrank.options import given, settle
 from hf_lowrank.planning.budgets import parse_size
-from hf_lowrank.planning.sizes import parameter_bytes
 from hf_lowrank.progress import progress_bar
 from hf_lowrank.record import record_bytes, write_record
 from hf_lowrank.report import CompressionReport, compare_latency, make_report
 from hf_lowrank.saving import check_output, save_folder, side_file_bytes
-from hf_lowrank.settings import CompressionSettings
+from hf_lowrank.settings import CompressOptions
 from hf_lowrank.targets import ALL_LINEAR
 from hf_lowrank.vocabulary import reduce_vocabulary
 from hf_lowrank.wording import megabytes
 
-# Options that carry the names of the settings.
-_OPTIONS = (
-    "keep_params", "keep_targets", "target_size", "keep_latency", "rank", "ranks", "method", "group", "allocation",
-    "storage", "target_modules", "exclude_modules", "embeddings", "embedding_objective", "dtype", "device",
-    "num_calibration_samples", "max_seq_length", "batch_size", "text_column", "seed", "anchored",
-    "refine_block_passes", "refine_passes", "bias_correction", "fast", "cache_dir",
-)  # fmt: skip
 # What no module name holds, but a pattern does.
 _IS_PATTERN = re.compile(r"[\\^$*+?()\[\]{}|]")
 
@@ -41,24 +34,23 @@ def run(arguments: argparse.Namespace) -> int:
     """Compress, save, measure and print."""
     if not arguments.dry_run:
         check_output(arguments.out, arguments.overwrite, arguments.model)
-    settings = _settings(arguments)
-    require_device(settings.device)
+    options = _options(arguments)
+    asked = settle(CompressOptions, options, "compress")
     dense, tokenizer = load_dense(arguments.model), None
     if arguments.vocabulary is not None:
         dense, tokenizer = reduce_vocabulary(
             dense, find_tokenizer(dense), arguments.vocabulary, text_column=arguments.text_column
         )
-    side_bytes = side_file_bytes(arguments.model) + record_bytes(dense) if settings.target_size is not None else 0
-    for_weights = _without_side_files(settings, side_bytes)
+    side_bytes = side_file_bytes(arguments.model) + record_bytes(dense) if asked.target_size is not None else 0
+    for_weights = options | _without_side_files(asked.target_size, side_bytes)
+    about = {"calibration": arguments.calibration, "tokenizer": tokenizer, "progress": progress_bar}
     try:
         if arguments.dry_run:
-            return _print_plan(arguments, dense, tokenizer, for_weights)
-        small = compress(
-            dense, for_weights, calibration=arguments.calibration, tokenizer=tokenizer, progress=progress_bar
-        )
+            return _print_plan(arguments, _prepared(dense, for_weights, about), asked.to_dict())
+        small = compress(dense, **about, **for_weights)
     except InputError as error:
         raise _with_side_files(error, side_bytes) from error
-    made_by = {"settings": settings.to_dict(), "command": shown_command(arguments.given, arguments.model)}
+    made_by = {"settings": asked.to_dict(), "command": shown_command(arguments.given, arguments.model)}
     small.config.compression["provenance"] |= made_by
     folder = save_folder(small, arguments.out, arguments.model, arguments.overwrite, tokenizer)
     report = make_report(small)
@@ -70,12 +62,12 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _settings(arguments: argparse.Namespace) -> CompressionSettings:
-    given = {name: getattr(arguments, name) for name in _OPTIONS if getattr(arguments, name) is not None}
+def _options(arguments: argparse.Namespace) -> dict[str, Any]:
+    options = given(arguments, CompressOptions) | {"rank_pattern": dict(arguments.rank_pattern)}
     for name in ("target_modules", "exclude_modules"):
-        if name in given:
-            given[name] = _patterns(given[name])
-    return CompressionSettings(**{**given, "rank_pattern": dict(arguments.rank_pattern)})
+        if name in options:
+            options[name] = _patterns(options[name])
+    return options
 
 
 def _patterns(given: list[str]) -> list[str] | str:
@@ -84,17 +76,17 @@ def _patterns(given: list[str]) -> list[str] | str:
     return given[0] if is_string else given
 
 
-def _without_side_files(settings: CompressionSettings, side_bytes: int) -> CompressionSettings:
+def _without_side_files(target_size: str | float | None, side_bytes: int) -> dict[str, int]:
     """On the command line `target_size` speaks of the whole folder, the tokenizer included."""
-    if settings.target_size is None:
-        return settings
-    left = parse_size(settings.target_size) - side_bytes
+    if target_size is None:
+        return {}
+    left = parse_size(target_size) - side_bytes
     if left < 1:
         raise InputError(
-            f"target_size={settings.target_size} is out of reach: the tokenizer and other files alone take "
+            f"target_size={target_size} is out of reach: the tokenizer and other files alone take "
             f"{megabytes(side_bytes)}. Raise the budget."
         )
-    return replace(settings, target_size=left)
+    return {"target_size": left}
 
 
 def _with_side_files(error: InputError, side_bytes: int) -> InputError:
@@ -103,14 +95,15 @@ def _with_side_files(error: InputError, side_bytes: int) -> InputError:
     return InputError(f"{error} (Besides {megabytes(side_bytes)} of tokenizer and other files.)")
 
 
-def _print_plan(
-    arguments: argparse.Namespace, dense: PreTrainedModel, tokenizer: Any, settings: CompressionSettings
-) -> int:
+def _prepared(dense: PreTrainedModel, options: dict[str, Any], about: dict[str, Any]) -> Job:
+    return prepare(dense, settle_compression(options, has_text=about["calibration"] is not None), **about)
+
+
+def _print_plan(arguments: argparse.Namespace, job: Job, settings: dict[str, Any]) -> int:
     """Print what `compress` would do, from a model without numbers."""
-    decomposer = Decomposer(dense, settings, arguments.calibration, tokenizer or find_tokenizer(dense), progress_bar)
-    plan, _ = plan_model(dense, settings, decomposer)
-    plan["provenance"] |= {"settings": _settings(arguments).to_dict(), "dense_size_bytes": parameter_bytes(dense)}
-    report = planned_report(dense, plan, settings.torch_dtype or dense.dtype)
+    plan, _ = job.plan()
+    plan["provenance"]["settings"] = settings
+    report = planned_report(job.model, plan, job.problem.dtype)
     if arguments.json:
         tables.print_json({"model": arguments.model, "dry_run": True, "plan": plan, "report": report.to_dict()})
         return 0

@@ -4,14 +4,15 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from transformers import PreTrainedModel
 
 from hf_lowrank.evaluation import measure_latency, typical_length
+from hf_lowrank.planning.budgets import Budget
 from hf_lowrank.planning.prices import FilePrice, Price, WeightPrice
 from hf_lowrank.planning.sizes import overhead_bytes, parameter_bytes
 from hf_lowrank.planning.timing import LayerTimes
 from hf_lowrank.progress import Progress
-from hf_lowrank.settings import CompressionSettings
 from hf_lowrank.targets import DenseMatrix
 
 _BATCH_SIZE = 8
@@ -34,14 +35,20 @@ class Account:
 
 
 def make_account(
-    model: PreTrainedModel, settings: CompressionSettings, matrices: Sequence[DenseMatrix], progress: Progress
+    model: PreTrainedModel,
+    matrices: Sequence[DenseMatrix],
+    budget: Budget,
+    dtype: torch.dtype,
+    storage: str,
+    progress: Progress,
 ) -> Account:
     """The account of a budget that is not a rank.
 
     Args:
-        matrices: All that the settings speak of.
+        matrices: All that the targets speak of.
+        dtype: Of the compressed model's weights.
+        storage: Structure of low-rank linear layers, for what time they take.
     """
-    budget = settings.budget
     num_dense = sum(matrix.num_weights for matrix in matrices)
     if budget.kind == "keep_targets":
         return Account(WeightPrice(1), num_dense, 0, math.floor(budget.value * num_dense))
@@ -50,11 +57,10 @@ def make_account(
         return Account(WeightPrice(1), whole, whole - num_dense, math.floor(budget.value * whole))
     if budget.kind == "keep_latency":
         length = typical_length(model)
-        times = LayerTimes(matrices, [settings.chosen_storage], _BATCH_SIZE * length, progress)
+        times = LayerTimes(matrices, [storage], _BATCH_SIZE * length, progress)
         seconds = measure_latency({"dense": model}, _BATCH_SIZE, length)["dense"].median
         layers = sum(times.of_dense(matrix) for matrix in matrices)
         return Account(times, seconds, max(seconds - layers, 0.0), budget.value * seconds)
-    itemsize = (settings.torch_dtype or model.dtype).itemsize
-    whole = parameter_bytes(model) * itemsize // model.dtype.itemsize
-    fixed = whole - num_dense * itemsize + overhead_bytes(model)
-    return Account(FilePrice(itemsize), whole, fixed, budget.value)
+    whole = parameter_bytes(model) * dtype.itemsize // model.dtype.itemsize
+    fixed = whole - num_dense * dtype.itemsize + overhead_bytes(model)
+    return Account(FilePrice(dtype.itemsize), whole, fixed, budget.value)

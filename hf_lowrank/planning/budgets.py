@@ -20,10 +20,12 @@ class Budget:
             parameters of the replaced matrices), `target_size` (bytes on disk), `keep_latency` (fraction of the whole
             model's measured latency that stays), `rank`, or `ranks` of a tensor method.
         value: The fraction, the bytes or the rank; of several ranks the largest.
+        ranks: Those of a tensor method, where they and not a size were given.
     """
 
     kind: str
     value: float
+    ranks: tuple[int, ...] | None = None
 
     @property
     def is_whole_model(self) -> bool:
@@ -34,7 +36,7 @@ class Budget:
 def make_budget(
     keep_params: float | None = None,
     keep_targets: float | None = None,
-    target_size: str | int | None = None,
+    target_size: str | float | None = None,
     keep_latency: float | None = None,
     rank: int | None = None,
     ranks: Sequence[int] | None = None,
@@ -56,7 +58,7 @@ def make_budget(
     if kind == "target_size":
         return Budget(kind, parse_size(value))  # type: ignore[arg-type]  # ranks are not sizes
     if kind == "ranks":
-        return Budget(kind, max(_checked_ranks(value)))
+        return Budget(kind, max(checked := _checked_ranks(value)), checked)
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise InputError(f"{kind} must be a number, got {value!r}.")
     if kind == "rank":
@@ -64,14 +66,14 @@ def make_budget(
             raise InputError(f"rank must be a whole number of at least 1, got {value}.")
     elif not 0 < value <= 1:
         raise InputError(f"{kind} must be a fraction above 0 and at most 1 (what stays, not what goes), got {value}.")
-    return Budget(kind, value)
+    return Budget(kind, value, (int(value), int(value)) if kind == "rank" else None)
 
 
-def _checked_ranks(ranks: Any) -> Sequence[int]:
+def _checked_ranks(ranks: Any) -> tuple[int, ...]:
     is_sequence = isinstance(ranks, Sequence) and not isinstance(ranks, str) and len(ranks) > 0
     if not is_sequence or any(isinstance(r, bool) or not isinstance(r, int) or r < 1 for r in ranks):
         raise InputError(f"ranks must be whole numbers of at least 1, got {ranks!r}.")
-    return ranks  # type: ignore[no-any-return]  # checked
+    return tuple(ranks)
 
 
 def parse_size(size: str | int | float) -> int:

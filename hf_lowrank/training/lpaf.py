@@ -14,9 +14,11 @@ from transformers.trainer_utils import get_last_checkpoint
 from hf_lowrank.compression import compress
 from hf_lowrank.conversion import as_two_factors
 from hf_lowrank.errors import InputError
+from hf_lowrank.job import settle_compression
 from hf_lowrank.loading import find_tokenizer, load_dense
+from hf_lowrank.options import settle
 from hf_lowrank.scratch import temporary_folder
-from hf_lowrank.settings import CompressionSettings, make_settings
+from hf_lowrank.settings import CompressOptions
 from hf_lowrank.training.arguments import make_arguments
 from hf_lowrank.training.best import BestStateCallback
 from hf_lowrank.training.distillation import DistillationTrainer, default_losses
@@ -135,7 +137,7 @@ def lpaf(
         eval_dataset: Examples to choose by; None sets a tenth of `dataset` aside. Not those a result is reported on.
         tokenizer: None takes the one saved with the model.
         teacher: What to train towards; None is the model itself.
-        options: Fields of `LPAFOptions` and of `CompressionSettings`, a budget among them.
+        options: Fields of `LPAFOptions` and of `CompressOptions`, a budget among them.
 
     Returns:
         A plain compressed model, with what was done in its plan's provenance under `lpaf`.
@@ -165,7 +167,7 @@ def lpaf(
         ranks: dict[str, Any] = {}
         if training.prune_epochs:
             pruned, ranks = _prune(copy.deepcopy(dense), lesson, training, settings, folder)
-        small = compress(pruned, settings, calibration=features if settings.looks_at_text else None)
+        small = _compressed(pruned, features, settings)
         if training.tune_learning_rate is None:
             training = replace(training, tune_learning_rate=default_learning_rate(small))
         with as_two_factors(small):
@@ -206,12 +208,19 @@ def default_prune_keep(keep_targets: float | None) -> float:
     return max(_KEEP, keep_targets or 0.0)
 
 
-def _split(options: dict[str, Any]) -> tuple[LPAFOptions, CompressionSettings]:
+def _compressed(pruned: PreTrainedModel, features: Features, settings: CompressOptions) -> Any:
+    looks = settle_compression(vars(settings), has_text=False).runs_model
+    return compress(pruned, calibration=features if looks else None, **vars(settings))
+
+
+def _split(options: dict[str, Any]) -> tuple[LPAFOptions, CompressOptions]:
     """Each option to whom it belongs; what both know, such as the seed, to both."""
     ours = {field.name for field in fields(LPAFOptions)}
-    theirs = {field.name for field in fields(CompressionSettings)}
+    theirs = {field.name for field in fields(CompressOptions)}
     defaults = {"method": "two_sided_svd", "storage": "low_rank", "refine_passes": 0}
-    settings = make_settings({**defaults, **{k: v for k, v in options.items() if k in theirs or k not in ours}})
+    settings = settle(
+        CompressOptions, {**defaults, **{k: v for k, v in options.items() if k in theirs or k not in ours}}, "lpaf"
+    )
     given = {name: value for name, value in options.items() if name in ours}
     if given.get("prune_keep") is None:
         given["prune_keep"] = default_prune_keep(settings.keep_targets)
@@ -222,7 +231,7 @@ def _prune(
     model: PreTrainedModel,
     lesson: Lesson,
     training: LPAFOptions,
-    settings: CompressionSettings,
+    settings: CompressOptions,
     folder: str,
 ) -> tuple[PreTrainedModel, dict[str, Any]]:
     pruning = FirstOrderPruningCallback(

@@ -186,7 +186,7 @@ class FirstOrderPruningCallback(TrainerCallback):
         end: When `keep` is reached, the same way.
         score_learning_rate: Of movement scores, peak; a hundred to a thousand times that of the weights.
         is_global: Whether entries of all matrices compete; one matrix may then lose everything.
-        target_modules: As in `CompressionSettings`; default: all linear layers of the blocks.
+        target_modules: As in `CompressOptions`; default: all linear layers of the blocks.
         exclude_modules: The same, taken away.
 
     Raises:

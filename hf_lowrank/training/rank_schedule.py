@@ -8,9 +8,9 @@ import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from hf_lowrank.errors import InputError
+from hf_lowrank.methods.factors import truncated
 from hf_lowrank.remote_code.lowrank_linear import LowRankLinear
 from hf_lowrank.remote_code.lowrank_structures import named_structures, replace_
-from hf_lowrank.solvers.factors import truncated
 from hf_lowrank.targets import DenseMatrix, Patterns, dense_weight, find_matrices, select_matrices
 from hf_lowrank.training.schedules import Span, compressed_model, cubic
 
@@ -125,7 +125,7 @@ class StableRankPenaltyCallback(TrainerCallback):
 
     Args:
         strength: Weight of the penalty.
-        target_modules: As in `CompressionSettings`; default: all linear layers of the blocks.
+        target_modules: As in `CompressOptions`; default: all linear layers of the blocks.
 
     Raises:
         InputError: If the strength is not positive, or there is no such matrix.

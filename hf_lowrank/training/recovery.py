@@ -12,10 +12,10 @@ from hf_lowrank.calibration import is_causal
 from hf_lowrank.conversion import as_two_factors
 from hf_lowrank.errors import InputError
 from hf_lowrank.loading import find_tokenizer, held_model, load_dense
+from hf_lowrank.methods.table import known_method
 from hf_lowrank.remote_code.lowrank_model import LowRankMixin
 from hf_lowrank.saving import load_compressed
 from hf_lowrank.scratch import temporary_folder
-from hf_lowrank.solvers.tensor_methods import TENSOR_METHODS
 from hf_lowrank.training.arguments import make_arguments
 from hf_lowrank.training.best import BestStateCallback
 from hf_lowrank.training.distillation import DistillationTrainer, check_teacher, default_losses
@@ -24,9 +24,9 @@ from hf_lowrank.training.preparation import prepared
 from hf_lowrank.training.processes import check_launch
 
 # Peak of AdamW's learning rate, found by the loss on examples set aside. On classifiers pairs come as far at twice the
-# first in hundreds of steps, and less far in a hundred or where little was lost; Tucker's factors, which all layers
-# share, learn alike from 3e-4 to 1e-3. A language model has a target at every token, and far less noise in its steps.
-_RATE, _RATE_OF_TUCKER, _RATE_OF_LANGUAGE = 5e-5, 5e-4, 5e-4
+# first in hundreds of steps, and less far in a hundred or where little was lost. A language model has a target at
+# every token, and far less noise in its steps. What else a method has, its row says.
+_RATE, _RATE_OF_LANGUAGE = 5e-5, 5e-4
 _BATCH_SIZE = 16
 _EPOCHS = 3
 _STEP_DOWN = 4
@@ -155,8 +155,8 @@ def default_learning_rate(model: PreTrainedModel) -> float:
     if is_causal(model):
         return _RATE_OF_LANGUAGE
     method = model.config.plan.get("provenance", {}).get("settings", {}).get("method", "")
-    tensor_method = TENSOR_METHODS.get(method)
-    return _RATE_OF_TUCKER if tensor_method is not None and tensor_method.kind == "tucker" else _RATE
+    row = known_method(method)
+    return _RATE if row is None or row.learning_rate is None else row.learning_rate
 
 
 def _compressed(model: Any) -> Any:

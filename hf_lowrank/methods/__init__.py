@@ -1,0 +1,1 @@
+"""How the numbers that take the place of dense matrices are found: one row of `METHODS` a method."""

@@ -1,0 +1,76 @@
+"""The decompositions of a problem's matrices by one solver: each is made once, kept on disk, and read when needed."""
+
+import itertools
+from collections.abc import Sequence
+from functools import partial
+
+import torch
+
+from hf_lowrank.methods.matrix.stored import StoredDecomposition, store_decomposition
+from hf_lowrank.methods.matrix.svd import Decomposition, MetricSVD, Truncations
+from hf_lowrank.methods.problem import Problem
+from hf_lowrank.methods.tables.token_tables import TokenTable, token_table
+from hf_lowrank.planning.prices import FloatArray
+from hf_lowrank.planning.probes import Changes
+from hf_lowrank.targets import JointMatrix, Matrix
+
+
+class Decompositions:
+    """Those of one problem."""
+
+    def __init__(self, solver: MetricSVD, problem: Problem) -> None:
+        self._solver = solver
+        self._problem = problem
+
+    def __call__(self, matrix: Matrix) -> Truncations:
+        """The decomposition of one matrix."""
+        stored = self._stored(matrix)
+        found: Truncations = stored if stored.path.is_file() else self.decompose(matrix)
+        if not self._solver.fits_each_rank or isinstance(matrix, JointMatrix):
+            return found
+        return self._solver.fitted(found, self._problem.weight(matrix), self._problem.known(matrix))
+
+    def store(self, matrices: Sequence[Matrix]) -> None:
+        """Decompose those that will be asked for again: to measure, to compare plans, to replace."""
+        unknown = [matrix for matrix in matrices if not self._stored(matrix).path.is_file()]
+        for matrix in self._problem.progress(unknown, "decomposing") if unknown else []:
+            store_decomposition(self.decompose(matrix), self._stored(matrix).path)
+
+    def singular_values(self, matrix: Matrix) -> FloatArray:
+        """Those of a stored one, in the solver's metric."""
+        values: FloatArray = self._stored(matrix).singular_values.numpy()
+        return values
+
+    def table(self, matrix: Matrix) -> TokenTable | None:
+        """The autoencoders of a matrix that those take the place of; None for any other."""
+        return token_table(self._problem, matrix) if self._problem.storage.autoencodes(matrix) else None
+
+    def changes(self, matrix: Matrix, rank: int) -> Changes:
+        """What the weights become at that rank, each to be made when it is needed."""
+        ends = list(itertools.accumulate(member.shape[0] for member in matrix.members))
+        rows = [slice(end - member.shape[0], end) for end, member in zip(ends, matrix.members, strict=True)]
+        return {
+            m: partial(self._approximation, matrix, rank, part) for m, part in zip(matrix.members, rows, strict=True)
+        }
+
+    def decompose(self, matrix: Matrix) -> Decomposition:
+        """Every truncation of one matrix, made now."""
+        weights = [self._problem.weight(member) for member in matrix.members]
+        known = [self._problem.known(member) for member in matrix.members]
+        if isinstance(matrix, JointMatrix):
+            return self._solver.decompose_jointly(weights, known)
+        return self._solver.decompose(weights[0], known[0])
+
+    def _approximation(self, matrix: Matrix, rank: int, rows: slice) -> torch.Tensor:
+        table = self.table(matrix)
+        if table is not None:
+            return table.at_rank(rank).product[rows]
+        factors = self(matrix).factors(rank)
+        return factors.up[rows] @ factors.down
+
+    def _stored(self, matrix: Matrix) -> StoredDecomposition:
+        evidence = self._problem.evidence
+        folder = f"decompositions-{self._problem.method}-{evidence.identity_of_solutions}"
+        return StoredDecomposition(
+            evidence.folder / folder / f"{matrix.name}.safetensors", self._problem.place(matrix)
+        )

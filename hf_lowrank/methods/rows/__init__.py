@@ -1,0 +1,1 @@
+"""Autoencoders of the rows of matrices, with a decoder in common."""

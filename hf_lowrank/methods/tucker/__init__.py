@@ -1,0 +1,1 @@
+"""Tucker decompositions: the blocks of all layers as one tensor, with factors in common."""
