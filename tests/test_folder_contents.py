@@ -308,7 +308,7 @@ DAMAGED = {
     "cut weights": (cut_weights, "incomplete|truncat|buffer|[Ee]rror"),
     "changed plan": (change_plan, "has another shape than the plan says"),
     "version 2": (plan(format_version=2), "format_version must be"),
-    "no modules": (plan(modules=None), "compression.modules must map"),
+    "no modules": (plan(modules=None), "compression.modules must be a JSON object"),
     "no plan": (with_config(compression={}), "compression"),
     "a text as plan": (with_config(compression="low_rank"), "compression"),
 }
@@ -414,8 +414,8 @@ def plain_file(name, content):
 
 # What a folder holds that cannot be used -> the change, and commands with what each says or, where it works, nothing
 ODD = {
-    "provenance of text": (provenance("text"), {"inspect": "damaged", "card": "damaged"}),
-    "provenance of a list": (provenance([1]), {"inspect": "damaged", "card": "damaged"}),
+    "provenance of text": (provenance("text"), {"inspect": "must be a JSON object", "card": "must be a JSON object"}),
+    "provenance of a list": (provenance([1]), {"inspect": "must be a JSON object", "card": "must be a JSON object"}),
     "settings of a number": (provenance({"settings": 5}), {"card": "damaged"}),
     "text of a number": (provenance({"text": 5}), {"card": "damaged"}),
     "versions of a list": (provenance({"versions": [1]}), {"card": "damaged"}),

@@ -22,7 +22,7 @@ from tiny_tokenizers import encoder_tokenizer
 import hf_lowrank
 from hf_lowrank import InputError, compress, saving
 from hf_lowrank.checkpoint import Checkpoint
-from hf_lowrank.comparison import _append_line
+from hf_lowrank.comparison_record import append_line
 from hf_lowrank.methods.matrix.stored import store_decomposition
 from hf_lowrank.methods.matrix.svd import SVD
 from hf_lowrank.record import write_record
@@ -87,7 +87,7 @@ def writers(small):
         ),
         "statistics": sum_up,
         "best state": keep_best,
-        "line of a comparison": lambda folder, number: _append_line(folder / "lines", {"line": f"{number}" * 40}),
+        "line of a comparison": lambda folder, number: append_line(folder / "lines", {"line": f"{number}" * 40}),
     }
 
 
