@@ -28,12 +28,11 @@ from lpaf_tables import Cells, Tables
 from transformers import AutoTokenizer
 
 from hf_lowrank import FirstOrderPruningCallback, compress, evaluate, lpaf, recover
-from hf_lowrank.cli.training_arguments import name_and_weight
 from hf_lowrank.loading import load_dense
-from hf_lowrank.training.distillation import default_losses
-from hf_lowrank.training.features import hold_out, make_features
-from hf_lowrank.training.lpaf import Lesson, LPAFOptions, default_prune_keep, train
-from hf_lowrank.training.pruning import IMPORTANCES
+from hf_lowrank.options import add_flags
+from hf_lowrank.training.lessons import make_lesson, train_in
+from hf_lowrank.training.lpaf import default_prune_keep
+from hf_lowrank.training.options import IMPORTANCES, LPAFOptions
 
 NOT_PRUNED = "nothing"  # but trained as long
 # row -> what prunes, and options of `lpaf`, without mixed ranks unless given
@@ -117,13 +116,12 @@ class Study:
 
     def _prune(self, importance: str, keep: float, seed: int) -> tuple[Any, dict[str, float]]:
         model, options = copy.deepcopy(self.dense), self.options
-        features = make_features(model, self.tokenizer, self.train, max_examples=options.max_examples, seed=seed)
-        training = LPAFOptions(seed=seed, losses=options.losses or default_losses(features))
-        lesson = Lesson(self.dense, training.losses, *hold_out(features, seed), self.tokenizer.pad_token_id)
+        training = LPAFOptions(seed=seed, losses=options.losses, max_examples=options.max_examples)
+        lesson = make_lesson(model, self.dense, self.tokenizer, self.train, None, training)
         pruning = FirstOrderPruningCallback(keep, importance="magnitude" if importance == NOT_PRUNED else importance)
         rates = {"epochs": options.epochs, "learning_rate": training.prune_learning_rate}
         with tempfile.TemporaryDirectory() as folder:
-            train(model, lesson, [pruning], training, folder, eval_strategy="no", eval_on_start=False, **rates)
+            train_in(folder, model, lesson, training, [pruning], eval_strategy="no", eval_on_start=False, **rates)
         ranks = pruning.ranks.values()
         return model, {
             "accuracy": self.accuracy(model.eval()),
@@ -187,13 +185,11 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument("--recover-rate", type=float, help="of that (default: what suits the method)")
     parser.add_argument("--epochs", type=float, default=3, help="of pruning, and again of the factors")
-    parser.add_argument("--losses", nargs="+", type=name_and_weight, help="of all rows (default: lpaf's own)")
-    parser.add_argument("--max-examples", type=int)
+    add_flags(parser, LPAFOptions, ["losses", "max_examples"])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--work-dir", help="keeps the cells that are finished")
     parser.add_argument("--smoke", action="store_true", help="a tiny model, seconds")
     options = parser.parse_args()
-    options.losses = dict(options.losses or {}) or None
     if options.smoke:
         options.keep, options.seeds, options.epochs = [0.5], [0], 1
         options.rows, options.importances = ["SVD + fine-tuning", "pruned, mixed ranks"], ["sensitivity"]

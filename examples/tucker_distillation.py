@@ -33,8 +33,9 @@ from transformers import (
     set_seed,
 )
 
-from hf_lowrank import CardCallback, as_two_factors, compress, make_report
+from hf_lowrank import CardCallback, compress, make_report
 from hf_lowrank.cards.card import shown_precision
+from hf_lowrank.conversion import as_two_factors
 from hf_lowrank.data import load_rows
 from hf_lowrank.remote_code.lowrank_structures import named_shared_parts, named_structures
 from hf_lowrank.tasks import make_task

@@ -21,23 +21,17 @@ from hf_lowrank.version import __version__ as __version__
 
 if TYPE_CHECKING:
     from hf_lowrank.analysis import analyze as analyze
-    from hf_lowrank.analysis_report import Analysis as Analysis
     from hf_lowrank.cards.callback import CardCallback as CardCallback
     from hf_lowrank.comparison import compare as compare
-    from hf_lowrank.comparison_report import Comparison as Comparison
     from hf_lowrank.compression import compress as compress
     from hf_lowrank.compression import decompress as decompress
-    from hf_lowrank.conversion import as_two_factors as as_two_factors
     from hf_lowrank.conversion import convert_storage_ as convert_storage_
-    from hf_lowrank.hub import Push as Push
     from hf_lowrank.hub import push_to_hub as push_to_hub
     from hf_lowrank.inspection import saved_report as saved_report
     from hf_lowrank.methods.table import register_method as register_method
     from hf_lowrank.recorded_evaluation import record_evaluation as record_evaluation
     from hf_lowrank.remote_code.lowrank_plan import PlanError as PlanError
-    from hf_lowrank.report import CompressionReport as CompressionReport
     from hf_lowrank.report import make_report as make_report
-    from hf_lowrank.tasks.evaluation import Evaluation as Evaluation
     from hf_lowrank.tasks.evaluation import evaluate as evaluate
     from hf_lowrank.training.distillation import DistillationTrainer as DistillationTrainer
     from hf_lowrank.training.lpaf import lpaf as lpaf
@@ -51,18 +45,12 @@ if TYPE_CHECKING:
 
 # public name -> module that defines it; imported when first asked for
 _HOMES = {
-    "Analysis": "hf_lowrank.analysis_report",
     "CardCallback": "hf_lowrank.cards.callback",
-    "Comparison": "hf_lowrank.comparison_report",
-    "CompressionReport": "hf_lowrank.report",
     "PlanError": "hf_lowrank.remote_code.lowrank_plan",
-    "Push": "hf_lowrank.hub",
     "DistillationTrainer": "hf_lowrank.training.distillation",
-    "Evaluation": "hf_lowrank.tasks.evaluation",
     "analyze": "hf_lowrank.analysis",
     "compare": "hf_lowrank.comparison",
     "compress": "hf_lowrank.compression",
-    "as_two_factors": "hf_lowrank.conversion",
     "convert_storage_": "hf_lowrank.conversion",
     "decompress": "hf_lowrank.compression",
     "evaluate": "hf_lowrank.tasks.evaluation",

@@ -30,9 +30,9 @@ from hf_lowrank.remote_code.configuration_lowrank import compressed_config_class
 from hf_lowrank.remote_code.lowrank_plan import Plan
 from hf_lowrank.remote_code.modeling_lowrank import compressed_model_class
 from hf_lowrank.report import CompressionReport, ModuleReport, make_report
+from hf_lowrank.settings import ANALYZED
 from hf_lowrank.targets import DenseMatrix, JointMatrix, Matrix, dense_weight, find_matrices
 
-DEFAULT_BUDGETS = (0.8, 0.6, 0.4, 0.25)
 JOINT = "joint_low_rank"
 _KINDS = ("keep_targets", "keep_params")
 
@@ -56,14 +56,14 @@ def analyze(
         calibration: As for `compress`.
         tokenizer: As for `compress`.
         latency: Time a dense layer and a factored one of each shape, and predict from that.
-        options: Those of `compress`, with fractions as `keep_targets` or `keep_params`; default: `DEFAULT_BUDGETS` of
+        options: Those of `compress`, with fractions as `keep_targets` or `keep_params`; default: `ANALYZED` of
             the target matrices.
 
     Raises:
         InputError: If the model or an option cannot be used, or a budget is out of reach.
     """
     kind = next((kind for kind in _KINDS if kind in options), _KINDS[0])
-    given = options.get(kind, DEFAULT_BUDGETS)
+    given = options.get(kind, ANALYZED)
     budgets = [given] if isinstance(given, (int, float)) else list(given)
     if not budgets:
         raise InputError(f"{kind} names no budget. Give at least one fraction.")

@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -22,11 +22,13 @@ from hf_lowrank.errors import InputError
 from hf_lowrank.job import Settings, settle_compression
 from hf_lowrank.loading import find_tokenizer, load_dense
 from hf_lowrank.multiply_adds import count_multiply_adds
+from hf_lowrank.options import split
 from hf_lowrank.planning.sizes import parameter_bytes
 from hf_lowrank.progress import Progress, no_progress
 from hf_lowrank.remote_code.lowrank_model import LowRankMixin
 from hf_lowrank.report import make_report
 from hf_lowrank.scratch import temporary_folder
+from hf_lowrank.settings import ComparisonOptions, CompressOptions
 from hf_lowrank.tasks import make_task
 from hf_lowrank.tasks.base import Step, Task, metric_of
 from hf_lowrank.version import __version__
@@ -36,31 +38,10 @@ from hf_lowrank.wording import examples_in_words
 STANDARD = "whitened_svd:uniform:low_rank"
 DENSE = "dense"
 HELD_OUT, OFF_CALIBRATION = "held-out", "off-calibration"
-DEFAULT_BUDGETS = (0.8, 0.6, 0.4)
 _RECORD = "comparison.jsonl"
 _PARTS = ("method", "allocation", "storage", "refine_passes")
 
 T = TypeVar("T")
-
-
-@dataclass(frozen=True, kw_only=True)
-class ComparisonSettings:
-    """What is compared, and how.
-
-    Args:
-        methods: Each a name of `METHODS`, optionally with an allocation, a storage and passes of refinement:
-            `two_sided_svd`, `whitened_svd:uniform`, `two_sided_svd:measured:pivoted:0`, `svd::pivoted`. What is left
-            out is what `compress` does by default.
-        budgets: Fractions of the parameters of the replaced matrices that stay (`keep_targets`), the same for all.
-        baseline: Method whose `g` the others' is divided by; None is `STANDARD` if that is among the methods.
-        work_dir: Folder for finished cells, statistics and measurements: what is there is not done again. None keeps
-            nothing.
-    """
-
-    methods: Sequence[str]
-    budgets: Sequence[float] = DEFAULT_BUDGETS
-    baseline: str | None = None
-    work_dir: str | Path | None = None
 
 
 def compare(
@@ -82,16 +63,13 @@ def compare(
         off_calibration: A text of another kind than the calibration text, to score on as well.
         calibration: As for `compress`.
         tokenizer: Of the model.
-        options: The fields of `ComparisonSettings` and, for all methods alike, of `CompressOptions`.
+        options: The fields of `ComparisonOptions` and, for all methods alike, of `CompressOptions`.
 
     Raises:
         InputError: If the model, the data, a method or an option cannot be used.
     """
-    if "methods" not in options:
-        raise InputError("methods must name at least one, such as methods=['two_sided_svd', 'svd'].")
-    names = {field.name for field in fields(ComparisonSettings)}
-    settings = ComparisonSettings(**{name: value for name, value in options.items() if name in names})
-    shared = {name: value for name, value in options.items() if name not in names}
+    own, shared = split((ComparisonOptions, CompressOptions), options, "compare")
+    settings = ComparisonOptions(**own)
     entries = _entries(settings, shared, calibration is not None)
     baseline = _baseline(settings.baseline, entries)
     task = task if isinstance(task, Task) else make_task(task)
@@ -146,10 +124,8 @@ class _Entry:
         return [name, *how, learning.anchors, learning.passes]
 
 
-def _entries(settings: ComparisonSettings, shared: dict[str, Any], has_text: bool) -> list[_Entry]:
+def _entries(settings: ComparisonOptions, shared: dict[str, Any], has_text: bool) -> list[_Entry]:
     methods = [settings.methods] if isinstance(settings.methods, str) else settings.methods
-    if not methods or not settings.budgets:
-        raise InputError("There is nothing to compare. Give at least one method and one budget.")
     return [_entry(method, budget, shared, has_text) for budget in settings.budgets for method in methods]
 
 

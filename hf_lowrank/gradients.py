@@ -1,8 +1,9 @@
 """Gradients where they are needed, whatever mode the caller is in."""
 
+import copy
 from collections.abc import Callable
 from functools import wraps
-from typing import ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import nn
@@ -23,7 +24,11 @@ def with_gradients(verb: Callable[P, R]) -> Callable[P, R]:
 
 
 def leave_inference_mode_(model: nn.Module) -> None:
-    """Let tensors that were made inside `torch.inference_mode()` be learned."""
-    for tensor in [*model.parameters(), *model.buffers()]:
-        if tensor.is_inference():
-            tensor.data = tensor.data.clone()
+    """Take new tensors in place of those that were made inside `torch.inference_mode()`, which cannot learn."""
+    known: dict[torch.Tensor, Any] = {}  # a tied one stays one
+    for module in model.modules():
+        for tensors in (module._parameters, module._buffers):
+            for name, tensor in tensors.items():
+                if tensor is not None and tensor.is_inference():
+                    known.setdefault(tensor, copy.deepcopy(tensor))
+                    tensors[name] = known[tensor]

@@ -92,21 +92,6 @@ def require_finite(model: nn.Module) -> None:
             raise InputError(f"{name!r} of {type(model).__name__} holds NaN or Inf. Repair it, or load another copy.")
 
 
-def require_device(name: str | None) -> None:
-    """Check that tensors can be computed on a device; None is wherever they are.
-
-    Raises:
-        InputError: If there is no such device here, or it holds no numbers.
-    """
-    try:
-        is_usable = torch.empty(0, device=name).is_meta is False
-        reason = "it holds no numbers"
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        is_usable, reason = False, str(error).splitlines()[0]
-    if not is_usable:
-        raise InputError(f"device {name!r} cannot be used: {reason}. Give cpu, or an accelerator that is here.")
-
-
 def _dense(model: PreTrainedModel) -> PreTrainedModel:
     if isinstance(model, LowRankMixin):
         raise InputError(f"{type(model).__name__} is compressed already. Decompress it first, or start from its base.")

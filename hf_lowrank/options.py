@@ -59,7 +59,7 @@ def option(
         at_least: Bound of the number, or of each number of a list or mapping.
         above: Bound that it must not reach.
         at_most: The other bound.
-        choices: The words allowed; a table that grows afterwards counts as it is then.
+        choices: The words allowed, or the names of a mapping; a table that grows afterwards counts as it is then.
         metavar: What help calls the value.
     """
     bounds = {"at_least": at_least, "above": above, "at_most": at_most}
@@ -95,23 +95,33 @@ def settle_parts(classes: Sequence[type[Any]], options: Mapping[str, Any], verb:
     Raises:
         InputError: As `settle`.
     """
-    fields = {cls: {field.name: field for field in dataclasses.fields(cls) if field.init} for cls in classes}
-    known = {name for names in fields.values() for name in names}
+    return tuple(cls(**own) for cls, own in zip(classes, split(classes, options, verb), strict=True))
+
+
+def split(classes: Sequence[type[Any]], options: Mapping[str, Any], verb: str) -> list[dict[str, Any]]:
+    """What each class is told, before it is settled.
+
+    Raises:
+        InputError: If an option does not exist, or is missing.
+    """
+    fields = [{field.name: field for field in dataclasses.fields(cls) if field.init} for cls in classes]
+    known = sorted({name for names in fields for name in names})
     for name in options:
         if name not in known:
-            raise InputError(f"{verb} has no option {name!r}. Closest: {closest_name(name, sorted(known))!r}.")
-    for cls, own in fields.items():
+            raise InputError(f"{verb} has no option {name!r}. Closest: {closest_name(name, known)!r}.")
+    for cls, own in zip(classes, fields, strict=True):
         for name, field in own.items():
             if name not in options and dataclasses.MISSING is field.default is field.default_factory:
                 raise InputError(f"{verb} needs {name}: {_uncapitalized(_sentences(cls)[name][0])}.")
-    return tuple(cls(**{name: options[name] for name in own if name in options}) for cls, own in fields.items())
+    return [{name: options[name] for name in own if name in options} for own in fields]
 
 
 def _check(field: dataclasses.Field[Any], value: Any) -> None:
     said = field.metadata
     choices = said.get("choices", ())
-    if choices and isinstance(value, str) and value not in choices:
-        got = f"got {reprlib.repr(value)}. Closest: {closest_name(value, choices)!r}."
+    words = [value] if isinstance(value, str) else value if isinstance(value, Collection) else ()
+    for word in (word for word in words if choices and isinstance(word, str) and word not in choices):
+        got = f"got {reprlib.repr(word)}. Closest: {closest_name(word, choices)!r}."
         raise InputError(f"{field.name} must be one of {', '.join(choices)}, {got}")
     bounds = {name: said[name] for name in _BOUNDS if said.get(name) is not None}
     if _fits(value, field.type) and _are_within(value, **bounds):
@@ -205,13 +215,14 @@ def _form(field: dataclasses.Field[Any]) -> dict[str, Any]:
     """How a flag is read: what is given to `add_argument`."""
     kinds = _alternatives(field.type)
     if bool in kinds:
-        return {"action": "store_true" if field.default is False else argparse.BooleanOptionalAction, "default": None}
+        return {"action": "store_true", "default": None}
     form: dict[str, Any] = {"action": _Checked, "field": field}
     many = next((kind for kind in kinds if get_origin(kind) is not None), None)
     kind = get_args(many)[-1] if many is not None else str if str in kinds else kinds[0]
     is_pair = many is not None and issubclass(get_origin(many), Mapping)
-    form |= {"type": _pair(kind) if is_pair else kind, "nargs": None if many is None else "+"}
-    return form | {"metavar": field.metadata.get("metavar") or ("NAME=F" if is_pair else _METAVARS.get(kind))}
+    metavar = field.metadata.get("metavar") or ("NAME=F" if is_pair else _METAVARS.get(kind))
+    form |= {"type": _pair(kind, metavar) if is_pair else kind, "nargs": None if many is None else "+"}
+    return form | {"metavar": metavar}
 
 
 class _Checked(argparse.Action):
@@ -231,7 +242,7 @@ class _Checked(argparse.Action):
         setattr(namespace, self.dest, values)
 
 
-def _pair(kind: type[Any]) -> Any:
+def _pair(kind: type[Any], metavar: str | None) -> Any:
     """What reads `logits=1` as `("logits", 1.0)`."""
 
     def read(text: str) -> tuple[str, Any]:
@@ -239,6 +250,6 @@ def _pair(kind: type[Any]) -> Any:
         try:
             return name, kind(number)
         except ValueError as error:
-            raise argparse.ArgumentTypeError(f"{text!r} is not of the form NAME=F, such as name=1") from error
+            raise argparse.ArgumentTypeError(f"{text!r} is not of the form {metavar}, such as name=1") from error
 
     return read

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
+from pathlib import Path
 from typing import Any
 
 from hf_lowrank.errors import InputError
@@ -25,6 +26,10 @@ _ASKS_NOTHING: dict[str, Any] = {
 }
 # At most so many sequences, so long: more than any text that is worth looking at.
 _MOST_TEXT = 10_000_000
+
+
+# What is looked at and compared where no budget is given.
+ANALYZED, COMPARED = (0.8, 0.6, 0.4, 0.25), (0.8, 0.6, 0.4)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,3 +144,28 @@ class CompressOptions(Options):
     def to_dict(self) -> dict[str, Any]:
         """What was asked for, as plain JSON."""
         return {key: value for key, value in asdict(self).items() if value not in (None, {})}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ComparisonOptions(Options):
+    """What `compare` compares, and how, beside what `compress` can be told.
+
+    Args:
+        methods: Each a name of `METHODS`, optionally with an allocation, a storage and passes of refinement:
+            `two_sided_svd`, `whitened_svd:uniform`, `two_sided_svd:measured:pivoted:0`, `svd::pivoted`. What is left
+            out is what `compress` does by default.
+        budgets: Fractions of the parameters of the replaced matrices that stay (`keep_targets`), the same for all.
+        baseline: Method whose `g` the others' is divided by. None is `STANDARD` if that is among the methods.
+        work_dir: Folder for finished cells, statistics and measurements: what is there is not done again. None keeps
+            nothing.
+    """
+
+    methods: str | Sequence[str]
+    budgets: Sequence[float] = option(COMPARED, above=0, at_most=1)
+    baseline: str | None = option(None)
+    work_dir: str | Path | None = option(None, metavar="DIR")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.methods or not self.budgets:
+            raise InputError("There is nothing to compare. Give at least one method and one budget.")

@@ -15,6 +15,7 @@ from hf_lowrank.cli import compress as compress_command
 from hf_lowrank.cli import main
 from hf_lowrank.cli.arguments import build_parser
 from hf_lowrank.evaluation import Latency
+from hf_lowrank.methods.table import METHODS
 from hf_lowrank.report import make_report
 from hf_lowrank.saving import load_compressed
 from hf_lowrank.wording import speed_in_words
@@ -224,10 +225,7 @@ BAD_INPUT = {
     "unknown architecture": (["compress", "{root}/unknown", "{out}", *BUDGET], r"no usable model '.*unknown'"),
     "unsupported architecture": (["compress", "{root}/unsupported", "{out}", *BUDGET], r"unsupported"),
     "unknown method": (["compress", "{dense}", "{out}", *BUDGET, "--method", "magic"], r"method must be one of .*svd"),
-    "unknown allocation": (
-        ["compress", "{dense}", "{out}", *BUDGET, "--allocation", "x"],
-        r"allocation must be one of",
-    ),
+    "unknown kind of embeddings": (["compress", "{dense}", "{out}", *BUDGET, "--embeddings", "x"], r"must be one of"),
     "no budget": (["compress", "{dense}", "{out}"], r"Exactly one budget is needed out of keep_params"),
     "two budgets": (["compress", "{dense}", "{out}", *BUDGET, "--rank", "2"], r"--rank: not allowed with argument"),
     "budget out of reach": (
@@ -372,19 +370,41 @@ def test_a_single_expression_is_a_pattern_and_names_are_a_list(given, patterns):
     assert compress_command._patterns(given) == patterns
 
 
-@pytest.mark.parametrize("command", ["compress", "inspect", "decompress", "verify"])
-def test_every_command_has_help(command, capsys):
+def commands():
+    return next(action.choices for action in build_parser()._actions if isinstance(action.choices, dict))
+
+
+@pytest.mark.parametrize("command", commands())
+def test_every_command_has_help_that_says_what_each_flag_means(command, capsys):
     with pytest.raises(SystemExit) as done:
         build_parser().parse_args([command, "--help"])
 
     assert done.value.code == 0
     assert "usage: hf-lowrank" in capsys.readouterr().out
+    assert all(action.help for action in commands()[command]._actions)
 
 
-def test_help_does_not_import_torch():
+def test_there_are_no_more_flags_than_people_can_read():
+    flags = [name for parser in commands().values() for action in parser._actions for name in action.option_strings]
+
+    assert len([name for name in flags if name.startswith("--") and name != "--help"]) <= 100
+
+
+def test_help_names_every_method_and_what_the_recommended_ones_look_at(capsys):
+    with pytest.raises(SystemExit):
+        build_parser().parse_args(["compress", "--help"])
+    lines = capsys.readouterr().out.splitlines()
+
+    assert any(all(name in line for name in METHODS) for line in lines)
+    for name, row in METHODS.items():
+        assert any(name in line and row.summary in line for line in lines) is row.is_recommended
+
+
+def test_a_misspelled_method_is_told_before_anything_slow_is_imported():
     code = "import sys; from hf_lowrank.cli import main\n"
-    code += "try: main(['--help'])\nexcept SystemExit: print('torch' in sys.modules)"
+    code += "print(main(['compress', 'a', 'b', '--rank', '2', '--method', 'sdv']), 'torch' in sys.modules)"
 
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
 
-    assert done.stdout.endswith("False\n")
+    assert done.stdout == "2 False\n"
+    assert "Closest: 'svd'" in done.stderr

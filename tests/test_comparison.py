@@ -207,7 +207,7 @@ def test_statistics_are_collected_once_for_all_budgets(dense, monkeypatch):
         ({"budgets": []}, "nothing to compare"),
         ({"baseline": "two_sided_svd:uniform"}, "baseline 'two_sided_svd:uniform' is not among the methods"),
         ({"keep_params": 0.5}, "Exactly one budget"),
-        ({"sede": 1}, "compress has no option 'sede'. Closest: 'seed'"),
+        ({"sede": 1}, "compare has no option 'sede'. Closest: 'seed'"),
     ],
 )
 def test_bad_input_gets_one_clear_line(dense, options, message):

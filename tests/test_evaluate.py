@@ -158,7 +158,7 @@ def test_what_cannot_be_compared_is_refused(pair):
         evaluate(small, TEXTS, "agreement", dense=build("BertModel"), tokenizer=tokenizer)
     with pytest.raises(InputError, match="seed must be given where it is made"):
         evaluate(small, TEXTS, make_task("agreement"), dense=dense, tokenizer=tokenizer, seed=1)
-    with pytest.raises(InputError, match="max_examples must be at least 1, got 0"):
+    with pytest.raises(InputError, match="max_examples must be a whole number at least 1, got 0"):
         evaluate(small, TEXTS, "agreement", dense=dense, tokenizer=tokenizer, max_examples=0)
 
 

@@ -284,8 +284,9 @@ def test_no_token_is_in_an_error_or_a_log(server, folder, verified, caplog, caps
     caplog.set_level(logging.INFO)
     caplog.set_level(logging.DEBUG, logger="huggingface_hub")
     monkeypatch.setattr("hub_server._Handler._create_repo", lambda handler: refuse(f"no rights for {token}"))
+    monkeypatch.setenv("HF_TOKEN", token)
 
-    status = main(["push", str(folder), REPO, "--token", token])
+    status = main(["push", str(folder), REPO])
 
     printed = capsys.readouterr()
     assert status == 2

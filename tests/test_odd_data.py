@@ -10,6 +10,7 @@ from tiny_tokenizers import LETTERS, encoder_tokenizer
 from hf_lowrank import InputError, compress, evaluate
 from hf_lowrank.cli import main
 from hf_lowrank.data import load_rows, load_texts
+from hf_lowrank.loading import load_dense
 from hf_lowrank.training.features import make_features
 
 TEXTS = [" ".join(LETTERS[number:]) for number in range(25)]
@@ -144,12 +145,11 @@ def test_rows_of_several_kinds_are_named_by_their_place():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--batch-size", "0"], "batch.size must be at least 1"),
+        (["--max-examples", "0"], "max_examples must be a whole number at least 1"),
         (["--block-length", "2"], "block_length=2 leaves no room"),
-        (["--block-length", "1"], "block.length must be at least 2"),
-        (["--device", "meta"], "device .meta. cannot be used: it holds no numbers"),
-        (["--device", "gpu9"], "device .gpu9. cannot be used"),
-        (["--dtype", "floot"], "dtype"),
+        (["--block-length", "1"], "block_length must be a whole number at least 2"),
+        (["--device", "meta"], "device must be one of this machine's, .* got 'meta'"),
+        (["--device", "gpu9"], "device must be one of this machine's, .* got 'gpu9'"),
     ],
 )
 def test_an_option_that_cannot_be_is_one_line(model, tmp_path, capsys, options, message):
@@ -160,6 +160,11 @@ def test_an_option_that_cannot_be_is_one_line(model, tmp_path, capsys, options, 
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert status == 2, error
     assert re.search(message, error), error
+
+
+def test_a_batch_holds_something(model):
+    with pytest.raises(InputError, match="batch_size must be at least 1, got 0"):
+        evaluate(load_dense(model), TEXTS, "masked-lm", tokenizer=encoder_tokenizer(), batch_size=0, cost=False)
 
 
 def test_a_foreign_line_in_a_work_folder_is_one_line(model, tmp_path, capsys):

@@ -322,15 +322,15 @@ def test_what_cannot_be_done_is_said(options, message):
         compress(build("BertModel"), **options)
 
 
-def test_the_command_line_takes_ranks_and_group(tmp_path, capsys):
+def test_the_command_line_takes_ranks(tmp_path, capsys):
     build("BertModel").save_pretrained(tmp_path / "dense")
-    command = ["compress", str(tmp_path / "dense"), str(tmp_path / "small"), "--method", "tucker", "--group"]
+    command = ["compress", str(tmp_path / "dense"), str(tmp_path / "small"), "--method", "tucker"]
 
-    assert cli.main([*command, "attention", "--ranks", "4", "8", "8", "--json", "--no-latency"]) == 0
+    assert cli.main([*command, "--ranks", "4", "8", "8", "--json", "--no-latency"]) == 0
     report = json.loads(capsys.readouterr().out)["report"]
     assert {row["structure"] for row in report["modules"]} == {"tucker_bank", "banked_tucker"}
-    assert len(report["modules"]) == 1 + 2 * 4
-    assert cli.main([*command, "both", "--keep-targets", "0.3", "--dry-run", "--json"]) == 0
+    assert len(report["modules"]) == 1 + 2 * 6
+    assert cli.main([*command, "--keep-targets", "0.3", "--dry-run", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["plan"]["shared"]
 
 

@@ -113,6 +113,14 @@ def test_factors_learn_at_the_rate_that_recovers_such_a_model_unless_another_is_
     assert small.config.compression["provenance"]["lpaf"]["tune_learning_rate"] == rate
 
 
+def test_a_work_folder_is_not_taken_for_another_runs(tmp_path):
+    run(method="svd", prune_epochs=0, tune_epochs=1, work_dir=str(tmp_path))
+
+    for other in ({"seed": 1}, {"keep_targets": 0.5}, {"dataset": ROWS[:24]}, {"model": dense_model(seed=1)}):
+        with pytest.raises(InputError, match="another model, other data or other options"):
+            run(**{"method": "svd", "prune_epochs": 0, "tune_epochs": 1, "work_dir": str(tmp_path), **other})
+
+
 def test_a_killed_run_goes_on_and_ends_bit_identical(tmp_path):
     whole = run(consistency=0.1, work_dir=str(tmp_path / "whole"))
     run(consistency=0.1, work_dir=str(tmp_path / "cut"))
@@ -130,14 +138,15 @@ def test_a_killed_run_goes_on_and_ends_bit_identical(tmp_path):
     ("options", "message"),
     [
         ({"dataset": [row["text"] for row in ROWS]}, "no labels"),
-        ({"probability": 2}, "between 0 and 1"),
+        ({"probability": 2}, "probability must be a number at least 0 and at most 1"),
         ({"probability": 0, "consistency": 1.0}, "Give probability"),
         ({"consistency": 1.0, "losses": {"task": 1, "hidden": 1}}, "can be task and logits"),
-        ({"tune_epochs": 0}, "tune_epochs must be positive"),
-        ({"prune_epochs": -1}, "prune_epochs must not be negative"),
-        ({"prune_keep": 3.0}, "keep must be above 0"),
-        ({"prune_keep": 0.0}, "keep must be above 0"),
-        ({"keep_targts": 0.5}, "no option 'keep_targts'"),
+        ({"tune_epochs": 0}, "tune_epochs must be a number above 0"),
+        ({"prune_epochs": -1}, "prune_epochs must be a number at least 0"),
+        ({"prune_keep": 3.0}, "prune_keep must be a number above 0"),
+        ({"prune_keep": 0.0}, "prune_keep must be"),
+        ({"keep_targts": 0.5}, "lpaf has no option 'keep_targts'. Closest: 'keep_targets'"),
+        ({"prune_epoch": 1}, "Closest: 'prune_epochs'"),
         ({"importance": "luck"}, "importance must be one of"),
         ({"method": "svdd"}, "method must be one of"),
     ],

@@ -10,7 +10,7 @@ from every_structure import build_every_structure, structures_with
 from tiny_training import StopAt, arguments, rows
 from transformers import TrainerCallback
 
-from hf_lowrank import InputError, compress, recover
+from hf_lowrank import InputError, compress, lpaf, recover
 from hf_lowrank.cli import main
 from hf_lowrank.loading import find_tokenizer, load_dense
 from hf_lowrank.remote_code.lowrank_table import STRUCTURES
@@ -174,6 +174,65 @@ def test_killed_and_resumed_it_ends_bit_identical(tmp_path):
     assert all(torch.equal(ends[0][0][name], ends[1][0][name]) for name in ends[0][0])
 
 
+class Kill(TrainerCallback):
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == 6:
+            raise KeyboardInterrupt
+
+
+def test_with_a_work_folder_a_killed_run_goes_on_and_ends_bit_identical(tmp_path):
+    def run(name, *callbacks):
+        teacher, small = pair("BertForSequenceClassification")
+        options = {"batch_size": 8, "max_seq_length": 16, "learning_rate": 5e-3, "work_dir": str(tmp_path / name)}
+        tokenizer = tokenizer_for("Bert")
+        recover(small, teacher=teacher, dataset=LABELLED, tokenizer=tokenizer, callbacks=callbacks, **options)
+        return small.state_dict(), small.config.compression["provenance"]["recovery"]
+
+    whole, expected = run("whole")
+    with pytest.raises(KeyboardInterrupt):
+        run("cut", Kill())
+    resumed, found = run("cut")
+
+    assert found == expected
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+    assert not (tmp_path / "cut" / "slower").exists()
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("verb", ["recover", "lpaf"])
+def test_it_learns_whatever_mode_the_caller_is_in(verb, mode):
+    options = {"dataset": LABELLED, "tokenizer": tokenizer_for("Bert"), "batch_size": 8, "max_seq_length": 16}
+
+    def learned():
+        teacher, small = pair("BertForSequenceClassification")
+        if verb == "lpaf":
+            losses = {"logits": 1, "hidden": 1}
+            small = lpaf(
+                teacher, method="svd", rank=4, prune_epochs=1, tune_learning_rate=5e-3, losses=losses, **options
+            )
+        else:
+            recover(small, teacher=teacher, learning_rate=5e-3, **options)
+        provenance = small.config.compression["provenance"]
+        return small.state_dict(), provenance.get("recovery") or provenance["lpaf"]["held_out_loss"]
+
+    expected, outside = learned()
+    with mode():
+        found, inside = learned()
+
+    assert inside == outside
+    assert inside["step"] > 0
+    assert all(torch.equal(expected[name], found[name]) for name in expected)
+
+
+def test_a_model_that_is_not_finite_is_not_trained():
+    teacher, small = pair("BertForMaskedLM")
+    with torch.no_grad():
+        next(small.parameters()).fill_(float("nan"))
+
+    with pytest.raises(InputError, match="held-out loss is nan before the first step"):
+        recover(small, teacher=teacher, dataset=TEXTS, tokenizer=tokenizer_for("Bert"), max_seq_length=16)
+
+
 def test_a_folder_without_a_tokenizer_has_none(tmp_path):
     teacher, small = pair("BertForMaskedLM")
     teacher.save_pretrained(tmp_path)  # of which transformers makes up a tokenizer of five words
@@ -224,7 +283,7 @@ def test_what_is_held_out_is_not_trained_on():
     assert not {int(row["input_ids"]) for row in kept} & {int(row["input_ids"]) for row in held_out}
 
 
-def test_bad_input_is_one_clear_line():
+def test_bad_input_is_one_clear_line(tmp_path):
     teacher, small = pair("BertForMaskedLM")
     other = tiny_models.build("BertForMaskedLM", vocab_size=31)
     common = {"dataset": TEXTS, "tokenizer": tokenizer_for("Bert")}
@@ -232,9 +291,14 @@ def test_bad_input_is_one_clear_line():
     for model, of, options, message in (
         (teacher, teacher, {}, "not a compressed model"),
         (small, other, {}, "another vocabulary: 31 tokens, the model 30"),
-        (small, teacher, {"epochs": 0}, "epochs must be positive"),
-        (small, teacher, {"epoch": 1}, "no such option"),
-        (small, teacher, {"losses": {"logit": 1}}, "there is no 'logit'"),
+        (small, teacher, {"epochs": 0}, "epochs must be a number above 0"),
+        (small, teacher, {"epoch": 1}, "recover has no option 'epoch'. Closest: 'epochs'"),
+        (small, teacher, {"losses": {"logit": 1}}, "losses must be one of .*, got 'logit'. Closest: 'logits'"),
+        (small, teacher, {"losses": {"logits": float("nan")}}, "losses must be a number by name"),
+        (small, teacher, {"losses": {"logits": 0}}, "losses must give a weight"),
+        (small, teacher, {"learning_rate": -1}, "learning_rate must be a number at least 0, got -1"),
+        (small, teacher, {"epochs": float("inf")}, "epochs must be a number above 0 and at most 10000, got inf"),
+        (small, teacher, {"epochs": 1, "args": arguments(tmp_path)}, "epochs does not go with args"),
         (small, teacher, {"dataset": ["a b c"]}, "two examples at least"),
     ):
         with pytest.raises(InputError, match=message) as caught:

@@ -12,13 +12,10 @@ from hf_lowrank.analysis import analyze
 from hf_lowrank.analysis_report import Grid
 from hf_lowrank.cli import tables
 from hf_lowrank.extras import load_part
+from hf_lowrank.options import given
 from hf_lowrank.progress import progress_bar
+from hf_lowrank.settings import CompressOptions
 
-# Options that carry the names of the settings.
-_OPTIONS = (
-    "keep_targets", "keep_params", "method", "allocation", "storage", "embeddings", "device",
-    "num_calibration_samples", "max_seq_length", "seed", "cache_dir",
-)  # fmt: skip
 _LOSSES = {
     "predicted damage": "change of the output, KL in nats or 1 - cosine, from one short run a matrix",
     "energy lost": "discarded squared singular values over the norm; does not compare methods",
@@ -28,14 +25,12 @@ _LOSSES = {
 def run(arguments: argparse.Namespace) -> int:
     """Analyze and print; draw if asked for."""
     plots = load_plots(arguments.plot)
-    options = {name: getattr(arguments, name) for name in _OPTIONS if getattr(arguments, name) is not None}
-    options["text_column"] = arguments.calibration_column
     analysis = analyze(
         arguments.model,
         calibration=arguments.calibration,
         latency=arguments.latency,
         progress=progress_bar,
-        **options,
+        **given(arguments, CompressOptions),
     )
     if plots is not None:
         plots.save_page(analysis, arguments.plot)

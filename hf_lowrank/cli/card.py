@@ -32,7 +32,7 @@ def run(arguments: argparse.Namespace) -> int:
         said["license"] = arguments.license
     if arguments.language is not None:
         said["language"] = tuple(arguments.language)
-    write_record(folder, replace(report, origin=replace(report.origin, **said)), arguments.repo)
+    write_record(folder, replace(report, origin=replace(report.origin, **said)))
     if arguments.json:
         tables.print_json({"path": arguments.path, "card": str(folder / CARD_FILE), "quality": len(report.quality)})
         return 0

@@ -63,7 +63,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _options(arguments: argparse.Namespace) -> dict[str, Any]:
-    options = given(arguments, CompressOptions) | {"rank_pattern": dict(arguments.rank_pattern)}
+    options = given(arguments, CompressOptions)
     for name in ("target_modules", "exclude_modules"):
         if name in options:
             options[name] = _patterns(options[name])

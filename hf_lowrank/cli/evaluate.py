@@ -12,37 +12,31 @@ from transformers import PreTrainedConfig
 from hf_lowrank.architectures import read_config
 from hf_lowrank.cards.card import REPORT_FILE
 from hf_lowrank.cli import tables
+from hf_lowrank.cli.evaluate_arguments import TaskFlags
 from hf_lowrank.errors import InputError, one_line
-from hf_lowrank.loading import load_dense, load_tokenizer, require_device
+from hf_lowrank.loading import load_dense, load_tokenizer
+from hf_lowrank.machine import usable_device
+from hf_lowrank.options import given
 from hf_lowrank.progress import progress_bar
 from hf_lowrank.recorded_evaluation import record_evaluation
 from hf_lowrank.saving import load_compressed
 from hf_lowrank.tasks import make_task
 from hf_lowrank.tasks.evaluation import evaluate
 
-# Options of the tasks; only those that were given are passed on.
-_OPTIONS = (
-    "text_column", "text_pair_column", "label_column", "score_column",
-    "max_examples", "max_seq_length", "block_length", "stride", "seed",
-)  # fmt: skip
-
 
 def run(arguments: argparse.Namespace) -> int:
     """Score the model, and the dense one if it is given, and print one table."""
     if arguments.record and not (Path(arguments.path).is_dir() and _is_compressed(arguments.path)):
         raise InputError(f"--record needs the folder of a compressed model, got {arguments.path}.")
-    given = {name: getattr(arguments, name) for name in _OPTIONS}
-    task = make_task(arguments.task, **{name: value for name, value in given.items() if value is not None})
-    dtype = getattr(torch, arguments.dtype) if arguments.dtype else None
-    device = arguments.device or "cpu"
-    model = _load(arguments.path, dtype, device)
+    device = usable_device(arguments.device or "cpu")
+    task = make_task(arguments.task, **given(arguments, TaskFlags))
+    model = _load(arguments.path, device)
     evaluation = evaluate(
         model,
         arguments.dataset,
         task,
-        dense=_load(arguments.dense, dtype, device) if arguments.dense else None,
+        dense=_load(arguments.dense, device) if arguments.dense else None,
         tokenizer=_tokenizer(arguments.path, arguments.dense),
-        batch_size=arguments.batch_size,
         cost=not arguments.no_cost,
         progress=progress_bar,
     )
@@ -59,11 +53,10 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _load(path: str, dtype: torch.dtype | None, device: str) -> Any:
+def _load(path: str, device: torch.device) -> Any:
     """A compressed or a dense model."""
-    require_device(device)
     model: Any = load_compressed(path) if _is_compressed(path) else load_dense(path)
-    return model.to(device=device, dtype=dtype or model.dtype).eval()
+    return model.to(device).eval()
 
 
 def _is_compressed(path: str) -> bool:

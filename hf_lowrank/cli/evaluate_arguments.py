@@ -1,7 +1,11 @@
 """What `evaluate` can be told."""
 
-import argparse
+from collections.abc import Iterable
+from dataclasses import dataclass, fields
 from typing import Any
+
+from hf_lowrank.cli.commands import Commands, add_command
+from hf_lowrank.options import LARGEST_SEED, Options, add_flags, option
 
 _EXAMPLES = """examples:
   hf-lowrank evaluate small-bert --dense my-bert --task masked-lm --dataset wiki.test.txt
@@ -11,40 +15,42 @@ _EXAMPLES = """examples:
 masked-lm, causal-lm and agreement need a column of text; text-classification and text-regression a label too;
 similarity two sentences and a score; question-answering rows or a file as in SQuAD."""
 
-Commands = Any  # argparse's private type for sub-parsers
+
+@dataclass(frozen=True, kw_only=True)
+class TaskFlags(Options):
+    """What tasks can be told on the command line; the options of each, with their defaults, are its own fields.
+
+    Args:
+        text_column: Where the text is.
+        text_pair_column: Where the second text is.
+        label_column: Where the label is.
+        max_examples: Examples or blocks at most, drawn by `seed`.
+        block_length: Tokens of a language model's block. Default: 128.
+        seed: Of masks and of the examples drawn. Default: 0.
+    """
+
+    text_column: str | None = option(None, metavar="NAME")
+    text_pair_column: str | None = option(None, metavar="NAME")
+    label_column: str | None = option(None, metavar="NAME")
+    max_examples: int | None = option(None, at_least=1)
+    block_length: int | None = option(None, at_least=2)
+    seed: int | None = option(None, at_least=0, at_most=LARGEST_SEED)
+
+
+def add_task(parser: Any, names: Iterable[str]) -> None:
+    """Add the task, its data and some of its options."""
+    parser.add_argument("--dataset", metavar="DATA", required=True, help="file, or NAME:CONFIG:SPLIT of the Hub")
+    tasks = "masked-lm, causal-lm, text-classification, text-regression, question-answering, similarity or agreement"
+    parser.add_argument("--task", required=True, help=tasks)
+    add_flags(parser.add_argument_group("of the task"), TaskFlags, names)
 
 
 def add_evaluate(commands: Commands) -> None:
     """Add the command that scores a model."""
-    summary = "score a model on data, beside the dense one it came from"
-    parser: argparse.ArgumentParser = commands.add_parser(
-        "evaluate",
-        help=summary,
-        description=f"{summary.capitalize()}.",
-        epilog=_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = add_command(commands, "evaluate", "score a model on data, beside the dense one it came from", _EXAMPLES)
     parser.add_argument("path", metavar="PATH", help="folder or Hub id of a model, compressed or not")
-    parser.add_argument("--dataset", metavar="DATA", required=True, help="file, or NAME:CONFIG:SPLIT of the Hub")
-    tasks = "masked-lm, causal-lm, text-classification, text-regression, question-answering, similarity or agreement"
-    parser.add_argument("--task", required=True, help=tasks)
     parser.add_argument("--dense", metavar="MODEL", help="the dense model, to compare with")
-    _add_options(parser.add_argument_group("of the task"))
-    parser.add_argument("--batch-size", type=int, default=8, metavar="N", help="examples at once (default: 8)")
-    types = ("float32", "bfloat16", "float16")
-    parser.add_argument("--dtype", choices=types, help="type to run in (default: as stored)")
+    add_task(parser, [field.name for field in fields(TaskFlags)])
     parser.add_argument("--device", help="where to run, such as cuda (default: cpu)")
     parser.add_argument("--record", action="store_true", help="append the scores to PATH's report and card")
     parser.add_argument("--no-cost", action="store_true", help="do not measure latency and memory")
-    parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
-
-
-def _add_options(task: Any) -> None:
-    for column in ("text", "text-pair", "label", "score"):
-        task.add_argument(f"--{column}-column", metavar="NAME", help=f"where the {column.replace('-', ' ')} is")
-    task.add_argument("--max-examples", type=int, metavar="N", help="examples or blocks at most, drawn by --seed")
-    task.add_argument("--max-seq-length", type=int, metavar="N", help="tokens of an example at most")
-    task.add_argument("--block-length", type=int, metavar="N", help="tokens of a language model's block (128)")
-    task.add_argument("--stride", type=int, metavar="N", help="tokens between causal-lm windows (no overlap)")
-    task.add_argument("--seed", type=int, metavar="N", help="of masks and of the examples drawn (default: 0)")

@@ -5,27 +5,20 @@ import argparse
 from hf_lowrank.cards.card import shown_command
 from hf_lowrank.cli import tables
 from hf_lowrank.loading import load_dense
+from hf_lowrank.options import given
 from hf_lowrank.report import make_report
 from hf_lowrank.saving import check_output, save_folder
+from hf_lowrank.settings import CompressOptions
 from hf_lowrank.training.lpaf import lpaf
+from hf_lowrank.training.options import LPAFOptions
 from hf_lowrank.training.processes import end_as_first
-
-# Options that carry the names of `lpaf`'s; only those that were given are passed on.
-_OPTIONS = (
-    "keep_params", "keep_targets", "target_size", "rank", "method", "prune_keep", "importance", "probability",
-    "consistency", "prune_epochs", "tune_epochs", "prune_learning_rate", "tune_learning_rate", "score_learning_rate",
-    "temperature", "batch_size", "max_seq_length", "max_examples", "text_column", "label_column", "seed", "work_dir",
-)  # fmt: skip
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Prune, factorize, train, save and print."""
     check_output(arguments.out, arguments.overwrite, arguments.model)
-    given = {name: getattr(arguments, name) for name in _OPTIONS if getattr(arguments, name) is not None}
-    if arguments.losses:
-        given["losses"] = dict(arguments.losses)
-    dense = load_dense(arguments.model)
-    small = lpaf(dense, dataset=arguments.dataset, eval_dataset=arguments.eval_dataset, **given)
+    options = given(arguments, LPAFOptions) | given(arguments, CompressOptions)
+    small = lpaf(load_dense(arguments.model), dataset=arguments.dataset, **options)
     if not end_as_first():
         return 0
     small.config.compression["provenance"]["command"] = shown_command(arguments.given, arguments.model)

@@ -4,30 +4,18 @@ import argparse
 
 from hf_lowrank.cards.card import shown_command
 from hf_lowrank.cli import tables
+from hf_lowrank.options import given
 from hf_lowrank.saving import check_output, save_folder
+from hf_lowrank.training.options import RecoveryOptions
 from hf_lowrank.training.processes import end_as_first
 from hf_lowrank.training.recovery import recover
-
-# Options that carry the names of `recover`'s; only those that were given are passed on.
-_OPTIONS = (
-    "temperature", "learning_rate", "epochs", "batch_size", "max_seq_length", "max_examples", "text_column",
-    "label_column", "seed",
-)  # fmt: skip
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Recover, save and print the loss before and after."""
     check_output(arguments.out, arguments.overwrite, arguments.path)
-    given = {name: getattr(arguments, name) for name in _OPTIONS if getattr(arguments, name) is not None}
-    if arguments.losses:
-        given["losses"] = dict(arguments.losses)
-    model = recover(
-        arguments.path,
-        teacher=arguments.teacher,
-        dataset=arguments.dataset,
-        eval_dataset=arguments.eval_dataset,
-        **given,
-    )
+    options = given(arguments, RecoveryOptions)
+    model = recover(arguments.path, teacher=arguments.teacher, dataset=arguments.dataset, **options)
     if not end_as_first():
         return 0
     provenance = model.config.compression["provenance"]

@@ -1,10 +1,10 @@
 """What a model is evaluated on: one file a task, one row of TASKS."""
 
-from dataclasses import fields
 from typing import Any
 
 from hf_lowrank.errors import InputError
 from hf_lowrank.extras import load_part
+from hf_lowrank.options import settle
 from hf_lowrank.remote_code.lowrank_plan import closest_name
 from hf_lowrank.tasks.base import Task
 
@@ -27,11 +27,7 @@ def make_task(name: str, **options: Any) -> Task:
         InputError: If there is no such task or option, or the task needs a package that is not installed.
     """
     if name not in TASKS:
-        raise InputError(f"task must be one of {', '.join(TASKS)}, got {name!r}.")
-    task_class = load_part(TASKS[name], "train").TASK
-    known = [field.name for field in fields(task_class)]
-    for option in options:
-        if option not in known:
-            raise InputError(f"Task {name} has no option {option!r}. Closest: {closest_name(option, known)!r}.")
-    task: Task = task_class(**options)
+        known = f"{', '.join(TASKS)}, got {name!r}. Closest: {closest_name(name, TASKS)!r}"
+        raise InputError(f"task must be one of {known}.")
+    task: Task = settle(load_part(TASKS[name], "train").TASK, options, f"task {name}")
     return task

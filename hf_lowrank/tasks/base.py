@@ -9,6 +9,7 @@ import torch
 
 from hf_lowrank.batches import require_known_tokens
 from hf_lowrank.errors import InputError
+from hf_lowrank.options import LARGEST_SEED, Options, option
 from hf_lowrank.outputs import Batch, Said, run
 from hf_lowrank.progress import Progress, no_progress
 from hf_lowrank.remote_code.configuration_lowrank import PREFIX
@@ -68,7 +69,7 @@ class Score(ABC):
 
 
 @dataclass(frozen=True)
-class Task(ABC):
+class Task(Options, ABC):
     """A way to score a model; its fields are its options.
 
     Args:
@@ -83,12 +84,8 @@ class Task(ABC):
     heads: ClassVar[Collection[str]]  # names of the dense classes that can do it; all where empty
     reads_text: ClassVar[bool] = True  # and nothing else
 
-    max_examples: int | None = None
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        if self.max_examples is not None and self.max_examples < 1:
-            raise InputError(f"max_examples must be at least 1, got {self.max_examples}.")
+    max_examples: int | None = option(None, at_least=1)
+    seed: int = option(0, at_least=0, at_most=LARGEST_SEED)
 
     def steps(self, tokenizer: Any, examples: Any, batch_size: int, model: Any) -> Sequence[Step]:
         """The data in batches, as long as the model can take them.

@@ -1,5 +1,6 @@
 """The best state of a training, the one before it among them."""
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from hf_lowrank.errors import InputError
 from hf_lowrank.scratch import write_file
 from hf_lowrank.training.processes import share_, told_by_first
 
@@ -49,6 +51,11 @@ class BestStateCallback(TrainerCallback):
     ) -> None:
         value = kwargs["metrics"][self.metric]
         if self.before is None:
+            if not math.isfinite(value):
+                raise InputError(
+                    f"The held-out loss is {value} before the first step. Something in the model, its teacher or the "
+                    "data is no finite number: mend that first."
+                )
             self.before = value
         if self.after is not None and not value < self.after:
             return

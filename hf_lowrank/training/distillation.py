@@ -1,6 +1,7 @@
 """A `Trainer` whose loss is how far the model is from a teacher."""
 
 import inspect
+import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
@@ -109,13 +110,14 @@ class DistillationTrainer(Trainer):
     def _compare(self, model: Any, student: PreTrainedModel, inputs: dict[str, Any]) -> Comparison:
         attends = "attention" in self.losses
         unlabelled = {name: value for name, value in inputs.items() if name not in self.label_names}
+        teaches = bool(set(self.losses) - {"task"})
         with (
             torch.no_grad(),
             self.accelerator.autocast(),  # which Accelerate puts around the student by itself
             recorded_outputs(self.teacher, self._teacher_blocks) as wanted,
             recorded_attention(self.teacher, attends) as their_attention,
         ):
-            reference = self.teacher(**_accepted(self.teacher, unlabelled))
+            reference = self.teacher(**_accepted(self.teacher, unlabelled)) if teaches else None
         with (
             fast_attention(self.accelerator, inputs["input_ids"].shape[1]),
             recorded_outputs(student, self._student_blocks) as found,
@@ -222,9 +224,9 @@ def _named_layers(
 def _check_losses(losses: Mapping[str, float], temperature: float) -> None:
     if unknown := set(losses) - set(LOSSES):
         raise InputError(f"Losses are {', '.join(LOSSES)}; there is no {min(unknown)!r}.")
-    if not losses or min(losses.values()) < 0:
+    if not losses or not all(0 < weight < math.inf for weight in losses.values()):
         raise InputError(f"Weights of losses must be positive and one at least is needed, got {dict(losses)}.")
-    if temperature <= 0:
+    if not 0 < temperature < math.inf:
         raise InputError(f"temperature must be positive, got {temperature:g}.")
 
 

@@ -41,12 +41,6 @@ class PaddingCollator:
         return dict(padded(rows, self.padding))
 
 
-def options_of_data(options: Any) -> dict[str, Any]:
-    """Those fields of a training's options that `make_features` takes."""
-    names = ("max_seq_length", "max_examples", "seed", "text_column", "label_column")
-    return {name: getattr(options, name) for name in names}
-
-
 def make_features(
     model: PreTrainedModel,
     tokenizer: Any,

@@ -1,5 +1,6 @@
 """Training factorized layers that now and then still use their full-rank weight."""
 
+import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -86,8 +87,8 @@ class MixedRank:
     ) -> None:
         if not 0 < probability <= 1:
             raise InputError(f"probability must be above 0 and at most 1, got {probability:g}.")
-        if consistency < 0:
-            raise InputError(f"consistency must not be negative, got {consistency:g}.")
+        if not 0 <= consistency < math.inf:
+            raise InputError(f"consistency must be a number of at least 0, got {consistency:g}.")
         self.max_steps = max_steps
         self.loss_share = 1.0  # of a sum over processes and accumulated batches that one loss is
         self._probability = probability

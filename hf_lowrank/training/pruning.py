@@ -1,6 +1,7 @@
 """Unstructured pruning of the matrices of a model's blocks while it is trained, and the ranks of what is left."""
 
 import logging
+import math
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -13,11 +14,11 @@ from transformers import PreTrainedModel, TrainerCallback, TrainerControl, Train
 
 from hf_lowrank.errors import InputError
 from hf_lowrank.targets import DenseMatrix, Patterns, dense_weight, find_matrices, select_matrices
+from hf_lowrank.training.options import IMPORTANCES
 from hf_lowrank.training.schedules import Span, cubic
 
 logger = logging.getLogger(__name__)
 
-IMPORTANCES = ("sensitivity", "movement", "magnitude", "random")
 _SCORED = ("sensitivity", "movement")
 _MEMORY = 0.95  # of sensitivities: the last twenty steps weigh most
 _ENERGY = 0.9
@@ -209,6 +210,8 @@ class FirstOrderPruningCallback(TrainerCallback):
             raise InputError(f"keep must be above 0 and at most 1, got {keep:g}.")
         if importance not in IMPORTANCES:
             raise InputError(f"importance must be one of {', '.join(IMPORTANCES)}, got {importance!r}.")
+        if not 0 <= score_learning_rate < math.inf:
+            raise InputError(f"score_learning_rate must be a number of at least 0, got {score_learning_rate:g}.")
         self._keep = keep
         self._importance = importance
         self._span = Span(start, end)

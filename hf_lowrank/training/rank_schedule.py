@@ -132,7 +132,7 @@ class StableRankPenaltyCallback(TrainerCallback):
     """
 
     def __init__(self, strength: float, *, target_modules: Patterns | None = None) -> None:
-        if not strength > 0:
+        if not 0 < strength < math.inf:
             raise InputError(f"strength must be positive, got {strength:g}.")
         self._strength = strength
         self._target_modules = target_modules

@@ -1,34 +1,32 @@
 """`recover`: train a compressed model back towards the dense one, and never make it worse."""
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedModel, PrinterCallback, TrainerCallback, TrainingArguments
+from transformers import PreTrainedModel, TrainingArguments
 
 from hf_lowrank.calibration import is_causal
 from hf_lowrank.conversion import as_two_factors
 from hf_lowrank.errors import InputError
+from hf_lowrank.gradients import with_gradients
 from hf_lowrank.loading import find_tokenizer, held_model, load_dense
 from hf_lowrank.methods.table import known_method
+from hf_lowrank.options import settle
 from hf_lowrank.remote_code.lowrank_model import LowRankMixin
 from hf_lowrank.saving import load_compressed
-from hf_lowrank.scratch import temporary_folder
-from hf_lowrank.training.arguments import make_arguments
 from hf_lowrank.training.best import BestStateCallback
-from hf_lowrank.training.distillation import DistillationTrainer, check_teacher, default_losses
-from hf_lowrank.training.features import Features, PaddingCollator, hold_out, make_features, options_of_data
-from hf_lowrank.training.preparation import prepared
+from hf_lowrank.training.distillation import check_teacher
+from hf_lowrank.training.lessons import Lesson, claim_, make_lesson, train, train_in, work_folder
+from hf_lowrank.training.options import RecoveryOptions
 from hf_lowrank.training.processes import check_launch
 
 # Peak of AdamW's learning rate, found by the loss on examples set aside. On classifiers pairs come as far at twice the
 # first in hundreds of steps, and less far in a hundred or where little was lost. A language model has a target at
 # every token, and far less noise in its steps. What else a method has, its row says.
 _RATE, _RATE_OF_LANGUAGE = 5e-5, 5e-4
-_BATCH_SIZE = 16
-_EPOCHS = 3
 _STEP_DOWN = 4
 
 
@@ -53,6 +51,7 @@ class Recovery:
     losses: dict[str, float]
 
 
+@with_gradients
 def recover(
     model: PreTrainedModel | str | Path,
     *,
@@ -81,7 +80,7 @@ def recover(
             warmed up over a tenth, then falling as a cosine; where no step helps, once more at a quarter of the rate,
             for a model that has lost little is hurt by a rate that heals another. Given ones are obeyed; evaluations
             are switched on.
-        resume_from_checkpoint: As in `Trainer.train`.
+        resume_from_checkpoint: As in `Trainer.train`, with `args`; without them see `work_dir`.
         options: Fields of `RecoveryOptions`.
 
     Returns:
@@ -90,64 +89,44 @@ def recover(
     Raises:
         InputError: If the model is not compressed, the teacher does not fit, or the data cannot be used.
     """
-    settings = _make_options(options)
+    settings = settle(RecoveryOptions, options, "recover")
+    if args is not None and (both := {"epochs", "learning_rate", "batch_size", "work_dir"} & set(options)):
+        raise InputError(f"{min(both)} does not go with args, which have their own. Give one of the two.")
     small = _compressed(model)
     dense = load_dense(teacher)
     own_tokenizer = tokenizer if tokenizer is not None else find_tokenizer(small)
     _check_tokenizers(own_tokenizer, find_tokenizer(dense))
     check_teacher(small, dense)
-    tokenizer = own_tokenizer or find_tokenizer(dense)
-    features = make_features(small, tokenizer, dataset, **options_of_data(settings))
-    if eval_dataset is None:
-        features, held_out = hold_out(features, settings.seed)
+    lesson = make_lesson(small, dense, own_tokenizer or find_tokenizer(dense), dataset, eval_dataset, settings)
+    if settings.work_dir is not None:
+        claim_(settings.work_dir, small, lesson, vars(settings))
+    if args is None:
+        found = heal_(small, lesson, settings, (1, _STEP_DOWN))
     else:
-        held_out = make_features(small, tokenizer, eval_dataset, **options_of_data(settings))
-    losses = dict(settings.losses or default_losses(features))
-    data = (features, held_out, getattr(tokenizer, "pad_token_id", None) or 0)
-    with temporary_folder() as folder, as_two_factors(small):
-        for own in [_obeyed(args)] if args is not None else _own_arguments(small, settings, str(folder)):
-            found = _train(small, dense, own, data, losses, settings, resume_from_checkpoint)
-            if found.step:
-                break
+        best = BestStateCallback()
+        with as_two_factors(small):
+            steps = train(small, lesson, _obeyed(args), [*settings.callbacks, best], resume_from_checkpoint)
+        found = _found(best, steps, args.learning_rate, lesson)
     small.config.compression["provenance"]["recovery"] = asdict(found)
     return small
 
 
-@dataclass(frozen=True, kw_only=True)
-class RecoveryOptions:
-    """What `recover` can be told beside its data.
+def heal_(small: Any, lesson: Lesson, settings: RecoveryOptions, step_downs: Sequence[int] = (1,)) -> Recovery:
+    """Train a compressed model in place, at shares of the learning rate until one helps, and keep the best state."""
+    rate = default_learning_rate(small) if settings.learning_rate is None else settings.learning_rate
+    with work_folder(settings.work_dir) as folder, as_two_factors(small):
+        for place, step_down in enumerate(step_downs):
+            best, own = BestStateCallback(), f"{folder}/slower" if place else folder
+            rates = {"epochs": settings.epochs, "learning_rate": rate / step_down}
+            steps = train_in(own, small, lesson, settings, [*settings.callbacks, best], **rates)
+            found = _found(best, steps, rate / step_down, lesson)
+            if found.step:
+                break
+    return found
 
-    Args:
-        losses: Weight of each term of the loss; see `DistillationTrainer`. Default: `logits` and `hidden` 1 each, and
-            `task` 1 where the data have labels of classes or answers.
-        temperature: Of the logits.
-        learning_rate: Peak; None is `default_learning_rate`. Not with `args`, which have their own.
-        epochs: Passes over the data. Not with `args`.
-        batch_size: Examples a step. Not with `args`.
-        max_seq_length: Tokens an example may have; longer ones are cut.
-        max_examples: Examples at most, drawn by `seed`.
-        text_column: Column of the text.
-        label_column: Column of the class.
-        seed: Of the examples drawn, masks, order and dropout.
-        callbacks: More of them for the Trainer.
-    """
 
-    losses: Mapping[str, float] | None = None
-    temperature: float = 1.0
-    learning_rate: float | None = None
-    epochs: float = _EPOCHS
-    batch_size: int = _BATCH_SIZE
-    max_seq_length: int = 128
-    max_examples: int | None = None
-    text_column: str | None = None
-    label_column: str = "label"
-    seed: int = 0
-    callbacks: tuple[TrainerCallback, ...] = ()
-
-    def __post_init__(self) -> None:
-        for name in ("epochs", "batch_size", "max_seq_length", "temperature"):
-            if not getattr(self, name) > 0:
-                raise InputError(f"{name} must be positive, got {getattr(self, name)}.")
+def _found(best: BestStateCallback, steps: int, rate: float, lesson: Lesson) -> Recovery:
+    return Recovery(best.before or 0.0, best.after or 0.0, best.step, steps, rate, dict(lesson.losses))
 
 
 def default_learning_rate(model: PreTrainedModel) -> float:
@@ -166,14 +145,6 @@ def _compressed(model: Any) -> Any:
     return small
 
 
-def _make_options(options: dict[str, Any]) -> RecoveryOptions:
-    try:
-        return RecoveryOptions(**options)
-    except TypeError as error:
-        known = ", ".join(RecoveryOptions.__dataclass_fields__)
-        raise InputError(f"recover has no such option: {error}. There are: {known}.") from error
-
-
 def _check_tokenizers(ours: Any, theirs: Any) -> None:
     if ours is not None and theirs is not None and ours.get_vocab() != theirs.get_vocab():
         raise InputError("The teacher has another vocabulary: its tokenizer's words differ. Give the model's own.")
@@ -187,45 +158,3 @@ def _obeyed(args: TrainingArguments) -> TrainingArguments:
     if args.eval_strategy == "no":
         args.eval_strategy = type(args.eval_strategy)("epoch")
     return args
-
-
-def _own_arguments(small: PreTrainedModel, settings: RecoveryOptions, folder: str) -> Iterator[TrainingArguments]:
-    """What is tried where none are given, one after the other."""
-    rate = settings.learning_rate or default_learning_rate(small)
-    for step_down in (1, _STEP_DOWN):
-        yield make_arguments(
-            folder,
-            batch_size=settings.batch_size,
-            epochs=settings.epochs,
-            learning_rate=rate / step_down,
-            seed=settings.seed,
-        )
-
-
-def _train(
-    small: Any,
-    dense: Any,
-    args: TrainingArguments,
-    data: tuple[Features, Features, int],
-    losses: dict[str, float],
-    settings: RecoveryOptions,
-    resume_from_checkpoint: str | bool | None,
-) -> Recovery:
-    best = BestStateCallback()
-    features, held_out, padding = data
-    with prepared(small):
-        trainer = DistillationTrainer(
-            model=small,
-            args=args,
-            train_dataset=features,
-            eval_dataset=held_out,
-            data_collator=PaddingCollator(padding),
-            callbacks=[*settings.callbacks, best],
-            teacher=dense,
-            losses=losses,
-            temperature=settings.temperature,
-        )
-        trainer.remove_callback(PrinterCallback)  # standard output is the caller's
-        trainer.train(resume_from_checkpoint=resume_from_checkpoint)
-    before, after = best.before or 0.0, best.after or 0.0
-    return Recovery(before, after, best.step, trainer.state.global_step, args.learning_rate, losses)

@@ -1,5 +1,6 @@
 """When something changes during a training, and how far it has come."""
 
+import math
 from dataclasses import dataclass
 
 from transformers import PreTrainedModel
@@ -16,7 +17,7 @@ class Span:
     end: float
 
     def __post_init__(self) -> None:
-        if self.start < 0 or self.end <= 0:
+        if not (0 <= self.start < math.inf and 0 < self.end < math.inf):
             raise InputError(f"A schedule's start and end must be positive, got {self.start:g} and {self.end:g}.")
 
     def steps(self, max_steps: int) -> tuple[int, int]:
