@@ -120,6 +120,16 @@ def test_the_mode_of_the_caller_makes_no_difference(mode, tmp_path):
     small(**text(1)[0], labels=text(1)[0]["input_ids"]).loss.backward()
 
 
+def test_a_model_that_another_holds_is_left_as_it_is():
+    dense = build("BertForMaskedLM")
+    before = {name: value.clone() for name, value in dense.state_dict().items()}
+
+    compress(torch.nn.DataParallel(dense), method="svd", keep_targets=0.5)
+
+    assert dense.state_dict().keys() == before.keys()
+    assert all(torch.equal(value, before[name]) for name, value in dense.state_dict().items())
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
