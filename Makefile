@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 PIP_INSTALL := $(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt
 INPUTS := pyproject.toml constraints.txt
 
-.PHONY: demo test check style docs clean
+.PHONY: demo test laws fuzz test-newest test-oldest check style docs clean
 .NOTPARALLEL:
 
 demo: $(VENV)/.demo-installed  ## compress a real model, reload it without this library, compare
@@ -18,6 +18,19 @@ demo: $(VENV)/.demo-installed  ## compress a real model, reload it without this 
 test: $(VENV)/.dev-installed  ## all tests; ARGS='-k plan' narrows them, WORKERS=4 uses more cores
 	@echo "test: pytest, $(WORKERS) workers"
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal $(ARGS)
+
+laws: $(VENV)/.dev-installed  ## the fast tests of one folder of the package, as FOLDER=planning
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m "laws and $(FOLDER)" $(ARGS)
+
+fuzz: $(VENV)/.dev-installed  ## other cases than `make test` draws, and ten times as many; SEED=7 draws those of 7
+	@HF_LOWRANK_FUZZ_SEED=$(or $(SEED),$(shell date +%s)) HF_LOWRANK_FUZZ_SHARE=10 \
+		$(BIN)/python -m pytest -q -n $(WORKERS) tests/test_fuzz.py $(ARGS)
+
+test-newest: $(VENV)/.dev-installed  ## all tests on the newest releases, in an environment of their own
+	@$(BIN)/python tests/run_on_releases.py newest --workers $(WORKERS) -- $(ARGS)
+
+test-oldest: $(VENV)/.dev-installed  ## all tests on the oldest releases that pyproject.toml states
+	@$(BIN)/python tests/run_on_releases.py oldest --workers $(WORKERS) -- $(ARGS)
 
 check: $(VENV)/.dev-installed  ## formatting, lint, types
 	@echo "check: ruff format"; $(BIN)/ruff format --check .

@@ -174,7 +174,9 @@ def _folder(folder: Path) -> Iterator[Finding]:
         yield Finding("model", PROBLEM, f"{folder} has no readable config.json", "give the folder of a saved model")
         return
     kind = "a compressed model" if config.get("compression") is not None else "a dense model"
-    yield Finding("model", OK, f"{folder} holds {kind}, {(config.get('architectures') or ['of no class'])[0]}")
+    names = config.get("architectures")
+    name = names[0] if isinstance(names, list) and names else "of no class"
+    yield Finding("model", OK, f"{folder} holds {kind}, {name}")
     if config.get("compression") is not None or not list(folder.glob("pytorch_model*.bin*")):
         yield _weights(folder, config)
     if not tokenizer_files(folder):

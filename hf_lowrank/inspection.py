@@ -5,8 +5,9 @@ from typing import Any
 
 import torch
 
-from hf_lowrank.errors import InputError
+from hf_lowrank.errors import InputError, one_line
 from hf_lowrank.record import read_record
+from hf_lowrank.remote_code.lowrank_plan import PlanError
 from hf_lowrank.report import CompressionReport, make_report
 from hf_lowrank.saving import load_skeleton_config
 
@@ -41,6 +42,11 @@ def make_skeleton(path: str | Path) -> Any:
         PlanError: If its plan does not fit.
     """
     model_class, config = load_skeleton_config(path)
-    with torch.device("meta"):
-        skeleton = model_class(config)
+    try:
+        with torch.device("meta"):
+            skeleton = model_class(config)
+    except PlanError:
+        raise
+    except Exception as error:  # constructors of all families, met with any value
+        raise InputError(f"The config.json of {path} is damaged: {one_line(error)}") from error
     return skeleton.to(config.dtype or torch.float32)

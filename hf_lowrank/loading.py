@@ -133,10 +133,13 @@ def load_tokenizer(source: str) -> Any:
     """The tokenizer at a folder or Hub id.
 
     Raises:
-        OSError: If there is none. Transformers makes up one that knows special tokens alone, to which every text is
-            unknown.
+        OSError: If there is none, or it is damaged. Where there is none, transformers makes up one that knows special
+            tokens alone, to which every text is unknown.
     """
-    found = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+    try:
+        found = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+    except Exception as error:  # the parsers of all kinds raise anything
+        raise OSError(f"the tokenizer of {source} cannot be loaded: {one_line(error)}") from error
     if not set(found.get_vocab()) - set(found.all_special_tokens):
         raise OSError("it holds no tokenizer.")
     return found

@@ -33,9 +33,10 @@ def write_record(folder: Path, report: CompressionReport, name: str | None = Non
     """
     stored = {"format_version": _FORMAT_VERSION, **_digests(folder), **report.to_dict()}
     text = json.dumps(without_tokens_inside(stored), ensure_ascii=False)
+    card = None if has_own_card(folder) else card_text(folder, report, name or folder.name)
     write_text(folder / REPORT_FILE, text + "\n")
-    if not has_own_card(folder):
-        write_text(folder / CARD_FILE, card_text(folder, report, name or folder.name))
+    if card is not None:
+        write_text(folder / CARD_FILE, card)
     results = results_file(report.quality)
     if results is None:
         (folder / RESULTS_FILE).unlink(missing_ok=True)

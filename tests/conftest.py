@@ -27,7 +27,9 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from fuzzing import SEED
 from hub_server import HubServer
+from laws import FOLDERS, folder_of
 
 atexit.register(shutil.rmtree, os.environ["HF_HOME"], ignore_errors=True)
 torch.set_num_threads(1)
@@ -38,11 +40,21 @@ hypothesis.settings.load_profile("fixed")
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
 
+def pytest_configure(config):
+    for name in FOLDERS:
+        config.addinivalue_line("markers", f"{name}: of hf_lowrank/{name}")
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
+    folders = {path: folder_of(path) for path in {item.path for item in items}}
     for item in items:
         if {"data_dir", "models_dir"} & set(getattr(item, "fixturenames", ())):
             item.add_marker("realdata")
+        if not any(item.iter_markers("slow")) and not any(item.iter_markers("realdata")):
+            item.add_marker("laws")
+        if folders[item.path]:
+            item.add_marker(folders[item.path])
 
 
 @pytest.fixture(autouse=True)
@@ -87,3 +99,7 @@ def our_hub(monkeypatch):
         huggingface_hub.close_session()
         yield server
         huggingface_hub.close_session()
+
+
+def pytest_terminal_summary(terminalreporter):
+    terminalreporter.line(f"fuzz tests: HF_LOWRANK_FUZZ_SEED={SEED}")

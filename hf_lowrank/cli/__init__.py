@@ -5,16 +5,27 @@ import os
 import signal
 import sys
 import threading
+import traceback
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 
 from hf_lowrank.cli.arguments import build_parser
-from hf_lowrank.errors import InputError, Note
+from hf_lowrank.errors import Note
 
+FAULT = 1
 BAD_INPUT = 2
 INTERRUPTED = 130
 TERMINATED = 143
+DEBUG = "HF_LOWRANK_DEBUG"
+_LONGEST_LINE = 1000
+# What a model, a file or a machine that is too small raises, besides ours: those classes come with libraries that
+# `--help` need not import.
+_ABOUT_INPUT = {
+    "InputError", "OSError", "PlanError", "StrictDataclassError", "SafetensorError", "UnicodeError",
+    "MemoryError", "OutOfMemoryError",
+}  # fmt: skip
 
 
 class _Terminated(KeyboardInterrupt):
@@ -25,13 +36,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command.
 
     Returns:
-        The exit status: 0 done, 1 a check failed, 2 bad input (one line on standard error says what), 130 interrupted,
-        143 terminated.
+        The exit status: 0 done, 1 a check failed or a fault of ours was met, 2 bad input (one line on standard error
+        says what), 130 interrupted, 143 terminated. With HF_LOWRANK_DEBUG=1 errors keep their traceback.
     """
     try:
         with _ended_by_sigterm():
             arguments = build_parser().parse_args(argv)
             arguments.given = list(sys.argv[1:] if argv is None else argv)
+            "".join(arguments.given).encode()  # reports and cards are UTF-8: what cannot be written is refused now
             return _run(arguments.command, arguments)
     except _Terminated:
         return _complain("terminated; no half-written folder is left.", TERMINATED)
@@ -43,12 +55,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         # Whoever read the output has enough; without this Python complains again when it flushes at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except (InputError, OSError) as error:
-        return _complain(str(error), BAD_INPUT)
     except Exception as error:
-        if not _is_about_input(error):
+        if os.environ.get(DEBUG) == "1":
             raise
-        return _complain(str(error), BAD_INPUT)
+        return _explain(error)
 
 
 @contextmanager
@@ -81,10 +91,15 @@ def _run(command: str, arguments: object) -> int:
         return status
 
 
-def _is_about_input(error: Exception) -> bool:
-    """Whether an error speaks of a plan or a file; their classes come with libraries `--help` need not import."""
+def _explain(error: Exception) -> int:
+    """One line: what is wrong with the input, or that it is this program that is wrong, and where."""
     names = {base.__name__ for base in type(error).__mro__}
-    return bool(names & {"PlanError", "StrictDataclassError", "SafetensorError"})
+    if names & _ABOUT_INPUT:
+        return _complain(str(error) or type(error).__name__, BAD_INPUT)
+    where = traceback.extract_tb(error.__traceback__)[-1]
+    place = f"{Path(where.filename).name}:{where.lineno}"
+    said = f"{type(error).__name__} at {place}: {error}"
+    return _complain(f"a fault of hf-lowrank, not of yours: {said} ({DEBUG}=1 shows all of it)", FAULT)
 
 
 def _show_note(message: Warning | str, *about: object, **more: object) -> None:
@@ -92,5 +107,8 @@ def _show_note(message: Warning | str, *about: object, **more: object) -> None:
 
 
 def _complain(message: str, status: int) -> int:
-    sys.stderr.write(f"hf-lowrank: {' '.join(message.split())}\n")
+    line = " ".join(message.split())
+    if len(line) > _LONGEST_LINE:
+        line = f"{line[: _LONGEST_LINE * 2 // 3]} [...] {line[-_LONGEST_LINE // 3 :]}"
+    sys.stderr.write(f"hf-lowrank: {line}\n")
     return status
