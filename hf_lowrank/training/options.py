@@ -34,7 +34,7 @@ class TrainingOptions(Options):
     """
 
     losses: Mapping[str, float] | None = option(None, at_least=0, choices=LOSS_TERMS)
-    temperature: float = option(1.0, above=0)
+    temperature: float = option(1.0, above=0, at_most=1000)
     batch_size: int = option(16, at_least=1, at_most=_MOST)
     max_seq_length: int = option(128, at_least=2, at_most=_MOST)
     max_examples: int | None = option(None, at_least=2)
