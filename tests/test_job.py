@@ -36,7 +36,6 @@ def sizes(plan):
 def test_a_dry_run_shows_the_plan_of_the_run(dtype, method, budget, tmp_path, capsys):
     dense, flag = saved(tmp_path / "dense", dtype, num_hidden_layers=1), "--" + budget[0].replace("_", "-")
     command = ["compress", str(dense), str(tmp_path / "small"), "--method", method, flag, str(budget[1]), "--json"]
-    command += ["--num-calibration-samples", "16"]
 
     assert cli.main([*command, "--dry-run"]) == 0
     shown = json.loads(capsys.readouterr().out)["plan"]
