@@ -39,7 +39,6 @@ HUGE = "1" + "0" * 20
 
 # what it is -> a line of options, and what is said
 OPTIONS = {
-    "no examples at once": (f"{EVALUATE} --batch-size 0", r"batch.size.*at least 1.*0"),
     "a block without a token": (f"{LM} --block-length 0", r"block.length"),
     "a device without numbers": (f"{EVALUATE} --device meta", r"meta"),
     "a device without numbers, compressing": (f"{COMPRESS} --device meta", r"meta"),
@@ -57,22 +56,7 @@ OPTIONS = {
 }
 
 
-def rows_of(table, waiting=()):
-    """The rows of a table; those that wait for what is on its way may fail."""
-    later = pytest.mark.xfail(strict=False, reason="options of training are bounded at their door soon")
-    return [pytest.param(*row, id=name, marks=later if name in waiting else ()) for name, row in table.items()]
-
-
-# To be taken out as soon as they hold.
-WAITING = (
-    "a learning rate that is no number",
-    "a negative learning rate",
-    "passes without end",
-    "a loss of no weight",
-)
-
-
-@pytest.mark.parametrize(("line", "message"), rows_of(OPTIONS, WAITING))
+@pytest.mark.parametrize(("line", "message"), OPTIONS.values(), ids=OPTIONS)
 def test_a_bad_option_gets_one_line(world, capsys, line, message):
     assert_one_line(line, world, capsys, message)
 
@@ -159,7 +143,6 @@ def test_foreign_lines_in_the_work_of_a_comparison_get_one_line(world, capsys):
     assert complaint(line.split(), world) is None
 
 
-@pytest.mark.xfail(strict=False, reason="learning switches gradients on soon")
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 def test_compress_and_recover_work_where_gradients_are_off(world, mode):
     with mode():
@@ -175,6 +158,7 @@ WRONG_TYPES = {
     "no such device": lambda: compress("dense", rank=2, device="gpu9"),
     "a model that is a number": lambda: compress(7, rank=2),
     "an unknown option": lambda: compress("dense", rank=2, rnak=3),
+    "no examples at once": lambda: evaluate(load_dense("dense"), "dev.tsv", "text-classification", batch_size=0),
     "data of a wrong kind": lambda: evaluate(load_dense("dense"), 7, "text-classification"),
 }
 
