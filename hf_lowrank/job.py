@@ -92,7 +92,7 @@ def settle_compression(given: Mapping[str, Any], *, has_text: bool, inplace: boo
     kinds = method.needs | (TABLE_NEEDS if storage.tables == "autoencoder" else frozenset())
     kinds |= {"input_moment"} if storage.bias_correction else frozenset()
     allocation = options.allocation or "energy"
-    if options.allocation is None and kinds and "allocation" in options.row.takes:
+    if options.allocation is None and kinds and options.takes("allocation"):
         allocation = "first_order" if options.fast else "measured"
     learning = _learning(options, has_text and not inplace and not options.fast and allocation == "measured")
     measures = budget.kind != "rank" and ALLOCATIONS[allocation].errors == "probes"
@@ -114,7 +114,7 @@ def _storage(options: CompressOptions) -> Storage:
 
 
 def _targets(options: CompressOptions) -> Targets:
-    is_whole_model = options.budget.is_whole_model and "embeddings" in options.row.takes
+    is_whole_model = options.budget.is_whole_model and options.takes("embeddings")
     with_tables = is_whole_model if options.embeddings is None else options.embeddings != "dense"
     roles = frozenset({"block", "embedding", "head"} if with_tables else {"block"})
     named = (options.target_modules, options.exclude_modules, options.rank_pattern or {})
@@ -206,5 +206,5 @@ def prepare(
     kept = (settings.kinds, watched, options.cache_dir, progress)
     evidence = Evidence(dense, matrices, settings.text, calibration, tokenizer, *kept)
     what = (settings.budget, settings.targets, storage, settings.allocation)
-    problem = Problem(dense, matrices, evidence, options.method, *what, dtype, device)
+    problem = Problem(dense, matrices, evidence, options.method, *what, dtype, device, options.own)
     return Job(settings, problem, tokenizer, dense_bytes, is_ours)

@@ -52,6 +52,8 @@ def option(
     at_most: float | None = None,
     choices: Collection[str] = (),
     metavar: str | None = None,
+    of: Collection[str] = (),
+    flags: str | None = None,
 ) -> Any:
     """A field of a class of options.
 
@@ -61,9 +63,12 @@ def option(
         at_most: The other bound.
         choices: The words allowed, or the names of a mapping; a table that grows afterwards counts as it is then.
         metavar: What help calls the value.
+        of: What it goes with, where it does not go with everything; the class says what these names are of.
+        flags: Group of flags it is in, where its verb's command has one for it; see `names_of_flags`.
     """
     bounds = {"at_least": at_least, "above": above, "at_most": at_most}
-    return dataclasses.field(default=default, metadata={**bounds, "choices": choices, "metavar": metavar})
+    said = {**bounds, "choices": choices, "metavar": metavar, "of": of, "flags": flags}
+    return dataclasses.field(default=default, metadata=said)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -183,6 +188,11 @@ def _sentences(cls: type[Any]) -> dict[str, list[str]]:
     docs = [inspect.cleandoc(part.__doc__ or "") for part in reversed(cls.__mro__)]
     entries = {name: " ".join(text.replace("`", "").split()) for doc in docs for name, text in _ENTRY.findall(doc)}
     return {name: re.split(r"\.(?:\s+|$)", text) for name, text in entries.items()}
+
+
+def names_of_flags(cls: type[Any], group: str) -> list[str]:
+    """The options of a class that are in that group of flags."""
+    return [field.name for field in dataclasses.fields(cls) if field.metadata.get("flags") == group]
 
 
 def add_flags(parser: Any, cls: type[Any], names: Iterable[str]) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 from hf_lowrank.errors import InputError
 from hf_lowrank.methods.table import METHOD_NAMES, OF_MATRICES, OF_TENSORS, MethodRow, find_method
 from hf_lowrank.options import LARGEST_SEED, MOST_PASSES, Options, option
-from hf_lowrank.planning.budgets import Budget, make_budget
+from hf_lowrank.planning.budgets import KINDS, Budget, make_budget
 
 ALLOCATION_NAMES = ("uniform", "energy", "first_order", "measured")
 STORAGES = ("low_rank", "pivoted")
@@ -87,47 +87,59 @@ class CompressOptions(Options):
         InputError: Naming the option, the rule and the value.
     """
 
-    keep_params: float | None = option(None, metavar="F")
-    keep_targets: float | None = option(None, metavar="F")
-    target_size: str | float | None = option(None, metavar="SIZE")
-    keep_latency: float | None = option(None, metavar="F")
-    rank: int | None = option(None)
-    ranks: Sequence[int] | None = option(None)
-    rank_pattern: Mapping[str, int] | None = option(None, at_least=1, metavar="NAME=R")
-    method: str = option("two_sided_svd", choices=METHOD_NAMES)
-    allocation: str | None = option(None, choices=ALLOCATION_NAMES)
-    storage: str | None = option(None, choices=STORAGES)
-    group: str = option("both", choices=GROUP_NAMES)
-    target_modules: str | Sequence[str] | None = option(None, metavar="NAME")
-    exclude_modules: str | Sequence[str] | None = option(None, metavar="NAME")
-    embeddings: str | None = option(None, choices=EMBEDDINGS)
-    embedding_objective: str = option("loss", choices=EMBEDDING_OBJECTIVES)
-    dtype: str | None = option(None, choices=DTYPE_NAMES)
-    device: str | None = option(None)
+    keep_params: float | None = option(None, metavar="F", flags="budget")
+    keep_targets: float | None = option(None, metavar="F", flags="budget")
+    target_size: str | float | None = option(None, metavar="SIZE", flags="budget")
+    keep_latency: float | None = option(None, metavar="F", of=[OF_MATRICES], flags="budget")
+    rank: int | None = option(None, flags="budget")
+    ranks: Sequence[int] | None = option(None, of=[OF_TENSORS], flags="budget")
+    rank_pattern: Mapping[str, int] | None = option(
+        None, at_least=1, metavar="NAME=R", of=[OF_MATRICES], flags="choice"
+    )
+    method: str = option("two_sided_svd", choices=METHOD_NAMES, flags="choice")
+    allocation: str | None = option(None, choices=ALLOCATION_NAMES, of=[OF_MATRICES])
+    storage: str | None = option(None, choices=STORAGES, of=[OF_MATRICES])
+    group: str = option("both", choices=GROUP_NAMES, of=[OF_TENSORS])
+    target_modules: str | Sequence[str] | None = option(None, metavar="NAME", flags="choice")
+    exclude_modules: str | Sequence[str] | None = option(None, metavar="NAME", flags="choice")
+    embeddings: str | None = option(None, choices=EMBEDDINGS, of=[OF_MATRICES], flags="choice")
+    embedding_objective: str = option("loss", choices=EMBEDDING_OBJECTIVES, of=[OF_MATRICES])
+    dtype: str | None = option(None, choices=DTYPE_NAMES, flags="choice")
+    device: str | None = option(None, flags="choice")
     num_calibration_samples: int = option(384, at_least=1, at_most=_MOST_TEXT)
     max_seq_length: int = option(128, at_least=1, at_most=_MOST_TEXT)
     batch_size: int = option(8, at_least=1, at_most=_MOST_TEXT)
-    text_column: str | None = option(None, metavar="NAME")
+    text_column: str | None = option(None, metavar="NAME", flags="text")
     seed: int = option(0, at_least=0, at_most=LARGEST_SEED)
-    anchored: bool | None = option(None)
-    refine_block_passes: int = option(0, at_least=0, at_most=MOST_PASSES)
-    refine_passes: int | None = option(None, at_least=0, at_most=MOST_PASSES)
-    refine_learning_rate: float = option(1e-4, above=0, at_most=1)
-    bias_correction: bool = option(False)
-    fast: bool = option(False)
-    cache_dir: str | None = option(None, metavar="DIR")
+    anchored: bool | None = option(None, of=[OF_MATRICES])
+    refine_block_passes: int = option(0, at_least=0, at_most=MOST_PASSES, of=[OF_MATRICES])
+    refine_passes: int | None = option(None, at_least=0, at_most=MOST_PASSES, of=[OF_MATRICES])
+    refine_learning_rate: float = option(1e-4, above=0, at_most=1, of=[OF_MATRICES])
+    bias_correction: bool = option(False, of=[OF_MATRICES])
+    fast: bool = option(False, of=[OF_MATRICES], flags="text")
+    cache_dir: str | None = option(None, metavar="DIR", flags="text")
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in sorted((OF_MATRICES | OF_TENSORS) - self.row.takes):
-            if self._asks(name):
+        for field in fields(self):
+            if not self.takes(field.name) and self._asks(field.name):
                 raise InputError(
-                    f"{name} does not go with method={self.method}. Leave it out, or take another method."
+                    f"{field.name} does not go with method={self.method}. Leave it out, or take another method."
                 )
         _ = self.budget
 
+    def takes(self, name: str) -> bool:
+        """Whether an option goes with the method."""
+        of = self.__dataclass_fields__[name].metadata["of"]
+        return not of or self.row.takes in of or self.method in of
+
+    @property
+    def own(self) -> dict[str, Any]:
+        """The options that name the method as one they go with, for its solver."""
+        return {f.name: getattr(self, f.name) for f in fields(self) if self.method in f.metadata["of"]}
+
     def _asks(self, name: str) -> bool:
-        value, default = getattr(self, name), next(f.default for f in fields(self) if f.name == name)
+        value, default = getattr(self, name), self.__dataclass_fields__[name].default
         return value not in (default, _ASKS_NOTHING.get(name, default))
 
     @property
@@ -138,8 +150,8 @@ class CompressOptions(Options):
     @property
     def budget(self) -> Budget:
         """The one budget that was given, or that the method's name says."""
-        sizes = (self.keep_params, self.keep_targets, self.target_size)
-        return make_budget(*sizes, self.keep_latency, self.rank, self.ranks or self.row.ranks)
+        given: dict[str, Any] = {kind: getattr(self, kind) for kind in KINDS}
+        return make_budget(**given | {"ranks": self.ranks or self.row.ranks})
 
     def to_dict(self) -> dict[str, Any]:
         """What was asked for, as plain JSON."""

@@ -3,7 +3,7 @@
 import json
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import pytest
@@ -12,9 +12,13 @@ from tiny_models import build, inputs_for, outputs
 
 from hf_lowrank import InputError, cli, compress, make_report, register_method
 from hf_lowrank.cards.card import make_card
+from hf_lowrank.methods.matrix.method import MatrixMethod
+from hf_lowrank.methods.matrix.svd import SVD, decompose
+from hf_lowrank.methods.metric import DiagonalMetric, identity
 from hf_lowrank.methods.stacking import GROUPS
-from hf_lowrank.methods.table import METHOD_NAMES, METHODS, OF_MATRICES, OF_TENSORS, find_method
+from hf_lowrank.methods.table import METHOD_NAMES, METHODS, OF_MATRICES, OF_TENSORS, MethodRow, find_method
 from hf_lowrank.methods.tables.token_tables import OBJECTIVES
+from hf_lowrank.options import option
 from hf_lowrank.planning.allocation import ALLOCATIONS
 from hf_lowrank.settings import ALLOCATION_NAMES, EMBEDDING_OBJECTIVES, GROUP_NAMES, CompressOptions
 from hf_lowrank.statistics.collection import KINDS
@@ -60,7 +64,8 @@ def test_a_row_says_in_a_line_what_a_method_does_and_where_it_is(name):
 def test_what_can_be_chosen_is_what_there_is():
     assert (tuple(ALLOCATIONS), tuple(OBJECTIVES)) == (ALLOCATION_NAMES, EMBEDDING_OBJECTIVES)
     assert GROUP_NAMES == GROUPS
-    assert set(CompressOptions.__dataclass_fields__) >= OF_MATRICES | OF_TENSORS
+    tags = {tag for field in fields(CompressOptions) for tag in field.metadata["of"]}
+    assert tags <= {OF_MATRICES, OF_TENSORS, *METHODS}
 
 
 def test_the_table_and_the_options_are_there_without_torch():
@@ -78,7 +83,12 @@ def test_an_unknown_method_is_told_the_closest():
 
 @pytest.mark.parametrize(
     ("name", "option"),
-    [(name, option) for name, row in METHODS.items() for option in sorted((OF_MATRICES | OF_TENSORS) - row.takes)],
+    [
+        (name, field.name)
+        for name, row in METHODS.items()
+        for field in fields(CompressOptions)
+        if field.metadata["of"] and not {name, row.takes} & set(field.metadata["of"])
+    ],
 )
 def test_an_option_that_a_method_does_not_take_is_refused(name, option):
     values = {"keep_latency": 0.5, "rank_pattern": {"query": 2}, "ranks": (3,), "allocation": "energy", "fast": True}
@@ -118,6 +128,49 @@ def test_a_registered_method_is_one_for_this_process(monkeypatch, dense):
         register_method("plain", METHODS["svd"])
     with pytest.raises(InputError, match="must be a MethodRow, got str"):
         register_method("other", "my_package:METHOD")
+
+
+@dataclass(frozen=True, kw_only=True)
+class MoreOptions(CompressOptions):
+    """The options of `compress`, and one more.
+
+    Args:
+        power: Of the length of a row, what it counts by.
+    """
+
+    power: float = option(0.0, of=["powered_svd"], flags="choice")
+
+
+@dataclass
+class PoweredSVD(SVD):
+    power: float = 0.0
+
+    def decompose(self, weight, statistics=None):
+        return decompose(weight, DiagonalMetric(weight.double().norm(dim=1) ** self.power), identity())
+
+
+POWERED_SVD = MatrixMethod(PoweredSVD())
+
+
+def test_an_option_of_one_method_reaches_its_solver_and_the_command_line(monkeypatch, dense, tmp_path):
+    monkeypatch.setattr("hf_lowrank.methods.table.METHODS", dict(METHODS))
+    for module in ("job", "cli.arguments", "cli.compress"):
+        monkeypatch.setattr(f"hf_lowrank.{module}.CompressOptions", MoreOptions)
+    row = MethodRow(home=f"{__name__}:POWERED_SVD", summary="rows by their length", takes=OF_MATRICES)
+    register_method("powered_svd", row)
+    given = {"keep_targets": 0.5, "storage": "low_rank", "cache_dir": str(tmp_path / "cache")}
+    command = ["compress", str(dense), str(tmp_path / "small"), "--method", "powered_svd", "--keep-targets", "0.5"]
+
+    made = [compress(dense, method="powered_svd", power=power, **given) for power in (-1.0, 0.0, -1.0)]
+    plain = compress(dense, method="svd", **given)
+
+    first, second, again, svd = ([*small.state_dict().values()] for small in (*made, plain))
+    assert all(map(torch.equal, first, again))
+    assert all(map(torch.equal, second, svd))
+    assert not all(a.shape == b.shape and torch.equal(a, b) for a, b in zip(first, svd, strict=True))
+    assert cli.main([*command, "--power", "-1", "--no-latency"]) == 0
+    with pytest.raises(InputError, match="power does not go with method=svd"):
+        compress(dense, method="svd", power=1.0, keep_targets=0.5)
 
 
 def test_where_the_package_of_a_method_is_not_installed_its_models_have_cards_all_the_same(dense):

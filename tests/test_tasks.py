@@ -14,6 +14,7 @@ from transformers.modeling_outputs import (
     SequenceClassifierOutput,
 )
 
+from hf_lowrank.cli.arguments import build_parser
 from hf_lowrank.errors import InputError
 from hf_lowrank.outputs import Said
 from hf_lowrank.tasks import TASKS, make_task
@@ -276,11 +277,19 @@ def test_labels_agree_one_by_one():
     assert agreement.result()["kl_from_dense"] > 0
 
 
+def help_of_evaluate():
+    """What `evaluate --help` says."""
+    commands = next(action for action in build_parser()._actions if isinstance(action.choices, dict))
+    return commands.choices["evaluate"].format_help()
+
+
 @pytest.mark.parametrize("name", TASKS)
 def test_every_task_says_what_it_is(name):
     task = make_task(name)
 
     assert task.name == name
+    assert TASKS[name].data
+    assert f"  {name} " in help_of_evaluate()
     assert task.needs
     assert isinstance(task.higher_is_better, bool)
 

@@ -13,7 +13,7 @@ from hf_lowrank.cards.learning import learning_lines
 from hf_lowrank.cards.metadata import card_data
 from hf_lowrank.cards.pictures import LEGEND, rank_picture
 from hf_lowrank.cards.usage import snippet
-from hf_lowrank.methods.table import known_method, paper_of
+from hf_lowrank.methods.table import OF_TENSORS, known_method, paper_of
 from hf_lowrank.planning.budgets import KINDS
 from hf_lowrank.redaction import without_tokens
 from hf_lowrank.report import CompressionReport, QualityReport
@@ -136,7 +136,7 @@ class _Text:
         given = [f"`{name}={_said(settings[name])}`" for name in KINDS if name in settings]
         budget = f", budget {given[0]}" if given else ", its sizes as published"
         row = known_method(method)
-        asked = ("allocation", "storage", *(["group"] if row is not None and "group" in row.takes else []))
+        asked = ("allocation", "storage", *(["group"] if row is not None and row.takes == OF_TENSORS else []))
         details = [f"{name} `{settings[name]}`" for name in asked if name in settings]
         left_dense = sum(module.structure == "dense" for module in modules)
         parts = sum(not module.dense_parameters for module in modules)

@@ -8,18 +8,10 @@ from huggingface_hub import EvalResult, EvalResultEntry, ModelCardData, eval_res
 
 from hf_lowrank.cards.usage import SENTENCES, pipeline_tag
 from hf_lowrank.report import CompressionReport, QualityReport
+from hf_lowrank.tasks import TASKS
 from hf_lowrank.wording import examples_in_words
 
 RESULTS_FILE = ".eval_results/hf_lowrank.yaml"
-# task of this library -> task of the Hub; agreement with the dense model is no benchmark
-_TASKS = {
-    "masked-lm": "fill-mask",
-    "causal-lm": "text-generation",
-    "text-classification": "text-classification",
-    "text-regression": "text-classification",  # the Hub has no other
-    "question-answering": "question-answering",
-    "similarity": "sentence-similarity",
-}
 _METRICS = {"spearman": "spearmanr", "pearson": "pearsonr", "matthews": "matthews_correlation"}
 
 
@@ -62,7 +54,7 @@ def results_file(quality: Sequence[QualityReport]) -> str | None:
             notes=_notes(entry),
         )
         for entry in quality
-        if entry.is_on_hub and entry.task in _TASKS
+        if entry.is_on_hub and _hub_task(entry)
     ]
     return yaml.safe_dump(eval_result_entries_to_yaml(entries), sort_keys=False) if entries else None
 
@@ -72,6 +64,10 @@ def _notes(entry: QualityReport) -> str:
     beside = "" if dense is None else f"; the dense model: {dense:.6g}"
     of = ", ".join(part for part in (entry.split or "the only split", examples_in_words(entry.scores)) if part)
     return f"{entry.metric} on {of}, measured by hf_lowrank{beside}"
+
+
+def _hub_task(entry: QualityReport) -> str | None:
+    return TASKS[entry.task].hub_task if entry.task in TASKS else None
 
 
 def _relation(report: CompressionReport) -> str:
@@ -89,12 +85,13 @@ def _datasets(report: CompressionReport) -> list[str]:
 
 
 def _results(entry: QualityReport) -> list[EvalResult]:
-    if entry.task not in _TASKS:
+    hub_task = _hub_task(entry)
+    if hub_task is None:
         return []
     dataset = f"{entry.dataset} ({entry.config})" if entry.config else entry.dataset
     return [
         EvalResult(
-            task_type=_TASKS[entry.task],
+            task_type=hub_task,
             dataset_type=entry.dataset,
             dataset_name=dataset,
             dataset_config=entry.config,

@@ -3,7 +3,7 @@
 import re
 from collections.abc import Sequence
 
-from hf_lowrank.remote_code.lowrank_kronecker import largest_kronecker_rank
+from hf_lowrank.remote_code.lowrank_table import STRUCTURES
 from hf_lowrank.report import ModuleReport
 
 _BLOCKS = "▁▂▃▄▅▆▇█"
@@ -44,5 +44,6 @@ def _ranks(group: Sequence[ModuleReport]) -> str:
 
 
 def _full_rank(module: ModuleReport) -> int:
-    """The rank at which nothing is lost; that of a sum of Kronecker products is not its matrix' own."""
-    return largest_kronecker_rank(*module.shape) if module.structure == "kronecker_sum" else min(module.shape)
+    """The rank at which nothing is lost."""
+    full: int = getattr(STRUCTURES.get(module.structure), "largest_rank", lambda *shape: min(shape))(*module.shape)
+    return full

@@ -8,7 +8,7 @@ from hf_lowrank.cli.sharing_arguments import add_sharing_commands
 from hf_lowrank.cli.study_arguments import add_calibration, add_study_commands
 from hf_lowrank.cli.training_arguments import add_training_commands
 from hf_lowrank.methods.table import METHOD_NAMES, METHODS
-from hf_lowrank.options import add_flags
+from hf_lowrank.options import add_flags, names_of_flags
 from hf_lowrank.settings import CompressOptions
 from hf_lowrank.version import __version__
 
@@ -61,15 +61,13 @@ def _add_compress(commands: Commands) -> None:
     parser.add_argument("model", metavar="MODEL", help="Hub id or folder of a dense model")
     add_out(parser)
     budget = parser.add_argument_group("budget, exactly one (none with a method that names its ranks)")
-    names = ["keep_params", "keep_targets", "target_size", "keep_latency", "rank", "ranks"]
-    add_flags(budget.add_mutually_exclusive_group(), CompressOptions, names)
+    add_flags(budget.add_mutually_exclusive_group(), CompressOptions, names_of_flags(CompressOptions, "budget"))
     choice = parser.add_argument_group("what is compressed, and how")
-    names = ["method", "rank_pattern", "target_modules", "exclude_modules", "embeddings", "dtype", "device"]
-    add_flags(choice, CompressOptions, names)
+    add_flags(choice, CompressOptions, names_of_flags(CompressOptions, "choice"))
     choice.add_argument(
         "--vocabulary", metavar="TEXT", help="file or Hub data set: keep only the tokens it uses (default: keep all)"
     )
-    add_flags(add_calibration(parser), CompressOptions, ["text_column", "fast", "cache_dir"])
+    add_flags(add_calibration(parser), CompressOptions, names_of_flags(CompressOptions, "text"))
     parser.add_argument("--dry-run", action="store_true", help="print the plan and write nothing")
     parser.add_argument("--no-latency", action="store_true", help="do not measure how fast the two models run")
 

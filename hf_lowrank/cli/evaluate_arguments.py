@@ -6,14 +6,15 @@ from typing import Any
 
 from hf_lowrank.cli.commands import Commands, add_command
 from hf_lowrank.options import LARGEST_SEED, Options, add_flags, option
+from hf_lowrank.tasks import TASKS
 
 _EXAMPLES = """examples:
   hf-lowrank evaluate small-bert --dense my-bert --task masked-lm --dataset wiki.test.txt
   hf-lowrank evaluate small-encoder --dense my-encoder --task similarity --dataset stsb-dev.tsv
   hf-lowrank evaluate small-classifier --task text-classification --dataset nyu-mll/glue:sst2:validation --json
 
-masked-lm, causal-lm and agreement need a column of text; text-classification and text-regression a label too;
-similarity two sentences and a score; question-answering rows or a file as in SQuAD."""
+tasks, and the data they read:
+"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,14 +41,14 @@ class TaskFlags(Options):
 def add_task(parser: Any, names: Iterable[str]) -> None:
     """Add the task, its data and some of its options."""
     parser.add_argument("--dataset", metavar="DATA", required=True, help="file, or NAME:CONFIG:SPLIT of the Hub")
-    tasks = "masked-lm, causal-lm, text-classification, text-regression, question-answering, similarity or agreement"
-    parser.add_argument("--task", required=True, help=tasks)
+    parser.add_argument("--task", required=True, help=", ".join(TASKS))
     add_flags(parser.add_argument_group("of the task"), TaskFlags, names)
 
 
 def add_evaluate(commands: Commands) -> None:
     """Add the command that scores a model."""
-    parser = add_command(commands, "evaluate", "score a model on data, beside the dense one it came from", _EXAMPLES)
+    examples = _EXAMPLES + "\n".join(f"  {name:<21}{row.data}" for name, row in TASKS.items())
+    parser = add_command(commands, "evaluate", "score a model on data, beside the dense one it came from", examples)
     parser.add_argument("path", metavar="PATH", help="folder or Hub id of a model, compressed or not")
     parser.add_argument("--dense", metavar="MODEL", help="the dense model, to compare with")
     add_task(parser, [field.name for field in fields(TaskFlags)])

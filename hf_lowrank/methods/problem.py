@@ -1,8 +1,8 @@
 """What a method is given, and what it gives back: the one protocol of all of them."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from transformers import PreTrainedModel
@@ -60,10 +60,11 @@ class Problem:
         model: Dense, in the type that it is looked at in.
         matrices: All that the targets speak of.
         evidence: What is known of them.
-        method: Name of the method: what it finds is kept under it.
+        method: Name of the method.
         allocation: How a budget is shared among matrices; see `ALLOCATIONS`.
         dtype: Of the compressed model's weights.
         device: Where to decompose; None is where the weights are.
+        own: Options of this method and few others, by name.
     """
 
     model: PreTrainedModel
@@ -76,6 +77,12 @@ class Problem:
     allocation: str = "energy"
     dtype: torch.dtype = torch.float32
     device: torch.device | None = None
+    own: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def key(self) -> str:
+        """What the method finds is kept under: its name and its own options."""
+        return "-".join([self.method, *(f"{name}={value}" for name, value in self.own.items())])
 
     def of(self, matrices: Sequence[DenseMatrix]) -> "Problem":
         """The same of some matrices, which are decomposed in one place."""
@@ -121,7 +128,7 @@ class Problem:
 
     def checkpoint(self, small: PreTrainedModel | None = None) -> Checkpoint:
         """Where a computation from `small` and the text, or from the dense weights alone, keeps what it has done."""
-        return self.evidence.checkpoint(self.method, small)
+        return self.evidence.checkpoint(self.key, small)
 
 
 @dataclass(frozen=True)

@@ -21,14 +21,8 @@ from hf_lowrank.remote_code.lowrank_plan import closest_name
 
 ENTRY_POINTS = "hf_lowrank.methods"
 
-# Options that only some methods take; all others go with any.
-OF_MATRICES = frozenset(
-    {
-        *("rank_pattern", "keep_latency", "allocation", "storage", "embeddings", "embedding_objective"),
-        *("anchored", "refine_block_passes", "refine_passes", "refine_learning_rate", "bias_correction", "fast"),
-    }
-)
-OF_TENSORS = frozenset({"ranks", "group"})
+# What an option of `compress` that only some methods take is `of`: all these methods, or those it names.
+OF_MATRICES, OF_TENSORS = "single matrices", "matrices of all layers"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,7 +32,7 @@ class MethodRow:
     Args:
         home: Where it is, as `module:name`: an object with what `Method` asks for.
         summary: What it does, in one line.
-        takes: Options it takes beside those that go with any; see `OF_MATRICES` and `OF_TENSORS`.
+        takes: Which options it takes beside those that go with any: those of `OF_MATRICES` or of `OF_TENSORS`.
         paper: What to cite.
         ranks: Its ranks where the name says them: then it takes no budget.
         learning_rate: Peak at which `recover` trains what it makes; None is that of any.
@@ -47,7 +41,7 @@ class MethodRow:
 
     home: str
     summary: str
-    takes: frozenset[str]
+    takes: str
     paper: Paper | None = None
     ranks: tuple[int, ...] | None = None
     learning_rate: float | None = None

@@ -79,6 +79,7 @@ class KroneckerLinear(LinearStructure, HeldProducts):
     """
 
     SIZES = ("rank",)
+    largest_rank = staticmethod(largest_kronecker_rank)
 
     def __init__(
         self,

@@ -10,7 +10,8 @@ A structure is a module class with
     reset_parameters(std)          a random start whose weight has standard deviation `std`
 It may have `OPTIONS`: fields its spec can hold besides, each with the words allowed, the default first.
 One that stands by itself at a given rank, or in as many numbers, also counts these without the bias,
-`num_weights(O, I, rank=R)`. A linear one also gives the bias it stands for (`dense_bias`). An embedding names the
+`num_weights(O, I, rank=R)`, and says up to which rank it can gain where that is not `min(O, I)`
+(`largest_rank(O, I)`). A linear one also gives the bias it stands for (`dense_bias`). An embedding names the
 linear structure of a head tied to it (`TIED_HEAD`, `tied_head_sizes`) and which of the head's parameters are which of
 its own (`TIED_PARAMETERS`); that structure names where its bias lives (`BIAS`), and may take more than parameters from
 the table (`follow_`). What stands at a token embedding or a head can be resized (`resize_`); if that changes what its

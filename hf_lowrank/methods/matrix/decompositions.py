@@ -70,7 +70,7 @@ class Decompositions:
 
     def _stored(self, matrix: Matrix) -> StoredDecomposition:
         evidence = self._problem.evidence
-        folder = f"decompositions-{self._problem.method}-{evidence.identity_of_solutions}"
+        folder = f"decompositions-{self._problem.key}-{evidence.identity_of_solutions}"
         return StoredDecomposition(
             evidence.folder / folder / f"{matrix.name}.safetensors", self._problem.place(matrix)
         )

@@ -1,6 +1,7 @@
 """Methods that replace one matrix, or those of one input, after the other: a solver and its metrics."""
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -19,7 +20,10 @@ from hf_lowrank.targets import DenseMatrix, JointMatrix, Matrix
 
 
 class MatrixMethod:
-    """A solver applied to the matrices of a model; see `Method`."""
+    """A solver applied to the matrices of a model; see `Method`.
+
+    Options of the method's own are fields of the solver, which is a dataclass then.
+    """
 
     def __init__(self, solver: MetricSVD) -> None:
         self.solver = solver
@@ -31,7 +35,7 @@ class MatrixMethod:
 
     def decompositions(self, problem: Problem) -> Decompositions:
         """Those of a problem's matrices."""
-        return Decompositions(self.solver, problem)
+        return Decompositions(self._solver(problem), problem)
 
     def errors(self, problem: Problem) -> RankErrors:
         """What ranks of a problem's matrices cost."""
@@ -39,7 +43,7 @@ class MatrixMethod:
 
     def output_metric(self, problem: Problem, matrix: DenseMatrix) -> Metric:
         """What the solver holds errors at the outputs of one matrix to cost; it is where the matrix is."""
-        return self.solver.metrics(problem.evidence.known(matrix, matrix.weight.device))[0]
+        return self._solver(problem).metrics(problem.evidence.known(matrix, matrix.weight.device))[0]
 
     def plan(self, problem: Problem) -> tuple[Plan, Sequence[Matrix]]:
         """See `Method`."""
@@ -63,6 +67,11 @@ class MatrixMethod:
                 for member, one in zip(matrix.members, solved, strict=True)
             }
             yield Solved(members, *part)
+
+    def _solver(self, problem: Problem) -> MetricSVD:
+        solver: Any = self.solver
+        found: MetricSVD = replace(solver, **problem.own) if problem.own else solver
+        return found
 
 
 def _bias(problem: Problem, matrix: DenseMatrix, factors: Any) -> torch.Tensor | None:

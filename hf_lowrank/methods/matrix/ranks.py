@@ -90,4 +90,4 @@ class RankErrors:
 
     @property
     def _file(self) -> Path:
-        return self._problem.evidence.folder / f"ranks-{self._problem.method}-{self._problem.evidence.identity}.json"
+        return self._problem.evidence.folder / f"ranks-{self._problem.key}-{self._problem.evidence.identity}.json"
