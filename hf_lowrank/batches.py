@@ -72,6 +72,16 @@ def require_tokens(batches: Sequence[Batch], min_tokens: int) -> None:
         raise InputError(f"The text has {there} tokens, and at least {min_tokens} are needed. Give more text.")
 
 
+def require_padding(tokenizer: Any) -> None:
+    """Check that rows of several lengths can be padded.
+
+    Raises:
+        InputError: If the tokenizer has no token for that.
+    """
+    if tokenizer.pad_token_id is None:
+        raise InputError("The tokenizer has no padding token. Set one (tokenizer.pad_token = tokenizer.eos_token).")
+
+
 def require_known_tokens(batches: Iterable[Mapping[str, Any]], model: Any, tokenizer: Any = None) -> None:
     """Check that a model has a row for every token id, and that the text is not of special tokens alone.
 

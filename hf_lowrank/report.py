@@ -259,7 +259,7 @@ def _replaced(model: PreTrainedModel, provenance: dict[str, Any]) -> list[Module
             parameters=sum(p.numel() for key, p in structure.named_parameters() if not is_bias(structure, key)),
             dense_multiply_adds=_dense_multiply_adds(structure),
             multiply_adds=structure.multiply_adds(),
-            relative_error=errors.get(name),
+            relative_error=None if errors.get(name) is None else float(errors[name]),
         )
         for name, structure in found
     ]

@@ -200,7 +200,7 @@ def _name_tokenizer_class(source: str | Path, draft: Path) -> None:
         if "tokenizer_class" in settings:
             return
         settings["tokenizer_class"] = type(AutoTokenizer.from_pretrained(source, trust_remote_code=False)).__name__
-    except (OSError, ValueError, KeyError, TypeError):
+    except Exception:
         return  # a tokenizer that the source folder cannot load either
     write_text(file, json.dumps(settings, indent=2, ensure_ascii=False) + "\n")
 

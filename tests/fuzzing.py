@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import struct
+from functools import cache
 from pathlib import Path
 
 from hypothesis import strategies as st
@@ -121,6 +122,7 @@ WORDS = ["", " ", "x", "-1", "0", "1", "2", "0.5", "nan", "inf", "-inf", "1e400"
          "a=b", "(a", "(a+)+$", "*", "%s", "x" * 5000]  # fmt: skip
 
 
+@cache
 def options_of(command):
     """The options and arguments of a command."""
     parsers = next(a for a in build_parser()._actions if isinstance(a, argparse._SubParsersAction))

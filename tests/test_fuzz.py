@@ -4,6 +4,8 @@ The cases are drawn from a seed, HF_LOWRANK_FUZZ_SEED, which is printed at the e
 times as many.
 """
 
+from functools import cache
+
 import pytest
 from examining import complaint, remove
 from fuzzing import (
@@ -23,7 +25,7 @@ from fuzzing import (
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 
-from hf_lowrank import doctor, verification
+from hf_lowrank import cli, doctor, verification
 from hf_lowrank.cli.arguments import build_parser
 
 # command -> cases, the fewer the longer one takes
@@ -55,6 +57,7 @@ def world(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         # Another process takes seconds, and what is drawn here ends before it.
         patch.setattr(verification, "_ask_child", lambda *_: ({"error": "left out here"}, {}))
+        patch.setattr(cli, "build_parser", cache(build_parser))
         patch.setattr(doctor, "_LARGE_PAGES", folder / "none")  # its look at memory takes long as well
         yield folder
 

@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 import torch
 from transformers.models.auto.modeling_auto import MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES
 
+from hf_lowrank.batches import require_padding
 from hf_lowrank.data import Row, as_text, load_rows, require_columns
 from hf_lowrank.errors import InputError, one_line
 from hf_lowrank.tasks.base import Score, Step, Task
@@ -106,6 +107,7 @@ class QuestionAnswering(Task):
     def _windows(
         self, numbered: Sequence[tuple[int, Row]], tokenizer: Any, length: int
     ) -> tuple[dict[str, torch.Tensor], list[Window]]:
+        require_padding(tokenizer)
         found = tokenizer(
             [row["question"].strip() for _, row in numbered],
             [row["context"] for _, row in numbered],

@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 import torch
 from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
 
+from hf_lowrank.batches import require_padding
 from hf_lowrank.data import Row, as_text, find_text_column, load_rows, require_columns
 from hf_lowrank.errors import InputError
 from hf_lowrank.outputs import kind_of_head
@@ -74,6 +75,7 @@ class TextClassification(Task):
         columns = self._columns(rows[0])
         require_columns(rows, columns)
         require_columns(rows, [self.label_column], f"{self.name} needs labels: set label_column.")
+        require_padding(tokenizer)
         read_label = self._label_reader(model)
         length = block_length_of(model, self.max_seq_length)
         steps = []
