@@ -56,7 +56,7 @@ def read_record(folder: Path) -> CompressionReport | None:
     try:
         stored: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
         report = CompressionReport.from_dict(stored)
-    except (OSError, ValueError, TypeError, KeyError) as error:
+    except (RecursionError, OSError, ValueError, TypeError, KeyError) as error:
         raise InputError(f"{file} is damaged ({type(error).__name__}: {error}). Remove it, or save again.") from error
     # Earlier versions kept no digest of the plan.
     return report if all(stored.get(name, now) == now for name, now in _digests(folder).items()) else None

@@ -114,6 +114,7 @@ FILES = {
     "architectures that are none": (CONFIG, config_with(architectures="Bert"), COMPRESS, r"dense"),
     "an odd type": (CONFIG, config_with(dtype="float31"), COMPRESS, r"dense"),
     "a deep configuration": (CONFIG, of_bytes(nested(100_000)), COMPRESS, r"config.json"),
+    "a deep report": ("small/compression_report.json", of_bytes(nested(100_000)), "card small", r"report.json"),
     "a configuration that is a list": (CONFIG, of_bytes(b"[]"), COMPRESS, r"config.json"),
     "a compressed one that is a number": ("small/config.json", of_bytes(b"7"), "inspect small", r"config.json"),
     "ten million layers": (CONFIG, config_with(num_hidden_layers=LAYERS), COMPRESS, r"num_hidden_layers"),

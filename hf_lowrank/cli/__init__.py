@@ -24,7 +24,7 @@ _LONGEST_LINE = 1000
 # `--help` need not import.
 _ABOUT_INPUT = {
     "InputError", "OSError", "PlanError", "StrictDataclassError", "SafetensorError", "UnicodeError",
-    "MemoryError", "OutOfMemoryError",
+    "MemoryError", "OutOfMemoryError", "RecursionError",
 }  # fmt: skip
 
 
