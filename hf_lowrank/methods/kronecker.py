@@ -82,7 +82,7 @@ def kronecker_sum(weight: torch.Tensor, rank: int, pairs: tuple[Pair, Pair] | No
 class KroneckerSumMethod(TensorMethod):
     """A sum of Kronecker products for each matrix by itself."""
 
-    entry = "kronecker_sum"
+    structure = "kronecker_sum"
 
     def specs(self, problem: Problem, ranks: Sequence[int]) -> tuple[Specs, Specs]:
         """Specs with as many products for every matrix."""

@@ -103,9 +103,9 @@ class Problem:
         """Shows how far long work is."""
         return self.evidence.progress
 
-    def account(self, matrices: Sequence[DenseMatrix]) -> Account:
-        """What the budget comes to for these matrices."""
-        return make_account(self.model, matrices, self.budget, self.dtype, self.storage.linear, self.progress)
+    def account(self, matrices: Sequence[DenseMatrix], structures: Sequence[str]) -> Account:
+        """What the budget comes to for these matrices, and the structures that may take their place."""
+        return make_account(self.model, matrices, self.budget, self.dtype, structures, self.progress)
 
     def place(self, matrix: Matrix) -> torch.device:
         """Where a matrix is decomposed."""

@@ -17,9 +17,14 @@ Specs = dict[str, Spec]
 class TensorMethod(ABC):
     """A method whose structures share tensors, or are chosen for all matrices at once; see `Method`."""
 
-    # Structure that each matrix is in, for what its being there costs.
-    entry: ClassVar[str]
+    # Structure of the matrices, or one whose file holds all that it makes.
+    structure: ClassVar[str]
     needs: frozenset[str] = frozenset()
+
+    @property
+    def entry(self) -> str:
+        """What `entry_bytes` counts for each matrix."""
+        return self.structure
 
     @abstractmethod
     def specs(self, problem: Problem, ranks: Sequence[int]) -> tuple[Specs, Specs]:
@@ -53,7 +58,7 @@ class TensorMethod(ABC):
         problem = problem.of(matrices)
         if problem.budget.ranks is not None:
             return _planned(self.specs(problem, problem.budget.ranks), matrices)
-        account = problem.account(matrices)
+        account = problem.account(matrices, [self.structure])
         available, whole = account.limit - account.fixed, sum(account.price.of_dense(matrix) for matrix in matrices)
         entries = sum(account.price.of_entry(matrix, self.entry) for matrix in matrices)
         if available >= whole:

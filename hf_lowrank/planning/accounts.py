@@ -39,7 +39,7 @@ def make_account(
     matrices: Sequence[DenseMatrix],
     budget: Budget,
     dtype: torch.dtype,
-    storage: str,
+    structures: Sequence[str],
     progress: Progress,
 ) -> Account:
     """The account of a budget that is not a rank.
@@ -47,7 +47,8 @@ def make_account(
     Args:
         matrices: All that the targets speak of.
         dtype: Of the compressed model's weights.
-        storage: Structure of low-rank linear layers, for what time they take.
+        structures: All that may come into the plan, that of low-rank linear layers first: what time they take, and
+            how much code is saved with them.
     """
     num_dense = sum(matrix.num_weights for matrix in matrices)
     if budget.kind == "keep_targets":
@@ -57,10 +58,10 @@ def make_account(
         return Account(WeightPrice(1), whole, whole - num_dense, math.floor(budget.value * whole))
     if budget.kind == "keep_latency":
         length = typical_length(model)
-        times = LayerTimes(matrices, [storage], _BATCH_SIZE * length, progress)
+        times = LayerTimes(matrices, structures[:1], _BATCH_SIZE * length, progress)
         seconds = measure_latency({"dense": model}, _BATCH_SIZE, length)["dense"].median
         layers = sum(times.of_dense(matrix) for matrix in matrices)
         return Account(times, seconds, max(seconds - layers, 0.0), budget.value * seconds)
     whole = parameter_bytes(model) * dtype.itemsize // model.dtype.itemsize
-    fixed = whole - num_dense * dtype.itemsize + overhead_bytes(model)
+    fixed = whole - num_dense * dtype.itemsize + overhead_bytes(model, structures)
     return Account(FilePrice(dtype.itemsize), whole, fixed, budget.value)

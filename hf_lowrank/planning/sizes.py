@@ -1,12 +1,12 @@
 """What a saved model will weigh before it is made."""
 
 import json
-from pathlib import Path
+from collections.abc import Iterable
 
 from torch import nn
 from transformers import PreTrainedModel
 
-from hf_lowrank import remote_code
+from hf_lowrank.remote_code.lowrank_code import code_files
 from hf_lowrank.targets import Matrix
 
 # A tensor's entry in the header of a safetensors file, without its name: type, shape and two offsets.
@@ -32,9 +32,14 @@ def parameter_bytes(model: nn.Module) -> int:
     return sum(p.numel() * p.element_size() for p in model.parameters())
 
 
-def overhead_bytes(model: PreTrainedModel) -> int:
-    """Bytes `save_pretrained` writes beside the numbers: shipped code, configuration, the header of the weights."""
-    code = sum(path.stat().st_size for path in Path(remote_code.__path__[0]).glob("*.py"))
+def overhead_bytes(model: PreTrainedModel, structures: Iterable[str]) -> int:
+    """Bytes `save_pretrained` writes beside the numbers: shipped code, configuration, the header of the weights.
+
+    Args:
+        structures: All that may come into the plan.
+    """
+    plan = {"modules": {name: {"structure": name} for name in structures}}
+    code = sum(len(text.encode()) for text in code_files(plan).values())
     config = len(json.dumps(model.config.to_dict(), indent=2, default=str))
     header = sum(len(name) + _HEADER_BYTES for name in model.state_dict())
     buffers = sum(b.numel() * b.element_size() for b in model.buffers())

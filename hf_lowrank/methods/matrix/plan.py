@@ -37,7 +37,10 @@ def make_plan(problem: Problem, source: RankErrors) -> tuple[Plan, list[Matrix]]
     if problem.budget.kind == "rank":
         chosen = _ranks_for_rank(free, problem)
     else:
-        account = problem.account(problem.matrices)
+        linear = problem.storage.linear
+        others = {problem.storage.structure(matrix) for matrix in problem.matrices}
+        others |= {"joint_low_rank"} if problem.evidence.kinds else set()  # only who looks sees what reads one input
+        account = problem.account(problem.matrices, [linear, *sorted(others - {linear})])
         spent = sum(_cost(m, fixed_specs[m.name], account.price) for m in fixed)
         chosen = _ranks_for_budget(free, account, spent, problem, source)
     position = {matrix.name: index for index, matrix in enumerate(problem.matrices)}

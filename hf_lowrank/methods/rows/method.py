@@ -85,7 +85,7 @@ class AutoencoderMethod(TensorMethod):
         return frozenset() if self.solver is None else self.solver.needs
 
     @property
-    def entry(self) -> str:  # type: ignore[override]  # there a constant
+    def entry(self) -> str:
         """See `TensorMethod`."""
         return f"separated_{self.structure}" if self.is_separate else self.structure
 

@@ -33,7 +33,7 @@ class TensorTrainMethod(TensorMethod):
 
     shares: bool = False
     needs: frozenset[str] = frozenset()
-    entry: ClassVar[str] = "tensor_train"
+    structure: ClassVar[str] = "tensor_train"
 
     def specs(self, problem: Problem, ranks: Sequence[int]) -> tuple[Specs, Specs]:
         """Specs with the same ranks for every matrix."""

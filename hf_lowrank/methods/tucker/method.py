@@ -30,7 +30,7 @@ class TuckerMethod(TensorMethod):
     """
 
     needs: frozenset[str] = frozenset()
-    entry: ClassVar[str] = "tucker"
+    structure: ClassVar[str] = "tucker"
 
     def specs(self, problem: Problem, ranks: Sequence[int]) -> tuple[Specs, Specs]:
         """Specs of the modules and of the part they share."""
