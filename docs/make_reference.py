@@ -4,6 +4,7 @@ pip install '.[dev]'
 python docs/make_reference.py
 """
 
+import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -172,7 +173,8 @@ def _parameters(parameters: Any) -> Iterator[str]:
         stars = {"variadic positional": "*", "variadic keyword": "**"}.get(kind, "")
         is_named |= stars == "*"
         annotation = f": {parameter.annotation}" if parameter.annotation is not None else ""
-        default = f" = {parameter.default}" if parameter.default is not None and not stars else ""
+        value = re.sub(r"^option\((.*?)(, \w+=.*)?\)$", r"\1", str(parameter.default))  # of a field of options
+        default = f" = {value}" if parameter.default is not None and not stars else ""
         yield f"{stars}{parameter.name}{annotation}{default}"
 
 
