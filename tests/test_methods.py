@@ -20,6 +20,7 @@ from hf_lowrank.methods.table import METHOD_NAMES, METHODS, OF_MATRICES, OF_TENS
 from hf_lowrank.methods.tables.token_tables import OBJECTIVES
 from hf_lowrank.options import option
 from hf_lowrank.planning.allocation import ALLOCATIONS
+from hf_lowrank.planning.budgets import KINDS as BUDGETS
 from hf_lowrank.settings import ALLOCATION_NAMES, EMBEDDING_OBJECTIVES, GROUP_NAMES, CompressOptions
 from hf_lowrank.statistics.collection import KINDS
 from hf_lowrank.training.recovery import default_learning_rate
@@ -91,12 +92,12 @@ def test_an_unknown_method_is_told_the_closest():
     ],
 )
 def test_an_option_that_a_method_does_not_take_is_refused(name, option):
-    values = {"keep_latency": 0.5, "rank_pattern": {"query": 2}, "ranks": (3,), "allocation": "energy", "fast": True}
+    values = {"rank_pattern": {"query": 2}, "ranks": (3,), "allocation": "energy", "fast": True}
     values |= {"storage": "pivoted", "embeddings": "low_rank", "embedding_objective": "direction", "anchored": True}
     values |= {"refine_block_passes": 1, "refine_passes": 1, "refine_learning_rate": 1e-3, "bias_correction": True}
     most = CompressOptions.__dataclass_fields__[option].metadata["at_most"]
-    value = {**values, "group": "attention"}.get(option, most)
-    budget = {} if METHODS[name].ranks or option in ("ranks", "keep_latency") else {"keep_targets": 0.5}
+    value = {**values, "group": "attention"}.get(option, 0.5 if option in BUDGETS else most)
+    budget = {} if METHODS[name].ranks or option in BUDGETS else {"keep_targets": 0.5}
 
     with pytest.raises(InputError, match=f"{option} does not go with method={name}"):
         CompressOptions(method=name, **budget, **{option: value})
