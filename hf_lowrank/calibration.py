@@ -16,6 +16,7 @@ from transformers.models.auto.modeling_auto import (
 from hf_lowrank.batches import fingerprint, make_batches, require_known_tokens, require_tokens, special_frame
 from hf_lowrank.data import holds_token_ids, load_texts, source_name
 from hf_lowrank.errors import InputError
+from hf_lowrank.loading import require_runs, vocabulary_size
 from hf_lowrank.outputs import IGNORED_LABEL, Batch, longest_input, real_tokens
 from hf_lowrank.remote_code.configuration_lowrank import PREFIX
 
@@ -67,6 +68,9 @@ def make_calibration(model: PreTrainedModel, source: Any, tokenizer: Any, text: 
     batches = synthetic_batches(model, tokenizer, text) if source is None else _read(model, source, tokenizer, text)
     if is_masked_lm(model) and "labels" not in batches[0]:
         batches = mask_tokens(batches, model, tokenizer, text.seed)
+    if model.config.is_encoder_decoder:
+        batches = [{"decoder_input_ids": batch["input_ids"], **batch} for batch in batches]
+    require_runs(model, batches[0])
     num_probes = max(1, round(len(batches) * _PROBE_SHARE))
     if len(batches) < 2:
         raise InputError("Calibration needs two batches at least, one to measure ranks on; got 1. Give more text.")
@@ -98,14 +102,14 @@ def synthetic_batches(model: PreTrainedModel, tokenizer: Any, text: Text) -> lis
     Nothing is known of the language, but the model's own weights decide where such tokens go: that alone finds most of
     what its layers use. With a tokenizer, special and unused tokens are left out and sequences begin and end as usual.
     """
-    config = model.config.get_text_config()
+    num_tokens = vocabulary_size(model)
     generator = torch.Generator().manual_seed(text.seed)
-    weights = 1 / (torch.arange(config.vocab_size) + _ZIPF_OFFSET)
+    weights = 1 / (torch.arange(num_tokens) + _ZIPF_OFFSET)
     start, end = torch.empty(0, dtype=torch.long), torch.empty(0, dtype=torch.long)
-    if tokenizer is not None and len(_usable_tokens(tokenizer, config.vocab_size)):
+    if tokenizer is not None and len(_usable_tokens(tokenizer, num_tokens)):
         # The order of the usable tokens counts, not their ids: WordPiece begins with a thousand unused ones.
-        usable = _usable_tokens(tokenizer, config.vocab_size)
-        weights = torch.zeros(config.vocab_size).index_copy(0, usable, 1 / (torch.arange(len(usable)) + _ZIPF_OFFSET))
+        usable = _usable_tokens(tokenizer, num_tokens)
+        weights = torch.zeros(num_tokens).index_copy(0, usable, 1 / (torch.arange(len(usable)) + _ZIPF_OFFSET))
         start, end = (torch.tensor(part, dtype=torch.long) for part in special_frame(tokenizer))
     length = min(_SYNTHETIC_LENGTH, longest_input(model)) - len(start) - len(end)
     drawn = torch.multinomial(weights, _SYNTHETIC_SAMPLES * length, replacement=True, generator=generator)
@@ -153,7 +157,7 @@ def mask_tokens(batches: Sequence[Batch], model: PreTrainedModel, tokenizer: Any
     to say which token masks, all that are not random stay.
     """
     generator = torch.Generator().manual_seed(seed)
-    vocab_size = model.config.get_text_config().vocab_size
+    vocab_size = vocabulary_size(model)
     special = torch.tensor(sorted(tokenizer.all_special_ids) if tokenizer is not None else [], dtype=torch.long)
     mask_token = None if tokenizer is None else tokenizer.mask_token_id
     masked: list[Batch] = []

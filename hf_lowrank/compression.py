@@ -33,6 +33,7 @@ from hf_lowrank.remote_code.lowrank_structures import (
     named_structures,
     replace_,
 )
+from hf_lowrank.remote_code.lowrank_weights import skeleton
 from hf_lowrank.remote_code.modeling_lowrank import compressed_model_class, dense_model_class
 from hf_lowrank.targets import Matrix
 
@@ -71,13 +72,13 @@ def compress(
     plan, replaced = job.plan()
     modules = [member.module for matrix in replaced for member in matrix.members]
     if settings.learning:
-        return _compress_and_learn_(_copy_sharing(dense, modules), plan, replaced, job).to(dtype)
+        return _retyped_(_compress_and_learn_(_copy_sharing(dense, modules), plan, replaced, job), dtype)
     is_ours = inplace or job.is_ours
     small: Any = dense if is_ours else _copy_sharing(dense, modules)
     is_retyped = small.dtype != dtype  # asked now: the first parameter may be a factor soon, already of that type
     replace_matrices_(small, replaced, plan, job, dtype, frees=is_ours)
     _become_compressed_(small, plan)
-    return small.to(dtype) if is_retyped else small
+    return _retyped_(small, dtype) if is_retyped else small
 
 
 def _compress_and_learn_(small: PreTrainedModel, plan: Plan, matrices: Sequence[Matrix], job: Job) -> Any:
@@ -151,6 +152,24 @@ def decompress(model: PreTrainedModel) -> Any:
 def _copy_sharing(model: PreTrainedModel, modules: Iterable[nn.Module]) -> PreTrainedModel:
     """A deep copy that holds `modules` themselves: they are about to be replaced, so their weights need no copy."""
     return copy.deepcopy(model, {id(module): module for module in modules})
+
+
+def _retyped_(small: Any, dtype: torch.dtype) -> Any:
+    """The model as it would be loaded in that type: what a constructor makes keeps the type it is made in."""
+    before = dict(small.named_buffers())
+    usual = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        made = dict(skeleton(type(small), small.config).named_buffers())
+    finally:
+        torch.set_default_dtype(usual)
+    small.to(dtype)
+    saved = small.state_dict(keep_vars=True)
+    for name, buffer in before.items():
+        if name in made and name not in saved:
+            parent, _, leaf = name.rpartition(".")
+            setattr(small.get_submodule(parent), leaf, buffer.to(made[name].dtype))
+    return small
 
 
 def _become_compressed_(model: PreTrainedModel, plan: Plan) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from hf_lowrank.loading import require_runs, vocabulary_size
 from hf_lowrank.outputs import longest_input
 
 _WARM_UP_ROUNDS = 2
@@ -69,7 +70,7 @@ def typical_length(model: Any, sequence_length: int = 128) -> int:
 
 def _inputs(model: Any, batch_size: int, sequence_length: int) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(0)
-    vocabulary = model.config.get_text_config().vocab_size
+    vocabulary = vocabulary_size(model)
     # Two choices a row are how a multiple-choice head reads; its cost is that of as many plain rows.
     is_choice = "MultipleChoice" in type(model).__name__ and batch_size > 1
     shape = (batch_size // 2, 2, sequence_length) if is_choice else (batch_size, sequence_length)
@@ -77,6 +78,7 @@ def _inputs(model: Any, batch_size: int, sequence_length: int) -> dict[str, torc
     inputs = {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids)}
     if model.config.is_encoder_decoder:
         inputs["decoder_input_ids"] = input_ids
+    require_runs(model, inputs)
     return {name: tensor.to(model.device) for name, tensor in inputs.items()}
 
 

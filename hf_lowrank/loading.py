@@ -1,6 +1,7 @@
 """Loading dense models by Hub id or folder, with one clear line for everything that can be wrong with them."""
 
 import copy
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -118,6 +119,37 @@ def _of_stock_class(model: PreTrainedModel) -> PreTrainedModel:
     return stock
 
 
+def vocabulary_size(model: PreTrainedModel) -> int:
+    """How many tokens a model knows.
+
+    Raises:
+        InputError: If it reads images or sounds.
+    """
+    if model.main_input_name != "input_ids":
+        raise _not_run(model, f"it reads {model.main_input_name}, not tokens")
+    return int(model.config.get_text_config().vocab_size)
+
+
+def require_runs(model: PreTrainedModel, batch: Mapping[str, torch.Tensor]) -> None:
+    """Run a model once on inputs of the kind it will be run on.
+
+    Raises:
+        InputError: If it does not take them.
+    """
+    try:
+        with torch.no_grad():
+            model(**{name: value.to(model.device) for name, value in batch.items()})
+    except Exception as error:  # hosts of all families, each with errors of its own
+        raise _not_run(model, one_line(error)) from error
+
+
+def _not_run(model: PreTrainedModel, why: str) -> InputError:
+    return InputError(
+        f"{type(model).__name__} cannot be run on text alone: {why}. What looks at its weights alone works: "
+        "compress with method svd."
+    )
+
+
 def find_tokenizer(model: PreTrainedModel) -> Any:
     """The tokenizer saved with a loaded model; None if there is none, or the model was built in memory."""
     source = getattr(model.config, "_name_or_path", "")
@@ -125,7 +157,7 @@ def find_tokenizer(model: PreTrainedModel) -> Any:
         return None
     try:
         return load_tokenizer(source)
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, ImportError):  # the last of a package that its kind needs
         return None
 
 

@@ -4,6 +4,7 @@ import math
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
+from torch import nn
 from transformers import PreTrainedModel
 
 from hf_lowrank.evaluation import Latency, measure_latency, typical_length
@@ -11,7 +12,7 @@ from hf_lowrank.machine import machine_name
 from hf_lowrank.multiply_adds import count_multiply_adds, multiplying
 from hf_lowrank.origin import Origin
 from hf_lowrank.remote_code.lowrank_materialize import Materializing
-from hf_lowrank.remote_code.lowrank_structures import is_bias, structure_name
+from hf_lowrank.remote_code.lowrank_structures import is_bias, structure_name, token_table
 
 # Parts of the provenance that have a place of their own in the report; trainings of ours with what did them.
 _TRAININGS = {"recovery": "recover", "lpaf": "lpaf"}
@@ -200,7 +201,8 @@ def make_report(model: PreTrainedModel) -> CompressionReport:
     itemsize = next(model.parameters()).element_size()
     # A tied head is the embedding's second use: its multiply-adds count, its parameters do not.
     saved = sum(m.dense_parameters - m.parameters for m in modules)
-    embedding: Any = model.get_input_embeddings()
+    table: Any = token_table(model)
+    embedding = table if hasattr(table, "num_embeddings") else nn.Embedding(0, 0)  # images and sounds have none
     multiply_adds = count_multiply_adds(model)
     saved_multiply_adds = sum(
         _dense_multiply_adds(structure) - structure.multiply_adds() for structure in multiplying(model)

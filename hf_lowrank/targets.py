@@ -15,7 +15,7 @@ from transformers.pytorch_utils import Conv1D
 from hf_lowrank.errors import InputError
 from hf_lowrank.remote_code.lowrank_dense import dense_kind, dense_shape
 from hf_lowrank.remote_code.lowrank_plan import closest_name
-from hf_lowrank.remote_code.lowrank_structures import module_name, named_structures
+from hf_lowrank.remote_code.lowrank_structures import module_name, named_structures, token_table
 
 OUTPUT_EMBEDDINGS = "output_embeddings"
 ALL_LINEAR = "all-linear"
@@ -142,15 +142,23 @@ def find_matrices(model: PreTrainedModel) -> list[DenseMatrix]:
             f"{type(model).__name__} has no blocks of nn.Linear or Conv1D layers to compress. Supported is every "
             "transformers model that has: BERT, GPT-2, RoBERTa, DistilBERT, Llama and their like."
         )
-    embedding = model.get_input_embeddings()
+    embedding, head = token_table(model), model.get_output_embeddings()
     name = module_name(base, embedding)
-    if name is not None and dense_kind(embedding) == "embedding":
+    if embedding is not None and name is not None and _is_replaceable(model, embedding, head):
         found.append(DenseMatrix(name, prefix + name, "embedding", embedding, dense_shape(embedding)))
-    head = model.get_output_embeddings()
     if head is not None and dense_kind(head) == "linear" and not is_tied(model):
         path = module_name(model, head) or OUTPUT_EMBEDDINGS
         found.append(DenseMatrix(OUTPUT_EMBEDDINGS, path, "head", head, dense_shape(head)))
     return found
+
+
+def _is_replaceable(model: PreTrainedModel, embedding: nn.Module, head: nn.Module | None) -> bool:
+    """Whether a token table is one, and nothing besides a head that is tied to it computes with its weight."""
+    if dense_kind(embedding) != "embedding":
+        return False
+    users = [module for module in model.modules() if getattr(module, "weight", None) is embedding.weight]
+    is_head_among = head is not None and any(user is head for user in users)
+    return len(users) == 1 + is_head_among and (head is None or is_head_among == is_tied(model))
 
 
 def joint_matrices(matrices: Sequence[DenseMatrix], inputs: Mapping[str, str]) -> list[JointMatrix]:

@@ -20,6 +20,7 @@ from hf_lowrank.architectures import read_config
 from hf_lowrank.errors import InputError, one_line
 from hf_lowrank.folder_contents import weight_files
 from hf_lowrank.heads import auto_class as find_auto_class
+from hf_lowrank.loading import vocabulary_size
 from hf_lowrank.remote_code.lowrank_plan import PlanError
 from hf_lowrank.saving import compressed_class, load_compressed
 from hf_lowrank.scratch import temporary_folder
@@ -185,7 +186,7 @@ def _accepted_inputs(model: Any) -> dict[str, torch.Tensor]:
 
 def _inputs(model: Any, shape: tuple[int, ...]) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(0)
-    vocabulary = model.config.get_text_config().vocab_size
+    vocabulary = vocabulary_size(model)
     inputs = {
         "input_ids": torch.randint(0, vocabulary, shape, generator=generator),
         "attention_mask": torch.ones(shape, dtype=torch.long),

@@ -16,7 +16,7 @@ from hf_lowrank.data import load_texts
 from hf_lowrank.errors import InputError
 from hf_lowrank.loading import load_dense
 from hf_lowrank.remote_code.lowrank_dense import dense_kind
-from hf_lowrank.remote_code.lowrank_structures import module_name
+from hf_lowrank.remote_code.lowrank_structures import module_name, token_table
 from hf_lowrank.targets import is_tied
 
 # Tokenizer models, by their `type` in tokenizer.json, and where a token that is gone ends up.
@@ -53,8 +53,8 @@ def reduce_vocabulary(
     if state["model"]["type"] not in KINDS:
         raise InputError(f"The tokenizer's model must be one of {', '.join(KINDS)}, got {state['model']['type']}.")
     dense = load_dense(model)
-    embedding: Any = dense.get_input_embeddings()
-    if dense_kind(embedding) != "embedding":
+    embedding: Any = token_table(dense)
+    if embedding is None or dense_kind(embedding) != "embedding":
         raise InputError(f"{type(dense).__name__} has no token table of a kind that can be reduced.")
     wanted = _wanted_ids(tokenizer, vocabulary, text_column)
     num_tokens = min(len(tokenizer), embedding.num_embeddings)

@@ -12,6 +12,7 @@ from tiny_architectures import ARCHITECTURES, build_architecture
 
 import hf_lowrank
 from hf_lowrank import compress, decompress
+from hf_lowrank.cli import main
 
 pytestmark = pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")  # transformers' and torch's own
 each_architecture = pytest.mark.parametrize("name", ARCHITECTURES)
@@ -91,3 +92,95 @@ def test_what_is_decompressed_and_saved_loads_as_the_stock_class(small, root, na
 
         assert not any(info.values())
         assert same_state(loaded.state_dict(), dense.state_dict())
+
+
+# Inputs of the models that read tokens, and the budgets under which each kind of matrix is replaced.
+READERS = {
+    "T5ForConditionalGeneration": ("input_ids", "decoder_input_ids"),
+    "BartForConditionalGeneration": ("input_ids", "decoder_input_ids"),
+    "PegasusForConditionalGeneration": ("input_ids", "decoder_input_ids"),
+    "MarianMTModel": ("input_ids", "decoder_input_ids"),
+    "GPTNeoXForCausalLM": ("input_ids",),
+    "Gemma3ForCausalLM": ("input_ids",),
+    "MambaForCausalLM": ("input_ids",),
+    "EsmForMaskedLM": ("input_ids",),
+    "ModernBertForMaskedLM": ("input_ids",),
+}
+WAYS = {
+    "blocks": {"keep_targets": 0.6},
+    "tables": {"keep_params": 0.8, "storage": "low_rank"},
+    "bfloat16": {"keep_targets": 0.6, "dtype": "bfloat16"},
+}
+
+
+@pytest.fixture(scope="module")
+def readers(root):
+    for name in READERS:
+        build_architecture(name).save_pretrained(root / f"reader-{name}")
+    return root
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("name", READERS)
+def test_what_is_compressed_can_be_run_and_computes_as_what_is_loaded(readers, name, way, tmp_path):
+    ids = torch.randint(3, 60, (2, 12), generator=torch.Generator().manual_seed(0))
+    model = compress(readers / f"reader-{name}", method="svd", **WAYS[way])
+    model.save_pretrained(tmp_path)
+
+    loaded = type(model).from_pretrained(tmp_path).eval()
+
+    with torch.no_grad():
+        first, second = (one(**dict.fromkeys(READERS[name], ids)).logits for one in (model, loaded))
+    assert torch.equal(first, second)
+
+
+# What a model that reads no tokens, or computes with a weight that is gone, is asked -> what cannot be done.
+REFUSED = {
+    "synthetic text": ("ViTForImageClassification", ["compress", "MODEL", "OUT", "--keep-targets", "0.6"]),
+    "latency": ("Wav2Vec2ForCTC", ["compress", "MODEL", "OUT", "--keep-latency", "0.6", "--method", "svd"]),
+    "statistics": ("ViTForImageClassification", ["analyze", "MODEL"]),
+    "proof": ("ViTForImageClassification", ["verify", "SMALL"]),
+    "training": ("ViTForImageClassification", ["recover", "SMALL", "OUT", "--teacher", "MODEL", "--dataset", "TEXT"]),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_needs_text_is_one_line_for_a_model_that_reads_none(case, tmp_path, capsys):
+    name, arguments = REFUSED[case]
+    paths = {kind: str(tmp_path / kind) for kind in ("MODEL", "SMALL", "OUT", "TEXT")}
+    build_architecture(name).save_pretrained(paths["MODEL"])
+    compress(paths["MODEL"], method="svd", keep_targets=0.6).save_pretrained(paths["SMALL"])
+    (tmp_path / "TEXT").write_text("a\nb\n")
+
+    status = main([paths.get(part, part) for part in arguments])
+
+    lines = capsys.readouterr().err.splitlines()
+    assert (status, len(lines)) == (2, 1)
+    assert "cannot be run on text" in lines[0]
+    assert not (tmp_path / "OUT").exists()
+
+
+@pytest.mark.parametrize("name", ["ViTForImageClassification", "RwkvForCausalLM"])
+def test_a_latency_that_cannot_be_measured_is_said_and_the_folder_is_there(name, tmp_path, capsys):
+    build_architecture(name).save_pretrained(tmp_path / "dense")
+
+    status = main(["compress", str(tmp_path / "dense"), str(tmp_path / "out"), "--method", "svd", "--rank", "4"])
+
+    assert status == 0
+    assert "Latency is not measured" in capsys.readouterr().err
+    assert (tmp_path / "out" / "model.safetensors").is_file()
+
+
+def test_statistics_are_of_every_user_of_a_shared_table(readers, tmp_path):
+    model = compress(readers / "reader-T5ForConditionalGeneration", keep_targets=0.6)
+
+    assert any("decoder" in name for name in model.config.compression["modules"])
+
+
+def test_a_tokenizer_whose_package_is_missing_is_no_tokenizer(monkeypatch, readers):
+    def missing(source):
+        raise ImportError("needs a package")
+
+    monkeypatch.setattr("hf_lowrank.loading.load_tokenizer", missing)
+
+    assert compress(readers / "reader-EsmForMaskedLM", method="svd", keep_targets=0.6).config.compression["modules"]

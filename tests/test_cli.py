@@ -269,6 +269,8 @@ BAD_INPUT = {
         ["compress", "{dense}", "{out}", *BUDGET, "--device", "abacus"],
         r"device must be one of this machine.s.*abacus",
     ),
+    "empty argument": (["compress", "{dense}", "{out}", *BUDGET, "--cache-dir", ""], r"An argument is empty"),
+    "argument that is no text": (["compress", "{dense}", "{out}\udc80", *BUDGET], r"is not UTF-8 text"),
     "full output": (["compress", "{dense}", "{root}/diary", *BUDGET], r"exists and is not empty.*--overwrite"),
     "output that is no model": (
         ["compress", "{dense}", "{root}/diary", *BUDGET, "--overwrite"],

@@ -271,3 +271,13 @@ def test_every_structure_gets_gradients_from_every_user(head):
     assert ours
     tied = set(model.all_tied_weights_keys)
     assert {name for name in ours if name not in tied and not name.endswith("bias")} <= set(used)
+
+
+@pytest.mark.parametrize("head", ["BertForMaskedLM", "GPT2LMHeadModel"])
+def test_every_structure_says_of_what_shape_type_and_place_the_weight_is_that_it_replaces(head):
+    for _, structure in named_structures(build_every_structure(head).to(torch.float64)):
+        gone, dense = structure.weight, structure.to_dense()
+        assert (gone.shape, gone.dtype, gone.device) == (dense.shape, dense.dtype, dense.device)
+        for compute in (torch.t, torch.clone, lambda weight: weight.div_(2), lambda weight: weight.data.zero_()):
+            with pytest.raises(PlanError, match="exclude_modules"):
+                compute(gone)

@@ -38,6 +38,12 @@ _PYRAMID = {
     "window_size": 2,
 }
 
+_SEQUENCES = {
+    **{f"{half}_{part}": number for half in ("encoder", "decoder")
+       for part, number in {"layers": 1, "attention_heads": 2, "ffn_dim": 24}.items()},
+    "vocab_size": 61, "d_model": 16, "max_position_embeddings": 32, "pad_token_id": 0, "decoder_start_token_id": 0,
+}  # fmt: skip
+
 # Class of the model -> arguments of its configuration
 ARCHITECTURES = {
     "GPTNeoXForCausalLM": _TEXT,
@@ -60,10 +66,9 @@ ARCHITECTURES = {
     "T5ForConditionalGeneration": {
         "vocab_size": 61, "d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 2, "num_heads": 2, "pad_token_id": 0,
     },
-    "BartForConditionalGeneration": {
-        "vocab_size": 61, "d_model": 16, "encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 2,
-        "decoder_attention_heads": 2, "encoder_ffn_dim": 24, "decoder_ffn_dim": 24, "max_position_embeddings": 32,
-    },
+    "PegasusForConditionalGeneration": _SEQUENCES,
+    "MarianMTModel": _SEQUENCES,
+    "BartForConditionalGeneration": _SEQUENCES,
     "LlavaForConditionalGeneration": {
         "text_config": {"model_type": "llama", **_GROUPED},
         "vision_config": {"model_type": "clip_vision_model", **_IMAGE}, "image_token_index": 5,
@@ -71,6 +76,16 @@ ARCHITECTURES = {
     "Gemma3ForConditionalGeneration": {
         "text_config": {**_GROUPED, "sliding_window": 8},
         "vision_config": {**_IMAGE, "model_type": "siglip_vision_model"}, "mm_tokens_per_image": 4,
+    },
+    "Gemma3ForCausalLM": {**_GROUPED, "sliding_window": 8},
+    "MambaForCausalLM": {"vocab_size": 61, "hidden_size": 16, "num_hidden_layers": 2, "state_size": 4},
+    "RwkvForCausalLM": {
+        "vocab_size": 61, "hidden_size": 16, "num_hidden_layers": 2, "attention_hidden_size": 16, "rescale_every": 1,
+    },
+    "Wav2Vec2ForCTC": {
+        "vocab_size": 32, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2,
+        "conv_dim": [8, 8], "conv_stride": [2, 2], "conv_kernel": [3, 3], "num_conv_pos_embeddings": 4,
+        "num_conv_pos_embedding_groups": 2,
     },
     "Qwen2VLForConditionalGeneration": {
         "text_config": {**_GROUPED, "rope_scaling": {"type": "mrope", "mrope_section": [1, 1, 2]}},

@@ -12,7 +12,6 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from hf_lowrank.cli.arguments import build_parser
-from hf_lowrank.errors import Note
 
 FAULT = 1
 BAD_INPUT = 2
@@ -41,9 +40,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     try:
         with _ended_by_sigterm():
-            arguments = build_parser().parse_args(argv)
-            arguments.given = list(sys.argv[1:] if argv is None else argv)
-            "".join(arguments.given).encode()  # reports and cards are UTF-8: what cannot be written is refused now
+            given = list(sys.argv[1:] if argv is None else argv)
+            for one in given:
+                _require_text(one)
+            arguments = build_parser().parse_args(given)
+            arguments.given = given
             return _run(arguments.command, arguments)
     except _Terminated:
         return _complain("terminated; no half-written folder is left.", TERMINATED)
@@ -59,6 +60,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         if os.environ.get(DEBUG) == "1":
             raise
         return _explain(error)
+
+
+def _require_text(argument: str) -> None:
+    """Refuse an empty argument, which as a path is the current folder, and one that no file of ours can hold."""
+    if not argument:
+        raise InputError("An argument is empty. Leave it out, or give a value (is a variable of your shell unset?).")
+    if "\0" in argument or argument.encode(errors="ignore").decode() != argument:
+        raise InputError(f"{argument!r} is not UTF-8 text. Rename what it names.")
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 import argparse
 import re
+import warnings
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from hf_lowrank.analysis import planned_report
 from hf_lowrank.cards.card import shown_command
 from hf_lowrank.cli import tables
 from hf_lowrank.compression import compress
-from hf_lowrank.errors import InputError
+from hf_lowrank.errors import InputError, Note
 from hf_lowrank.job import Job, prepare, settle_compression
 from hf_lowrank.loading import find_tokenizer, load_dense
 from hf_lowrank.options import given, settle
@@ -56,8 +57,11 @@ def run(arguments: argparse.Namespace) -> int:
     report = make_report(small)
     if not arguments.no_latency:
         # The folder is saved by now: who does not want to wait for this loses nothing.
-        report = replace(report, latency=compare_latency(dense, small))
-        write_record(folder, report)
+        try:
+            report = replace(report, latency=compare_latency(dense, small))
+            write_record(folder, report)
+        except InputError as error:
+            warnings.warn(Note(f"Latency is not measured: {error}"), stacklevel=2)
     _print_result(arguments, folder, report)
     return 0
 

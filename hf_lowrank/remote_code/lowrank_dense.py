@@ -7,6 +7,8 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from .lowrank_plan import PlanError
+
 DENSE_LINEARS = (nn.Linear, Conv1D)
 
 
@@ -24,6 +26,33 @@ def dense_kind(module: nn.Module) -> str | None:
     return "embedding" if type(module) is nn.Embedding else None
 
 
+class GoneWeight(torch.Tensor):
+    """What a host finds that asks a structure for its `weight`: shape, type and device, and no numbers.
+
+    Hosts ask in which type a layer computes; one that computes with the numbers itself gets `PlanError`.
+    """
+
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]  # torch's own way
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
+        raise PlanError(
+            f"The model itself computes ({func}) with the weight of a layer that is replaced. Leave that layer dense: "
+            "compress with exclude_modules."
+        )
+
+
+def gone_weight(structure: nn.Module, rows: int, columns: int) -> torch.Tensor:
+    """The answer of a structure that stands for a weight (O, I)."""
+    first = next(structure.parameters())
+    if torch.compiler.is_compiling():  # where no tensor of a class of ours can be made
+        return torch.empty(rows, columns, dtype=first.dtype, device="meta")
+    made: torch.Tensor = torch.Tensor._make_wrapper_subclass(
+        GoneWeight, (rows, columns), dtype=first.dtype, device=first.device
+    )
+    return made
+
+
 class EmbeddingStructure(nn.Module):
     """What structures in the place of a token embedding have in common.
 
@@ -38,6 +67,11 @@ class EmbeddingStructure(nn.Module):
         """A table of the shape, padding and dtype of `dense`, on its device unless one is given."""
         kind: dict[str, Any] = {"device": device or dense.weight.device, "dtype": dense.weight.dtype}
         return cls(*dense_shape(dense), padding_idx=dense.padding_idx, **sizes, **kind)
+
+    @property
+    def weight(self: Any) -> torch.Tensor:
+        """See `GoneWeight`."""
+        return gone_weight(self, self.num_embeddings, self.embedding_dim)
 
 
 class LinearStructure(nn.Module):
@@ -56,6 +90,11 @@ class LinearStructure(nn.Module):
         weight: Any = dense.weight
         kind: dict[str, Any] = {"device": device or weight.device, "dtype": weight.dtype}
         return cls(in_features, out_features, bias=dense.bias is not None, **sizes, **kind)
+
+    @property
+    def weight(self: Any) -> torch.Tensor:
+        """See `GoneWeight`."""
+        return gone_weight(self, self.out_features, self.in_features)
 
     def dense_bias(self) -> torch.Tensor | None:
         """The bias of the layer this one stands for, (O)."""

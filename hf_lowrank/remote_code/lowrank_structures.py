@@ -159,7 +159,7 @@ def replace_(root: nn.Module, name: str, module: nn.Module) -> None:
 
 def _install_head_(model: Any, plan: Plan) -> None:
     head_name = module_name(model, model.get_output_embeddings())
-    embedding_name = module_name(model, model.get_input_embeddings())
+    embedding_name = module_name(model, token_table(model))
     if head_name is None or embedding_name is None:
         return
     embedding = model.get_submodule(embedding_name)
@@ -178,9 +178,18 @@ def _install_head_(model: Any, plan: Plan) -> None:
 def retie_(model: Any) -> None:
     """Name what is tied as it is now: the factors of a head that is a structure, where the host names its weight."""
     head_name = module_name(model, model.get_output_embeddings())
-    embedding_name = module_name(model, model.get_input_embeddings())
+    embedding_name = module_name(model, token_table(model))
     if head_name is not None and embedding_name is not None and structure_name(model.get_submodule(head_name)):
         model._tied_weights_keys = tied_factor_keys(model, head_name, embedding_name)
+
+
+def token_table(model: Any) -> nn.Module | None:
+    """The token embedding; None where a host names none, as those of images and sounds."""
+    try:
+        table: nn.Module | None = model.get_input_embeddings()
+    except NotImplementedError:
+        return None
+    return table
 
 
 def module_name(model: nn.Module, module: nn.Module | None) -> str | None:

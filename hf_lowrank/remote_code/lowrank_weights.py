@@ -27,7 +27,7 @@ def check_loaded(model: Any, info: dict[str, Any]) -> None:
     saved_as = str((model.config.architectures or [""])[0])
     saved_class = getattr(sys.modules.get(type(model).__module__), saved_as, None)
     if missing and saved_class is not None:
-        saved = _skeleton(saved_class, model.config)
+        saved = skeleton(saved_class, model.config)
         needed = _names(saved, saved.state_dict())
     else:
         needed = {*model.base_model.state_dict()}
@@ -46,7 +46,7 @@ def check_saved(model: Any, state: dict[str, torch.Tensor]) -> None:
     Raises:
         PlanError: Naming a weight.
     """
-    saved = _skeleton(type(model), model.config)
+    saved = skeleton(type(model), model.config)
     expected = {name: value.shape for name, value in saved.state_dict().items()}
     tied = saved.all_tied_weights_keys
     problems = {
@@ -57,7 +57,7 @@ def check_saved(model: Any, state: dict[str, torch.Tensor]) -> None:
     _refuse("The weights to be saved", problems)
 
 
-def _skeleton(model_class: Any, config: Any) -> Any:
+def skeleton(model_class: Any, config: Any) -> Any:
     """A model of shapes without numbers."""
     with torch.device("meta"):
         return model_class(copy.deepcopy(config))

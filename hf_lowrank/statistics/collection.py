@@ -94,8 +94,13 @@ class _Collector:
     def watching(self, model: PreTrainedModel, matrices: Sequence[DenseMatrix]) -> Iterator[None]:
         """Within, what the matrices are given and what comes back is added up."""
         # With frozen weights the gradient flows through the activations alone, from the embedding on.
-        embedding: nn.Module = model.get_input_embeddings()
-        hooks = [embedding.register_forward_hook(lambda module, inputs, out: out.requires_grad_(self.needs_gradients))]
+        table: Any = model.get_input_embeddings()
+        tables = [module for module in model.modules() if getattr(module, "weight", None) is table.weight]
+        starts = [module for module in tables if isinstance(module, nn.Embedding)]
+        hooks = [
+            start.register_forward_hook(lambda module, inputs, out: out.requires_grad_(self.needs_gradients))
+            for start in starts
+        ]
         hooks += [matrix.module.register_forward_hook(self._hook(matrix)) for matrix in matrices]
         hooks += self._head_hooks(model, matrices)
         try:

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel, Trainer
 
 from hf_lowrank.blocks import block_name, recorded_outputs
 from hf_lowrank.errors import InputError
+from hf_lowrank.loading import vocabulary_size
 from hf_lowrank.remote_code.lowrank_structures import named_structures
 from hf_lowrank.training.attention import recorded_attention
 from hf_lowrank.training.features import Features, has_labels
@@ -174,7 +175,7 @@ def check_teacher(student: PreTrainedModel, teacher: PreTrainedModel, compares_l
     Raises:
         InputError: If its vocabulary or its number of classes is another.
     """
-    ours, theirs = (model.config.get_text_config().vocab_size for model in (student, teacher))
+    ours, theirs = (vocabulary_size(model) for model in (student, teacher))
     if ours != theirs:
         raise InputError(f"The teacher has another vocabulary: {theirs} tokens, the model {ours}. Give its own.")
     classes = [getattr(model.config, "num_labels", None) for model in (student, teacher)]

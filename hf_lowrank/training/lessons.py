@@ -14,6 +14,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from hf_lowrank.batches import fingerprint
 from hf_lowrank.errors import InputError
 from hf_lowrank.gradients import leave_inference_mode_
+from hf_lowrank.loading import require_runs
 from hf_lowrank.scratch import temporary_folder, write_text
 from hf_lowrank.training.arguments import make_arguments
 from hf_lowrank.training.distillation import DistillationTrainer, default_losses
@@ -66,6 +67,7 @@ def make_lesson(
         features, held_out = hold_out(features, options.seed)
     else:
         held_out = make_features(model, tokenizer, eval_dataset, **options.of_data)
+    require_runs(model, PaddingCollator()(features[:1]))
     losses = dict(options.losses or default_losses(features))
     return Lesson(
         teacher, losses, features, held_out, getattr(tokenizer, "pad_token_id", None) or 0, options.temperature

@@ -11,6 +11,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.dropout import _DropoutNd
 from transformers import PreTrainedModel
 
+from hf_lowrank.remote_code.lowrank_structures import token_table
+
 # Up to here the plain products are faster backwards than the fused kernel in 16 bits on a CPU: 3.5 times at 128 and 4
 # times at 30 tokens; far above, they need more memory than they are worth.
 _SHORT = 128
@@ -42,7 +44,7 @@ def prepared(model: PreTrainedModel) -> Iterator[None]:
     was_training, uses_cache = model.training, getattr(model.config, "use_cache", None)
     trainable = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     model.requires_grad_(True)
-    embedding = model.get_input_embeddings()
+    embedding = token_table(model)
     if isinstance(embedding, nn.Embedding):
         embedding.requires_grad_(False)
     try:
