@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from hf_lowrank.cli.arguments import build_parser
+from hf_lowrank.errors import InputError, Note
 
 FAULT = 1
 BAD_INPUT = 2
