@@ -74,7 +74,7 @@ def compare(
     baseline = _baseline(settings.baseline, entries)
     task = task if isinstance(task, Task) else make_task(task)
     dense = load_dense(model_or_id)
-    tokenizer = tokenizer if tokenizer is not None else find_tokenizer(dense)
+    tokenizer = find_tokenizer(dense, tokenizer)
     data = {HELD_OUT: dataset} | ({} if off_calibration is None else {OFF_CALIBRATION: off_calibration})
     part, batch_size = task.prepare(dense), entries[0].settings.text.batch_size
     steps = {name: task.steps(tokenizer, source, batch_size, part) for name, source in data.items()}

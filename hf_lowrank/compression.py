@@ -15,16 +15,14 @@ from transformers.pytorch_utils import Conv1D
 from hf_lowrank.anchoring import anchor_
 from hf_lowrank.block_refinement import refine_blocks_
 from hf_lowrank.conversion import convert_storage_
-from hf_lowrank.errors import InputError
 from hf_lowrank.filling import relative_error, replace_matrices_
 from hf_lowrank.gradients import with_gradients
 from hf_lowrank.job import Job, prepare, settle_compression
-from hf_lowrank.loading import held_model
+from hf_lowrank.loading import held_compressed_model
 from hf_lowrank.methods.encoding import DECODERS
 from hf_lowrank.progress import Progress, no_progress
 from hf_lowrank.refinement import refine_
 from hf_lowrank.remote_code.configuration_lowrank import compressed_config_class, dense_config_class
-from hf_lowrank.remote_code.lowrank_model import LowRankMixin
 from hf_lowrank.remote_code.lowrank_plan import Plan
 from hf_lowrank.remote_code.lowrank_structures import (
     install_plan_,
@@ -126,9 +124,7 @@ def decompress(model: PreTrainedModel) -> Any:
     Raises:
         InputError: If `model` is not a compressed model, or a weight is not finite.
     """
-    model = held_model(model)
-    if not isinstance(model, LowRankMixin):
-        raise InputError(f"{type(model).__name__} is not a compressed model; there is nothing to decompress.")
+    model = held_compressed_model(model, "decompress")
     structures = named_structures(model)
     dense = _copy_sharing(model, [structure for _, structure in structures])
     host_class = dense_model_class(type(model))

@@ -193,7 +193,7 @@ def prepare(
     options = settings.options
     device = None if options.device is None else usable_device(options.device)
     dense = load_dense(model)
-    tokenizer = tokenizer if tokenizer is not None else find_tokenizer(dense)
+    tokenizer = find_tokenizer(dense, tokenizer)
     dtype = dense.dtype if options.dtype is None else getattr(torch, options.dtype)
     dense_bytes, is_ours = parameter_bytes(dense), isinstance(model, (str, Path))
     if settings.runs_model and dense.dtype in _NARROW and not inplace:

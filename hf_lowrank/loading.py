@@ -77,6 +77,21 @@ def held_model(given: Any) -> PreTrainedModel:
     return model if isinstance(model, LowRankMixin) else _of_stock_class(model)
 
 
+def held_compressed_model(given: Any, purpose: str) -> Any:
+    """The compressed model in what was given; see `held_model`.
+
+    Args:
+        purpose: What it is wanted for, as in "nothing to decompress".
+
+    Raises:
+        InputError: If there is none.
+    """
+    model = held_model(given)
+    if not isinstance(model, LowRankMixin):
+        raise InputError(f"{type(model).__name__} is not a compressed model; there is nothing to {purpose}.")
+    return model
+
+
 def require_finite(model: nn.Module) -> None:
     """Check every weight and buffer in memory, each read once.
 
@@ -150,8 +165,16 @@ def _not_run(model: PreTrainedModel, why: str) -> InputError:
     )
 
 
-def find_tokenizer(model: PreTrainedModel) -> Any:
-    """The tokenizer saved with a loaded model; None if there is none, or the model was built in memory."""
+def find_tokenizer(model: PreTrainedModel, given: Any = None) -> Any:
+    """The one given, or that saved with a loaded model; None if there is none, or the model was built in memory.
+
+    Raises:
+        InputError: If what was given is no tokenizer.
+    """
+    if given is not None:
+        if not callable(given):
+            raise InputError(f"tokenizer must be a tokenizer of transformers, got {given!r}. Load it first.")
+        return given
     source = getattr(model.config, "_name_or_path", "")
     if not source:
         return None

@@ -211,6 +211,8 @@ def compressed_class(path: str | Path) -> Any:
     Raises:
         InputError: If there is none.
     """
+    if not isinstance(path, (str, Path)):
+        raise InputError(f"A model's folder or Hub id must be a string or path, got {path!r}. Save the model first.")
     if Path(path).is_dir():
         config = read_config(Path(path))
         if not config:

@@ -13,7 +13,7 @@ from tiny_tokenizers import LETTERS, encoder_tokenizer
 from torch import nn
 from transformers import AutoModelForSequenceClassification, BertForSequenceClassification
 
-from hf_lowrank import InputError, analyze, compare, compress, decompress, evaluate, lpaf, recover
+from hf_lowrank import InputError, analyze, compare, compress, decompress, evaluate, lpaf, recover, saved_report
 from hf_lowrank.cli import main
 from hf_lowrank.loading import load_dense
 from hf_lowrank.saving import load_compressed
@@ -208,6 +208,24 @@ def test_what_is_no_model_to_compress_is_one_line_before_any_work(verb, case, tm
 
     with pytest.raises(InputError, match=message) as caught:
         VERBS[verb](make(tmp_path / "model"))
+
+    assert "\n" not in str(caught.value)
+
+
+WRONG_TYPES = {
+    "tokenizer of compress": lambda dense: compress(dense, method="whitened_svd", keep_targets=0.5, tokenizer="x"),
+    "tokenizer of lpaf": lambda dense: lpaf(dense, dataset=[{"sentence": "a"}], keep_targets=0.5, tokenizer=3),
+    "task": lambda dense: evaluate(dense, task=3, dataset="x"),
+    "tasks": lambda dense: evaluate(dense, task=["agreement"], dataset="x"),
+    "folder of a report": lambda dense: saved_report(3),
+    "model to decompress": lambda dense: decompress(dense),
+}
+
+
+@pytest.mark.parametrize("case", WRONG_TYPES)
+def test_a_wrong_type_is_one_line_in_python(case):
+    with pytest.raises(InputError) as caught:
+        WRONG_TYPES[case](build(HEAD))
 
     assert "\n" not in str(caught.value)
 

@@ -46,7 +46,7 @@ def make_task(name: str, **options: Any) -> Any:
     Raises:
         InputError: If there is no such task or option, or the task needs a package that is not installed.
     """
-    if name not in TASKS:
-        known = f"{', '.join(TASKS)}, got {name!r}. Closest: {closest_name(name, TASKS)!r}"
+    if not isinstance(name, str) or name not in TASKS:
+        known = f"{', '.join(TASKS)}, got {name!r}. Closest: {closest_name(str(name), TASKS)!r}"
         raise InputError(f"task must be one of {known}.")
     return settle(load_part(TASKS[name].home, "train").TASK, options, f"task {name}")

@@ -69,7 +69,7 @@ def lpaf(
     if training.prune_keep is None:
         training = replace(training, prune_keep=default_prune_keep(settings.keep_targets))
     dense = load_dense(model)
-    tokenizer = tokenizer if tokenizer is not None else find_tokenizer(dense)
+    tokenizer = find_tokenizer(dense, tokenizer)
     lesson = make_lesson(dense, load_dense(teacher or dense), tokenizer, dataset, eval_dataset, training)
     if not has_labels(lesson.features):
         raise InputError("lpaf trains a model on its task, and the data have no labels for it. Give label_column.")

@@ -12,10 +12,9 @@ from hf_lowrank.calibration import is_causal
 from hf_lowrank.conversion import as_two_factors
 from hf_lowrank.errors import InputError
 from hf_lowrank.gradients import with_gradients
-from hf_lowrank.loading import find_tokenizer, held_model, load_dense
+from hf_lowrank.loading import find_tokenizer, held_compressed_model, load_dense
 from hf_lowrank.methods.table import known_method
 from hf_lowrank.options import settle
-from hf_lowrank.remote_code.lowrank_model import LowRankMixin
 from hf_lowrank.saving import load_compressed
 from hf_lowrank.training.best import BestStateCallback
 from hf_lowrank.training.distillation import check_teacher
@@ -94,7 +93,7 @@ def recover(
         raise InputError(f"{min(both)} does not go with args, which have their own. Give one of the two.")
     small = _compressed(model)
     dense = load_dense(teacher)
-    own_tokenizer = tokenizer if tokenizer is not None else find_tokenizer(small)
+    own_tokenizer = find_tokenizer(small, tokenizer)
     _check_tokenizers(own_tokenizer, find_tokenizer(dense))
     check_teacher(small, dense)
     lesson = make_lesson(small, dense, own_tokenizer or find_tokenizer(dense), dataset, eval_dataset, settings)
@@ -139,10 +138,7 @@ def default_learning_rate(model: PreTrainedModel) -> float:
 
 
 def _compressed(model: Any) -> Any:
-    small = load_compressed(model) if isinstance(model, (str, Path)) else held_model(model)
-    if not isinstance(small, LowRankMixin):
-        raise InputError(f"{type(small).__name__} is not a compressed model; there is nothing to recover.")
-    return small
+    return held_compressed_model(load_compressed(model) if isinstance(model, (str, Path)) else model, "recover")
 
 
 def _check_tokenizers(ours: Any, theirs: Any) -> None:
