@@ -272,3 +272,24 @@ def test_a_damaged_folder_is_one_line_on_the_command_line(command, case, tmp_pat
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert message in error
     assert not (tmp_path / "out").exists()
+
+
+INDEXES = [
+    "{}",
+    '{"weight_map": 3}',
+    '{"weight_map": {"a": 1}}',
+    '{"weight_map": {"a": "../secret.safetensors"}}',
+    "[",
+]
+
+
+@pytest.mark.parametrize("index", INDEXES)
+def test_an_index_that_cannot_be_read_is_one_line_of_every_saved_model(index, tmp_path):
+    compress(build(HEAD), method="svd", keep_targets=0.5).save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").rename(tmp_path / "other.safetensors")
+    (tmp_path / "model.safetensors.index.json").write_text(index)
+
+    with pytest.raises(InputError, match="cannot be loaded") as caught:
+        load_compressed(tmp_path)
+
+    assert "\n" not in str(caught.value)
