@@ -164,7 +164,7 @@ def test_the_transformer_of_a_sentence_encoder_is_compressed_and_can_be_put_back
     texts = [row["text"] for row in ROWS]
     before = torch.tensor(encoder.encode(texts))
 
-    encoder[0].auto_model = compress(encoder, rank=36, method="svd")
+    encoder[0].model = compress(encoder, rank=36, method="svd")
 
     assert type(encoder[0].auto_model).__name__ == "LowRankBertModel"
     assert torch.allclose(torch.tensor(encoder.encode(texts)), before, atol=1e-4)

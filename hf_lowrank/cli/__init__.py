@@ -97,7 +97,8 @@ def _run(command: str, arguments: object) -> int:
             importlib.import_module(library).set_verbosity_error()
         importlib.import_module("transformers.utils.logging").disable_progress_bar()
         status = int(importlib.import_module(f"hf_lowrank.cli.{command}").run(arguments))
-        sys.stdout.flush()  # here whoever stopped reading is told of
+        if sys.stdout is not None:  # it is closed
+            sys.stdout.flush()  # here whoever stopped reading is told of
         return status
 
 
