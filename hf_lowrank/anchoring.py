@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from hf_lowrank.blocks import Walk, block_name, calls_in_order, frozen
 from hf_lowrank.calibration import Calibration
-from hf_lowrank.checkpoint import NOT_KEPT, Checkpoint
+from hf_lowrank.files.checkpoint import NOT_KEPT, Checkpoint
 from hf_lowrank.methods.encoding import ENCODERS
 from hf_lowrank.methods.factors import Factors
 from hf_lowrank.methods.matrix.anchored import AnchoredMoments, AnchoredTarget

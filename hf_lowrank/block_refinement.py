@@ -8,7 +8,7 @@ from transformers import PreTrainedModel
 
 from hf_lowrank.blocks import Walk, block_name, calls_in_order, frozen, hidden_states
 from hf_lowrank.calibration import Calibration
-from hf_lowrank.checkpoint import NOT_KEPT, Checkpoint
+from hf_lowrank.files.checkpoint import NOT_KEPT, Checkpoint
 from hf_lowrank.outputs import mean_distance, real_tokens
 from hf_lowrank.progress import Progress, no_progress
 from hf_lowrank.refinement import Refinement, Training

@@ -13,12 +13,13 @@ from transformers import PreTrainedModel
 
 from hf_lowrank.batches import fingerprint
 from hf_lowrank.calibration import described_text, make_calibration
-from hf_lowrank.checkpoint import model_digest
 from hf_lowrank.comparison_record import append_line, read_lines
 from hf_lowrank.comparison_report import Cell, Comparison, related
 from hf_lowrank.compression import compress
 from hf_lowrank.data import source_name
 from hf_lowrank.errors import InputError
+from hf_lowrank.files.checkpoint import model_digest
+from hf_lowrank.files.scratch import temporary_folder
 from hf_lowrank.job import Settings, settle_compression
 from hf_lowrank.loading import find_tokenizer, load_dense
 from hf_lowrank.multiply_adds import count_multiply_adds
@@ -27,7 +28,6 @@ from hf_lowrank.planning.sizes import parameter_bytes
 from hf_lowrank.progress import Progress, no_progress
 from hf_lowrank.remote_code.lowrank_model import LowRankMixin
 from hf_lowrank.report import make_report
-from hf_lowrank.scratch import temporary_folder
 from hf_lowrank.settings import ComparisonOptions, CompressOptions
 from hf_lowrank.tasks import make_task
 from hf_lowrank.tasks.base import Step, Task, metric_of

@@ -14,15 +14,15 @@ from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 from transformers import PreTrainedModel
 
 from hf_lowrank.errors import InputError, one_line
+from hf_lowrank.files.redaction import config_without_tokens, without_tokens
+from hf_lowrank.files.scratch import temporary_folder
 from hf_lowrank.folder_contents import file_digest
 from hf_lowrank.inspection import saved_report
 from hf_lowrank.options import settle
 from hf_lowrank.push_options import PushOptions
 from hf_lowrank.record import CARD_FILE, card_text, has_own_card
-from hf_lowrank.redaction import config_without_tokens, without_tokens
 from hf_lowrank.report import CompressionReport
 from hf_lowrank.saving import folder_files, save_folder
-from hf_lowrank.scratch import temporary_folder
 from hf_lowrank.verification import verify
 
 # What the transport of the installed huggingface_hub raises where no answer came.

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from hf_lowrank.calibration import Text
 from hf_lowrank.errors import InputError
+from hf_lowrank.files.redaction import without_tokens_inside
 from hf_lowrank.loading import find_tokenizer, load_dense
 from hf_lowrank.machine import usable_device, versions
 from hf_lowrank.methods.problem import Problem, Storage
@@ -21,7 +22,6 @@ from hf_lowrank.planning.allocation import ALLOCATIONS
 from hf_lowrank.planning.budgets import Budget
 from hf_lowrank.planning.sizes import parameter_bytes
 from hf_lowrank.progress import Progress, no_progress
-from hf_lowrank.redaction import without_tokens_inside
 from hf_lowrank.remote_code.lowrank_plan import Plan
 from hf_lowrank.settings import CompressOptions
 from hf_lowrank.statistics.evidence import Evidence

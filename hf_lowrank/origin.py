@@ -9,7 +9,7 @@ from huggingface_hub import ModelCard
 from huggingface_hub.errors import HFValidationError
 from yaml import YAMLError
 
-from hf_lowrank.redaction import without_tokens
+from hf_lowrank.files.redaction import without_tokens
 
 # A snapshot in the Hub's cache, whose path tells which model it is.
 _CACHED = re.compile(r"models--(?P<id>[^/]+)/snapshots/(?P<revision>\w+)$")

@@ -17,7 +17,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 from hf_lowrank.analysis_report import Analysis, MatrixAnalysis
 from hf_lowrank.comparison_report import Cell, Comparison
 from hf_lowrank.errors import InputError
-from hf_lowrank.scratch import write_file, write_text
+from hf_lowrank.files.scratch import write_file, write_text
 from hf_lowrank.wording import examples_in_words
 
 SUFFIXES = (".png", ".html")

@@ -11,10 +11,10 @@ from hf_lowrank.architectures import read_config
 from hf_lowrank.cards.card import KEPT_LINE, REPORT_FILE, make_card
 from hf_lowrank.cards.metadata import RESULTS_FILE, results_file
 from hf_lowrank.errors import InputError
+from hf_lowrank.files.redaction import without_tokens_inside
+from hf_lowrank.files.scratch import write_text
 from hf_lowrank.folder_contents import update_with_file
-from hf_lowrank.redaction import without_tokens_inside
 from hf_lowrank.report import CompressionReport
-from hf_lowrank.scratch import write_text
 from hf_lowrank.targets import find_matrices
 
 CARD_FILE = "README.md"

@@ -15,6 +15,8 @@ from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel
 from hf_lowrank.architectures import read_config
 from hf_lowrank.cards.metadata import RESULTS_FILE
 from hf_lowrank.errors import InputError, Note, one_line
+from hf_lowrank.files.redaction import config_without_tokens
+from hf_lowrank.files.scratch import REPLACED, workshop, write_text
 from hf_lowrank.folder_contents import (
     SIDE_FILES,
     VOCABULARY_FILES,
@@ -28,12 +30,10 @@ from hf_lowrank.folder_contents import (
 )
 from hf_lowrank.loading import require_finite, unusable
 from hf_lowrank.record import RECORD_FILES, write_record
-from hf_lowrank.redaction import config_without_tokens
 from hf_lowrank.remote_code import modeling_lowrank
 from hf_lowrank.remote_code.lowrank_model import LowRankMixin
 from hf_lowrank.remote_code.lowrank_plan import PlanError
 from hf_lowrank.report import make_report
-from hf_lowrank.scratch import REPLACED, workshop, write_text
 
 # `save_pretrained` writes these itself; a card is rendered, not copied.
 _SAVED = ("config.json", "generation_config.json", *RECORD_FILES)

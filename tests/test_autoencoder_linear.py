@@ -10,8 +10,8 @@ from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
 from hf_lowrank import compress
-from hf_lowrank.checkpoint import Checkpoint
 from hf_lowrank.errors import InputError
+from hf_lowrank.files.checkpoint import Checkpoint
 from hf_lowrank.methods.metric import DiagonalMetric, identity, moment_metric
 from hf_lowrank.methods.problem import Problem
 from hf_lowrank.methods.rows import row_autoencoder

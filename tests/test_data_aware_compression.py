@@ -13,7 +13,7 @@ from tiny_models import VOCABULARY, assert_same_function, build, inputs_for
 from hf_lowrank import InputError, compress, make_report
 from hf_lowrank.blocks import find_blocks, recorded_outputs, replayed_outputs
 from hf_lowrank.calibration import Text, make_calibration
-from hf_lowrank.checkpoint import Checkpoint
+from hf_lowrank.files.checkpoint import Checkpoint
 from hf_lowrank.methods.matrix.decompositions import Decompositions
 from hf_lowrank.methods.matrix.svd import Decomposition
 from hf_lowrank.outputs import run

@@ -7,8 +7,8 @@ from torch.nn import functional as F
 
 from hf_lowrank import compress, decompress
 from hf_lowrank.analysis import analyze
-from hf_lowrank.checkpoint import Checkpoint
 from hf_lowrank.errors import InputError
+from hf_lowrank.files.checkpoint import Checkpoint
 from hf_lowrank.methods.rows.row_autoencoder import RowAutoencoder, rows_by_direction
 from hf_lowrank.methods.tables import nonlinear_table
 from hf_lowrank.methods.tables.nonlinear_table import NonlinearTable

@@ -2,7 +2,7 @@
 
 import pytest
 
-from hf_lowrank.redaction import without_tokens, without_tokens_inside
+from hf_lowrank.files.redaction import without_tokens, without_tokens_inside
 
 TOKEN = "hf_AbCdEfGhIjKlMnOpQrStUvWxYz"
 

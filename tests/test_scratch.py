@@ -21,14 +21,14 @@ from tiny_tokenizers import encoder_tokenizer
 
 import hf_lowrank
 from hf_lowrank import InputError, compress, saving
-from hf_lowrank.checkpoint import Checkpoint
 from hf_lowrank.comparison_record import append_line
+from hf_lowrank.files.checkpoint import Checkpoint
+from hf_lowrank.files.scratch import REPLACED, scratch_folder, temporary_folder, workshop, write_text
 from hf_lowrank.methods.matrix.stored import store_decomposition
 from hf_lowrank.methods.matrix.svd import SVD
 from hf_lowrank.record import write_record
 from hf_lowrank.report import QualityReport, make_report
 from hf_lowrank.saving import save_folder
-from hf_lowrank.scratch import REPLACED, scratch_folder, temporary_folder, workshop, write_text
 from hf_lowrank.statistics.running_sums import RunningSums
 from hf_lowrank.training.best import BestStateCallback
 
@@ -259,7 +259,7 @@ def test_of_two_runs_that_began_before_either_ended_the_second_refuses(small, tm
 TERMINATED = """
 import sys, time
 from hf_lowrank import cli
-from hf_lowrank.scratch import scratch_folder, workshop
+from hf_lowrank.files.scratch import scratch_folder, workshop
 from pathlib import Path
 def run(command, arguments):
     folder = scratch_folder(run)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from hf_lowrank.checkpoint import Checkpoint
+from hf_lowrank.files.checkpoint import Checkpoint
 from hf_lowrank.methods.tables.trained_table import PublishedTraining, TrainedTable
 
 SHORT = PublishedTraining(epochs=6, extra_epochs=4, learning_rate=0.01)

@@ -6,8 +6,8 @@ from typing import Any
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from hf_lowrank.errors import InputError
+from hf_lowrank.files.redaction import without_tokens_inside
 from hf_lowrank.record import write_record
-from hf_lowrank.redaction import without_tokens_inside
 from hf_lowrank.remote_code.lowrank_model import LowRankMixin
 from hf_lowrank.report import make_report
 

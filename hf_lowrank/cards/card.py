@@ -13,9 +13,9 @@ from hf_lowrank.cards.learning import learning_lines
 from hf_lowrank.cards.metadata import card_data
 from hf_lowrank.cards.pictures import LEGEND, rank_picture
 from hf_lowrank.cards.usage import snippet
+from hf_lowrank.files.redaction import without_tokens
 from hf_lowrank.methods.table import OF_TENSORS, known_method, paper_of
 from hf_lowrank.planning.budgets import KINDS
-from hf_lowrank.redaction import without_tokens
 from hf_lowrank.report import CompressionReport, QualityReport
 from hf_lowrank.wording import change_in_words, examples_in_words, megabytes, milliseconds, share, speed_in_words
 

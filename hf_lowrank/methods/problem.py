@@ -7,7 +7,7 @@ from typing import Any, Protocol
 import torch
 from transformers import PreTrainedModel
 
-from hf_lowrank.checkpoint import Checkpoint
+from hf_lowrank.files.checkpoint import Checkpoint
 from hf_lowrank.methods.encoding import StateDict
 from hf_lowrank.planning.accounts import Account, make_account
 from hf_lowrank.planning.budgets import Budget

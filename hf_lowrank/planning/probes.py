@@ -16,8 +16,8 @@ from hf_lowrank.blocks import (
     replayed_outputs,
     weight_replaced,
 )
+from hf_lowrank.files.scratch import scratch_folder
 from hf_lowrank.outputs import Batch, Said, run
-from hf_lowrank.scratch import scratch_folder
 from hf_lowrank.targets import DenseMatrix
 
 # What makes the weight (O, I) that takes the place of a matrix' own.

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from hf_lowrank.scratch import write_file, write_text
+from hf_lowrank.files.scratch import write_file, write_text
 
 _ITEMSIZE = 8
 _COPIED_AT_ONCE = 1 << 20

@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from hf_lowrank.errors import InputError
-from hf_lowrank.scratch import write_file
+from hf_lowrank.files.scratch import write_file
 from hf_lowrank.training.processes import share_, told_by_first
 
 _FILE = "best.safetensors"

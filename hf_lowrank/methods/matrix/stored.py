@@ -8,9 +8,9 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from hf_lowrank.files.scratch import write_file
 from hf_lowrank.methods.factors import Factors
 from hf_lowrank.methods.matrix.svd import Decomposition
-from hf_lowrank.scratch import write_file
 
 
 @dataclass(frozen=True)

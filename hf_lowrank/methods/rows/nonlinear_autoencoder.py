@@ -9,7 +9,7 @@ import torch
 from torch.nn import functional as F
 from torch.nn.utils import skip_init
 
-from hf_lowrank.checkpoint import NOT_KEPT, Checkpoint
+from hf_lowrank.files.checkpoint import NOT_KEPT, Checkpoint
 from hf_lowrank.methods.rows.row_autoencoder import RowCodes
 from hf_lowrank.progress import Progress, no_progress
 from hf_lowrank.remote_code.lowrank_autoencoder_linear import NonlinearDecoder

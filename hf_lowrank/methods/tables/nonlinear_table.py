@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from hf_lowrank.checkpoint import NOT_KEPT, Checkpoint
+from hf_lowrank.files.checkpoint import NOT_KEPT, Checkpoint
 from hf_lowrank.methods.factors import BandedSolution
 from hf_lowrank.methods.rows.nonlinear_autoencoder import NonlinearCodes, train_rows
 from hf_lowrank.methods.rows.row_autoencoder import RowAutoencoder, rows_by_direction

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from hf_lowrank.checkpoint import NOT_KEPT, Checkpoint
+from hf_lowrank.files.checkpoint import NOT_KEPT, Checkpoint
 from hf_lowrank.methods.factors import BandedSolution, balanced
 from hf_lowrank.methods.tables.banded import BandedTable, TableObjective
 from hf_lowrank.progress import Progress, no_progress

@@ -10,7 +10,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from hf_lowrank.batches import fingerprint
-from hf_lowrank.scratch import write_file
+from hf_lowrank.files.scratch import write_file
 
 
 class Checkpoint:

@@ -1,0 +1,1 @@
+"""How anything is kept on disk: whole or not at all, found again after a kill, without secrets."""
