@@ -21,8 +21,8 @@ from transformers import BertConfig, BertForMaskedLM, PreTrainedModel
 
 from hf_lowrank import compress
 from hf_lowrank.calibration import Text, make_calibration
+from hf_lowrank.hosts.targets import find_matrices
 from hf_lowrank.statistics.collection import collect_statistics
-from hf_lowrank.targets import find_matrices
 
 TIERS = {"default": {}, "default without refinement": {"refine_passes": 0}, "fast": {"fast": True}}
 ONE_BATCH = "one batch"

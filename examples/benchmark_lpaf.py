@@ -28,7 +28,7 @@ from lpaf_tables import Cells, Tables
 from transformers import AutoTokenizer
 
 from hf_lowrank import FirstOrderPruningCallback, compress, evaluate, lpaf, recover
-from hf_lowrank.loading import load_dense
+from hf_lowrank.hosts.loading import load_dense
 from hf_lowrank.options import add_flags
 from hf_lowrank.training.lessons import make_lesson, train_in
 from hf_lowrank.training.lpaf import default_prune_keep

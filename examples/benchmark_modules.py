@@ -23,10 +23,10 @@ from transformers import AutoTokenizer, BertForMaskedLM, GPT2LMHeadModel, PreTra
 from transformers.pytorch_utils import Conv1D
 
 from hf_lowrank import compress
+from hf_lowrank.hosts.targets import DenseMatrix, find_matrices, matching
 from hf_lowrank.methods.matrix.svd import SVD
 from hf_lowrank.methods.tucker.ranks import tucker_ranks
 from hf_lowrank.methods.tucker.tucker import tucker
-from hf_lowrank.targets import DenseMatrix, find_matrices, matching
 from hf_lowrank.tasks import make_task
 from hf_lowrank.tasks.base import Step
 

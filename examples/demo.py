@@ -15,8 +15,8 @@ from transformers.utils import logging
 
 from hf_lowrank.cli.tables import print_comparison, print_line, print_matrices, print_steps
 from hf_lowrank.compression import compress
-from hf_lowrank.evaluation import mean_cosine
-from hf_lowrank.loading import load_dense
+from hf_lowrank.hosts.latency import mean_cosine
+from hf_lowrank.hosts.loading import load_dense
 from hf_lowrank.progress import progress_bar
 from hf_lowrank.report import compare_latency, make_report
 from hf_lowrank.saving import save_folder

@@ -14,7 +14,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoTokenizer, BertConfig, BertForSequenceClassification, PreTrainedTokenizerFast
 
 from hf_lowrank import evaluate, lpaf, make_report
-from hf_lowrank.loading import load_dense
+from hf_lowrank.hosts.loading import load_dense
 
 
 def main() -> None:

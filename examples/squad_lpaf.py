@@ -11,7 +11,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import AutoTokenizer, BertConfig, BertForQuestionAnswering, PreTrainedTokenizerFast
 
 from hf_lowrank import evaluate, lpaf
-from hf_lowrank.loading import load_dense
+from hf_lowrank.hosts.loading import load_dense
 
 WORDS = ["where", "is", "a", "b", "c", "d", "e", "f"]
 

@@ -12,18 +12,18 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 from transformers import PreTrainedModel
 
-from hf_lowrank.blocks import Walk, block_name, calls_in_order, frozen
 from hf_lowrank.calibration import Calibration
 from hf_lowrank.files.checkpoint import NOT_KEPT, Checkpoint
+from hf_lowrank.hosts.blocks import Walk, block_name, calls_in_order, frozen
+from hf_lowrank.hosts.outputs import mean_distance, real_tokens
+from hf_lowrank.hosts.targets import DenseMatrix, JointMatrix, Matrix
 from hf_lowrank.methods.encoding import ENCODERS
 from hf_lowrank.methods.factors import Factors
 from hf_lowrank.methods.matrix.anchored import AnchoredMoments, AnchoredTarget
 from hf_lowrank.methods.matrix.svd import decompose
 from hf_lowrank.methods.metric import BlockMetric, Metric
-from hf_lowrank.outputs import mean_distance, real_tokens
 from hf_lowrank.progress import Progress, no_progress
 from hf_lowrank.remote_code.lowrank_structures import structure_name
-from hf_lowrank.targets import DenseMatrix, JointMatrix, Matrix
 
 # Of what is missing, the share that is asked for; MPIFA (ICML 2025) takes a quarter.
 _SHARE = 0.5

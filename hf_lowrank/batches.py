@@ -11,7 +11,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from hf_lowrank.data import Row, holds_token_ids, load_texts
 from hf_lowrank.errors import InputError
-from hf_lowrank.outputs import IGNORED_LABEL, Batch, real_tokens
+from hf_lowrank.hosts.outputs import IGNORED_LABEL, Batch, real_tokens
 
 # Texts tokenized at a time: enough to be fast, few enough to stop early.
 _CHUNK = 64

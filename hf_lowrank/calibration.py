@@ -16,8 +16,8 @@ from transformers.models.auto.modeling_auto import (
 from hf_lowrank.batches import fingerprint, make_batches, require_known_tokens, require_tokens, special_frame
 from hf_lowrank.data import holds_token_ids, load_texts, source_name
 from hf_lowrank.errors import InputError
-from hf_lowrank.loading import require_runs, vocabulary_size
-from hf_lowrank.outputs import IGNORED_LABEL, Batch, longest_input, real_tokens
+from hf_lowrank.hosts.loading import require_runs, vocabulary_size
+from hf_lowrank.hosts.outputs import IGNORED_LABEL, Batch, longest_input, real_tokens
 from hf_lowrank.remote_code.configuration_lowrank import PREFIX
 
 # Of all batches, the share that ranks are measured on; the others make the statistics.

@@ -20,9 +20,9 @@ from hf_lowrank.data import source_name
 from hf_lowrank.errors import InputError
 from hf_lowrank.files.checkpoint import model_digest
 from hf_lowrank.files.scratch import temporary_folder
+from hf_lowrank.hosts.loading import find_tokenizer, load_dense
+from hf_lowrank.hosts.multiply_adds import count_multiply_adds
 from hf_lowrank.job import Settings, settle_compression
-from hf_lowrank.loading import find_tokenizer, load_dense
-from hf_lowrank.multiply_adds import count_multiply_adds
 from hf_lowrank.options import split
 from hf_lowrank.planning.sizes import parameter_bytes
 from hf_lowrank.progress import Progress, no_progress

@@ -16,9 +16,10 @@ from hf_lowrank.anchoring import anchor_
 from hf_lowrank.block_refinement import refine_blocks_
 from hf_lowrank.conversion import convert_storage_
 from hf_lowrank.filling import relative_error, replace_matrices_
-from hf_lowrank.gradients import with_gradients
+from hf_lowrank.hosts.gradients import with_gradients
+from hf_lowrank.hosts.loading import held_compressed_model
+from hf_lowrank.hosts.targets import Matrix
 from hf_lowrank.job import Job, prepare, settle_compression
-from hf_lowrank.loading import held_compressed_model
 from hf_lowrank.methods.encoding import DECODERS
 from hf_lowrank.progress import Progress, no_progress
 from hf_lowrank.refinement import refine_
@@ -33,7 +34,6 @@ from hf_lowrank.remote_code.lowrank_structures import (
 )
 from hf_lowrank.remote_code.lowrank_weights import skeleton
 from hf_lowrank.remote_code.modeling_lowrank import compressed_model_class, dense_model_class
-from hf_lowrank.targets import Matrix
 
 
 @with_gradients

@@ -19,7 +19,7 @@ from transformers.utils.hub import HF_MODULES_CACHE
 
 from hf_lowrank.architectures import read_config
 from hf_lowrank.errors import InputError, one_line
-from hf_lowrank.folder_contents import saved_shapes, tokenizer_files
+from hf_lowrank.hosts.folder_contents import saved_shapes, tokenizer_files
 from hf_lowrank.inspection import make_skeleton
 from hf_lowrank.machine import machine_name, versions
 from hf_lowrank.record import read_record

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from hf_lowrank.errors import InputError, one_line
 from hf_lowrank.files.redaction import config_without_tokens, without_tokens
 from hf_lowrank.files.scratch import temporary_folder
-from hf_lowrank.folder_contents import file_digest
+from hf_lowrank.hosts.folder_contents import file_digest
 from hf_lowrank.inspection import saved_report
 from hf_lowrank.options import settle
 from hf_lowrank.push_options import PushOptions

@@ -12,7 +12,8 @@ from transformers import PreTrainedModel
 from hf_lowrank.calibration import Text
 from hf_lowrank.errors import InputError
 from hf_lowrank.files.redaction import without_tokens_inside
-from hf_lowrank.loading import find_tokenizer, load_dense
+from hf_lowrank.hosts.loading import find_tokenizer, load_dense
+from hf_lowrank.hosts.targets import Matrix, Targets, candidate_matrices
 from hf_lowrank.machine import usable_device, versions
 from hf_lowrank.methods.problem import Problem, Storage
 from hf_lowrank.methods.tables.token_tables import TABLE_NEEDS
@@ -25,7 +26,6 @@ from hf_lowrank.progress import Progress, no_progress
 from hf_lowrank.remote_code.lowrank_plan import Plan
 from hf_lowrank.settings import CompressOptions
 from hf_lowrank.statistics.evidence import Evidence
-from hf_lowrank.targets import Matrix, Targets, candidate_matrices
 from hf_lowrank.version import __version__
 
 # Up to here, pivoted rows are as fast as two factors of the same size (examples/benchmark_speed.py).

@@ -13,9 +13,9 @@ from hf_lowrank.cards.metadata import RESULTS_FILE, results_file
 from hf_lowrank.errors import InputError
 from hf_lowrank.files.redaction import without_tokens_inside
 from hf_lowrank.files.scratch import write_text
-from hf_lowrank.folder_contents import update_with_file
+from hf_lowrank.hosts.folder_contents import update_with_file
+from hf_lowrank.hosts.targets import find_matrices
 from hf_lowrank.report import CompressionReport
-from hf_lowrank.targets import find_matrices
 
 CARD_FILE = "README.md"
 RECORD_FILES = (REPORT_FILE, CARD_FILE)

@@ -11,10 +11,10 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from hf_lowrank.blocks import block_name, frozen, hidden_states, recorded_outputs
 from hf_lowrank.calibration import Calibration
 from hf_lowrank.files.checkpoint import NOT_KEPT, Checkpoint
-from hf_lowrank.outputs import Batch, mean_distance, real_tokens, run
+from hf_lowrank.hosts.blocks import block_name, frozen, hidden_states, recorded_outputs
+from hf_lowrank.hosts.outputs import Batch, mean_distance, real_tokens, run
 from hf_lowrank.progress import Progress, no_progress
 from hf_lowrank.remote_code.lowrank_structures import named_structures
 

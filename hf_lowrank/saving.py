@@ -17,7 +17,7 @@ from hf_lowrank.cards.metadata import RESULTS_FILE
 from hf_lowrank.errors import InputError, Note, one_line
 from hf_lowrank.files.redaction import config_without_tokens
 from hf_lowrank.files.scratch import REPLACED, workshop, write_text
-from hf_lowrank.folder_contents import (
+from hf_lowrank.hosts.folder_contents import (
     SIDE_FILES,
     VOCABULARY_FILES,
     all_files,
@@ -28,7 +28,7 @@ from hf_lowrank.folder_contents import (
     tokenizer_files,
     weight_files,
 )
-from hf_lowrank.loading import require_finite, unusable
+from hf_lowrank.hosts.loading import require_finite, unusable
 from hf_lowrank.record import RECORD_FILES, write_record
 from hf_lowrank.remote_code import modeling_lowrank
 from hf_lowrank.remote_code.lowrank_model import LowRankMixin

@@ -19,9 +19,9 @@ from hf_lowrank import verification_child
 from hf_lowrank.architectures import read_config
 from hf_lowrank.errors import InputError, one_line
 from hf_lowrank.files.scratch import temporary_folder
-from hf_lowrank.folder_contents import weight_files
-from hf_lowrank.heads import auto_class as find_auto_class
-from hf_lowrank.loading import vocabulary_size
+from hf_lowrank.hosts.folder_contents import weight_files
+from hf_lowrank.hosts.heads import auto_class as find_auto_class
+from hf_lowrank.hosts.loading import vocabulary_size
 from hf_lowrank.remote_code.lowrank_plan import PlanError
 from hf_lowrank.saving import compressed_class, load_compressed
 from hf_lowrank.shipped_code import foreign_code

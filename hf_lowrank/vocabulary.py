@@ -14,10 +14,10 @@ from transformers import PreTrainedModel
 from hf_lowrank.batches import tokenize
 from hf_lowrank.data import load_texts
 from hf_lowrank.errors import InputError
-from hf_lowrank.loading import load_dense
+from hf_lowrank.hosts.loading import load_dense
+from hf_lowrank.hosts.targets import is_tied
 from hf_lowrank.remote_code.lowrank_dense import dense_kind
 from hf_lowrank.remote_code.lowrank_structures import module_name, token_table
-from hf_lowrank.targets import is_tied
 
 # Tokenizer models, by their `type` in tokenizer.json, and where a token that is gone ends up.
 KINDS = ("WordPiece", "BPE", "Unigram", "WordLevel")

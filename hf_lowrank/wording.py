@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 
-from hf_lowrank.evaluation import Latency
+from hf_lowrank.hosts.latency import Latency
 
 # Below this a difference in speed drowns in the noise of two medians.
 _WORTH_SAYING = 1.05

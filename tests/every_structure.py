@@ -6,10 +6,10 @@ import torch
 from tiny_models import build
 from torch import nn
 
+from hf_lowrank.hosts.targets import find_matrices
 from hf_lowrank.remote_code.configuration_lowrank import compressed_config_class
 from hf_lowrank.remote_code.lowrank_table import SHARED_PARTS, STRUCTURES
 from hf_lowrank.remote_code.modeling_lowrank import compressed_model_class
-from hf_lowrank.targets import find_matrices
 
 _SIZE = 3
 

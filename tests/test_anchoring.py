@@ -8,13 +8,13 @@ from tiny_models import VOCABULARY, assert_same_function, build, inputs_for
 
 from hf_lowrank import InputError, anchoring, compress
 from hf_lowrank.anchoring import anchor_
-from hf_lowrank.blocks import Walk, calls_in_order, find_blocks, hidden_states, recorded_outputs
 from hf_lowrank.calibration import Calibration
+from hf_lowrank.hosts.blocks import Walk, calls_in_order, find_blocks, hidden_states, recorded_outputs
+from hf_lowrank.hosts.outputs import mean_distance, run
+from hf_lowrank.hosts.targets import find_matrices
 from hf_lowrank.methods.matrix.anchored import AnchoredMoments
 from hf_lowrank.methods.matrix.svd import decompose
 from hf_lowrank.methods.metric import identity, moment_metric, shrinkage_strength
-from hf_lowrank.outputs import mean_distance, run
-from hf_lowrank.targets import find_matrices
 
 ROWS, COLUMNS, TOKENS, RANK = 7, 5, 40, 3
 each_head = pytest.mark.parametrize("head", ["BertModel", "BertForMaskedLM", "GPT2LMHeadModel", "LlamaForCausalLM"])

@@ -181,6 +181,6 @@ def test_a_tokenizer_whose_package_is_missing_is_no_tokenizer(monkeypatch, reade
     def missing(source):
         raise ImportError("needs a package")
 
-    monkeypatch.setattr("hf_lowrank.loading.load_tokenizer", missing)
+    monkeypatch.setattr("hf_lowrank.hosts.loading.load_tokenizer", missing)
 
     assert compress(readers / "reader-EsmForMaskedLM", method="svd", keep_targets=0.6).config.compression["modules"]

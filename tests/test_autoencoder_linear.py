@@ -12,6 +12,7 @@ from transformers.pytorch_utils import Conv1D
 from hf_lowrank import compress
 from hf_lowrank.errors import InputError
 from hf_lowrank.files.checkpoint import Checkpoint
+from hf_lowrank.hosts.targets import find_matrices
 from hf_lowrank.methods.metric import DiagonalMetric, identity, moment_metric
 from hf_lowrank.methods.problem import Problem
 from hf_lowrank.methods.rows import row_autoencoder
@@ -25,7 +26,6 @@ from hf_lowrank.remote_code.lowrank_materialize import MODES, set_materialize_
 from hf_lowrank.remote_code.lowrank_plan import PlanError
 from hf_lowrank.remote_code.lowrank_structures import build_shared_part, build_structure
 from hf_lowrank.statistics.evidence import Evidence
-from hf_lowrank.targets import find_matrices
 from hf_lowrank.verification import verify
 
 NAMES = {"autoencoder": "linear_decoder", "nonlinear_autoencoder": "nonlinear_decoder"}

@@ -6,7 +6,7 @@ from tiny_models import VOCABULARY, build
 
 from hf_lowrank import InputError, compress
 from hf_lowrank.calibration import Text, is_masked_lm, make_calibration, mask_tokens, varied_lengths
-from hf_lowrank.outputs import IGNORED_LABEL
+from hf_lowrank.hosts.outputs import IGNORED_LABEL
 
 SETTINGS = Text(num_samples=32, max_seq_length=24, batch_size=4)
 

@@ -18,8 +18,8 @@ from hf_lowrank.cards.card import KEPT_LINE, REPORT_FILE, make_card, shown_comma
 from hf_lowrank.cards.metadata import RESULTS_FILE, results_file
 from hf_lowrank.cards.pictures import rank_picture
 from hf_lowrank.cli import main
-from hf_lowrank.evaluation import Latency
-from hf_lowrank.loading import load_dense
+from hf_lowrank.hosts.latency import Latency
+from hf_lowrank.hosts.loading import load_dense
 from hf_lowrank.machine import machine_name
 from hf_lowrank.methods import papers
 from hf_lowrank.methods.table import paper_of

@@ -14,7 +14,7 @@ from hf_lowrank import remote_code
 from hf_lowrank.cli import compress as compress_command
 from hf_lowrank.cli import main
 from hf_lowrank.cli.arguments import build_parser
-from hf_lowrank.evaluation import Latency
+from hf_lowrank.hosts.latency import Latency
 from hf_lowrank.methods.table import METHODS
 from hf_lowrank.report import make_report
 from hf_lowrank.saving import load_compressed

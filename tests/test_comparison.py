@@ -12,8 +12,8 @@ from hf_lowrank import InputError, comparison, compress
 from hf_lowrank.cli import main
 from hf_lowrank.comparison import compare
 from hf_lowrank.comparison_report import Cell, related
+from hf_lowrank.hosts.targets import find_matrices
 from hf_lowrank.statistics import evidence
-from hf_lowrank.targets import find_matrices
 from hf_lowrank.tasks import make_task
 
 TEXTS = [" ".join(LETTERS[number:]) for number in range(20)]

@@ -14,8 +14,8 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from hf_lowrank import compress, decompress, make_report
+from hf_lowrank.hosts.targets import find_matrices
 from hf_lowrank.remote_code.lowrank_structures import named_structures, structure_name
-from hf_lowrank.targets import find_matrices
 
 HALF = {"keep_params": 0.5, "method": "svd"}
 LANGUAGE_MODELS = [

@@ -19,7 +19,7 @@ from hf_lowrank.cli import evaluate as command
 from hf_lowrank.cli.evaluate_arguments import add_evaluate
 from hf_lowrank.compression import compress
 from hf_lowrank.errors import InputError
-from hf_lowrank.loading import load_dense
+from hf_lowrank.hosts.loading import load_dense
 from hf_lowrank.recorded_evaluation import record_evaluation
 from hf_lowrank.saving import save_folder
 from hf_lowrank.tasks import make_task

@@ -6,8 +6,8 @@ import pytest
 import torch
 from transformers import BatchEncoding, BertConfig, BertForMultipleChoice, BertModel
 
-from hf_lowrank import evaluation
-from hf_lowrank.evaluation import embed_sentences, mean_cosine, measure_latency, typical_length
+from hf_lowrank.hosts import latency as evaluation
+from hf_lowrank.hosts.latency import embed_sentences, mean_cosine, measure_latency, typical_length
 
 CONFIG = BertConfig(
     hidden_size=32,

@@ -16,7 +16,7 @@ from hf_lowrank.cards.usage import snippet
 from hf_lowrank.cli import main
 from hf_lowrank.errors import Note
 from hf_lowrank.files.redaction import config_without_tokens
-from hf_lowrank.folder_contents import links_out, side_files_of, weight_files
+from hf_lowrank.hosts.folder_contents import links_out, side_files_of, weight_files
 from hf_lowrank.inspection import saved_report
 from hf_lowrank.saving import folder_files, load_compressed, save_folder
 from hf_lowrank.verification import verify

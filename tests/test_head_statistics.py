@@ -5,9 +5,9 @@ import torch
 from every_method import SOLVERS
 from tiny_models import VOCABULARY, build
 
+from hf_lowrank.hosts.targets import find_matrices
 from hf_lowrank.statistics.collection import collect_statistics
 from hf_lowrank.statistics.moments import MatrixStatistics
-from hf_lowrank.targets import find_matrices
 
 NEEDS = SOLVERS["two_sided_svd"].needs
 

@@ -15,7 +15,7 @@ from transformers import AutoModelForSequenceClassification, BertForSequenceClas
 
 from hf_lowrank import InputError, analyze, compare, compress, decompress, evaluate, lpaf, recover, saved_report
 from hf_lowrank.cli import main
-from hf_lowrank.loading import load_dense
+from hf_lowrank.hosts.loading import load_dense
 from hf_lowrank.saving import load_compressed
 from hf_lowrank.verification import verify
 

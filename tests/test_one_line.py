@@ -11,7 +11,7 @@ from fuzzing import LINES, copy_world, write_world
 from hf_lowrank import cli, compress, evaluate, recover
 from hf_lowrank.cli import main
 from hf_lowrank.errors import InputError
-from hf_lowrank.loading import load_dense, load_tokenizer
+from hf_lowrank.hosts.loading import load_dense, load_tokenizer
 
 
 @pytest.fixture(scope="module")

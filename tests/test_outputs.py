@@ -5,7 +5,7 @@ import torch
 from tiny_models import build
 from torch.nn import functional as F
 
-from hf_lowrank.outputs import KINDS, Said, mean_distance, run
+from hf_lowrank.hosts.outputs import KINDS, Said, mean_distance, run
 
 
 def logits(num_rows, size=5, seed=0):

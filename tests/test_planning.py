@@ -12,14 +12,14 @@ from tiny_models import build
 from torch import nn
 
 from hf_lowrank import InputError, compress, make_report
-from hf_lowrank.evaluation import Latency
+from hf_lowrank.hosts.latency import Latency
+from hf_lowrank.hosts.targets import DenseMatrix, JointMatrix, find_matrices
 from hf_lowrank.planning import accounts, timing
 from hf_lowrank.planning.allocation import ALLOCATIONS
 from hf_lowrank.planning.budgets import KINDS, make_budget, parse_size
 from hf_lowrank.planning.curves import make_curve
 from hf_lowrank.planning.prices import WeightPrice
 from hf_lowrank.remote_code.lowrank_structures import named_structures
-from hf_lowrank.targets import DenseMatrix, JointMatrix, find_matrices
 
 each_allocation = pytest.mark.parametrize("allocation", ALLOCATIONS)
 

@@ -13,9 +13,9 @@ import torch
 from safetensors.torch import load_file
 from tiny_models import build
 
+from hf_lowrank.hosts.targets import find_matrices
 from hf_lowrank.statistics.collection import KINDS, collect_statistics
 from hf_lowrank.statistics.running_sums import RunningSums
-from hf_lowrank.targets import find_matrices
 
 EVERY = frozenset(KINDS)
 NUM_BATCHES = 4

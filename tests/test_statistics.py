@@ -7,11 +7,11 @@ from safetensors.torch import save_file
 from tiny_models import build
 
 from hf_lowrank import InputError
-from hf_lowrank.outputs import run
+from hf_lowrank.hosts.outputs import run
+from hf_lowrank.hosts.targets import find_matrices
 from hf_lowrank.statistics.collection import KINDS, collect_statistics
 from hf_lowrank.statistics.moments import Statistics
 from hf_lowrank.statistics.panels import from_panels, gram_panels
-from hf_lowrank.targets import find_matrices
 
 EVERY = frozenset(KINDS)
 

@@ -5,10 +5,11 @@ import torch
 import transformers
 from tiny_models import build
 
-from hf_lowrank import InputError, compress, decompress, make_report, targets
+from hf_lowrank import InputError, compress, decompress, make_report
+from hf_lowrank.hosts import targets
+from hf_lowrank.hosts.targets import find_matrices, matching, select_matrices
 from hf_lowrank.remote_code.lowrank_structures import named_structures
 from hf_lowrank.settings import CompressOptions
-from hf_lowrank.targets import find_matrices, matching, select_matrices
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,7 @@ from transformers.modeling_outputs import (
 
 from hf_lowrank.cli.arguments import build_parser
 from hf_lowrank.errors import InputError
-from hf_lowrank.outputs import Said
+from hf_lowrank.hosts.outputs import Said
 from hf_lowrank.tasks import TASKS, make_task
 from hf_lowrank.tasks.base import Agreement
 from hf_lowrank.tasks.metrics import AnswerMetric, ClassificationMetric, CorrelationMetric, compute

@@ -13,6 +13,7 @@ from transformers import BertConfig, BertModel
 
 from hf_lowrank import analyze, cli, compress, decompress, make_report
 from hf_lowrank.errors import InputError
+from hf_lowrank.hosts.targets import find_matrices
 from hf_lowrank.methods.problem import Problem
 from hf_lowrank.methods.stacking import in_group
 from hf_lowrank.methods.table import METHODS
@@ -24,7 +25,6 @@ from hf_lowrank.planning.sizes import overhead_bytes, parameter_bytes
 from hf_lowrank.remote_code.configuration_lowrank import compressed_config_class
 from hf_lowrank.remote_code.modeling_lowrank import compressed_model_class
 from hf_lowrank.statistics.evidence import Evidence
-from hf_lowrank.targets import find_matrices
 from hf_lowrank.verification import verify
 
 HEADS = ["BertForMaskedLM", "GPT2LMHeadModel", "DistilBertForMaskedLM", "LlamaForCausalLM"]

@@ -10,8 +10,8 @@ from torch.nn.utils import parametrize
 from transformers import Trainer
 
 from hf_lowrank import InputError, compress
+from hf_lowrank.hosts.targets import find_matrices
 from hf_lowrank.statistics.moments import MatrixStatistics
-from hf_lowrank.targets import find_matrices
 from hf_lowrank.training.pruning import IMPORTANCES, FirstOrderPruningCallback, Pruner, PruningMask, measure_rank
 
 HEAD = "BertForSequenceClassification"

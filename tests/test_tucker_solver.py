@@ -5,6 +5,7 @@ import torch
 from tiny_models import INNER, WIDTH, build
 
 from hf_lowrank.errors import InputError
+from hf_lowrank.hosts.targets import dense_weight, find_matrices
 from hf_lowrank.methods.matrix.svd import SVD
 from hf_lowrank.methods.metric import DiagonalMetric, identity, moment_metric
 from hf_lowrank.methods.stacking import (
@@ -28,7 +29,6 @@ from hf_lowrank.methods.tucker.tucker import (
     relative_error,
     tucker,
 )
-from hf_lowrank.targets import dense_weight, find_matrices
 
 BLOCKS, LEFT, RIGHT = 7, 9, 8
 RANKS = [TuckerRanks(4, 3, 5), TuckerRanks(4, 3), TuckerRanks(1, 1, 1), TuckerRanks(1, 1), TuckerRanks(9, 2, 3)]

@@ -16,7 +16,7 @@ from tiny_training import arguments, rows
 from transformers import Trainer
 
 from hf_lowrank import compress, lpaf, recover
-from hf_lowrank.targets import find_matrices
+from hf_lowrank.hosts.targets import find_matrices
 from hf_lowrank.training.distillation import DistillationTrainer
 from hf_lowrank.training.features import PaddingCollator
 from hf_lowrank.training.mixed_rank import MixedRankCallback

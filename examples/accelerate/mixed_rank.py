@@ -18,8 +18,8 @@ from torch.utils.data import DataLoader
 from transformers import AutoTokenizer, BertConfig, BertForSequenceClassification
 
 from hf_lowrank import MixedRank, compress
-from hf_lowrank.loading import load_dense
-from hf_lowrank.targets import find_matrices
+from hf_lowrank.hosts.loading import load_dense
+from hf_lowrank.hosts.targets import find_matrices
 from hf_lowrank.training.features import PaddingCollator, make_features
 from hf_lowrank.training.processes import end_as_first
 from hf_lowrank.training.schedules import Span

@@ -1,6 +1,6 @@
 """How to load a model: as few lines as do it."""
 
-from hf_lowrank.heads import auto_class
+from hf_lowrank.hosts.heads import auto_class
 from hf_lowrank.remote_code import modeling_lowrank
 from hf_lowrank.report import CompressionReport
 

@@ -14,8 +14,9 @@ from hf_lowrank.cards.card import shown_command
 from hf_lowrank.cli import tables
 from hf_lowrank.compression import compress
 from hf_lowrank.errors import InputError, Note
+from hf_lowrank.hosts.loading import find_tokenizer, load_dense
+from hf_lowrank.hosts.targets import ALL_LINEAR
 from hf_lowrank.job import Job, prepare, settle_compression
-from hf_lowrank.loading import find_tokenizer, load_dense
 from hf_lowrank.options import given, settle
 from hf_lowrank.planning.budgets import parse_size
 from hf_lowrank.progress import progress_bar
@@ -23,7 +24,6 @@ from hf_lowrank.record import record_bytes, write_record
 from hf_lowrank.report import CompressionReport, compare_latency, make_report
 from hf_lowrank.saving import check_output, save_folder, side_file_bytes
 from hf_lowrank.settings import CompressOptions
-from hf_lowrank.targets import ALL_LINEAR
 from hf_lowrank.vocabulary import reduce_vocabulary
 from hf_lowrank.wording import megabytes
 

@@ -14,7 +14,7 @@ from hf_lowrank.cards.card import REPORT_FILE
 from hf_lowrank.cli import tables
 from hf_lowrank.cli.evaluate_arguments import TaskFlags
 from hf_lowrank.errors import InputError, one_line
-from hf_lowrank.loading import load_dense, load_tokenizer
+from hf_lowrank.hosts.loading import load_dense, load_tokenizer
 from hf_lowrank.machine import usable_device
 from hf_lowrank.options import given
 from hf_lowrank.progress import progress_bar

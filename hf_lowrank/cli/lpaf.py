@@ -4,7 +4,7 @@ import argparse
 
 from hf_lowrank.cards.card import shown_command
 from hf_lowrank.cli import tables
-from hf_lowrank.loading import load_dense
+from hf_lowrank.hosts.loading import load_dense
 from hf_lowrank.options import given
 from hf_lowrank.report import make_report
 from hf_lowrank.saving import check_output, save_folder

@@ -8,6 +8,7 @@ import torch
 from transformers import PreTrainedModel
 
 from hf_lowrank.files.checkpoint import Checkpoint
+from hf_lowrank.hosts.targets import DenseMatrix, Matrix, Targets
 from hf_lowrank.methods.encoding import StateDict
 from hf_lowrank.planning.accounts import Account, make_account
 from hf_lowrank.planning.budgets import Budget
@@ -15,7 +16,6 @@ from hf_lowrank.progress import Progress
 from hf_lowrank.remote_code.lowrank_plan import Plan
 from hf_lowrank.statistics.evidence import Evidence
 from hf_lowrank.statistics.moments import MatrixStatistics
-from hf_lowrank.targets import DenseMatrix, Matrix, Targets
 
 
 @dataclass(frozen=True)

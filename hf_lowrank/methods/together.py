@@ -5,11 +5,11 @@ from collections.abc import Iterable, Sequence
 from typing import ClassVar
 
 from hf_lowrank.errors import InputError
+from hf_lowrank.hosts.targets import DenseMatrix, Matrix
 from hf_lowrank.methods.problem import Problem, Solved
 from hf_lowrank.methods.stacking import in_group
 from hf_lowrank.planning.plans import as_plan, check_finite, out_of_reach
 from hf_lowrank.remote_code.lowrank_plan import Plan, Spec
-from hf_lowrank.targets import DenseMatrix, Matrix
 
 Specs = dict[str, Spec]
 

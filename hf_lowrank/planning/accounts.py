@@ -7,13 +7,13 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedModel
 
-from hf_lowrank.evaluation import measure_latency, typical_length
+from hf_lowrank.hosts.latency import measure_latency, typical_length
+from hf_lowrank.hosts.targets import DenseMatrix
 from hf_lowrank.planning.budgets import Budget
 from hf_lowrank.planning.prices import FilePrice, Price, WeightPrice
 from hf_lowrank.planning.sizes import overhead_bytes, parameter_bytes
 from hf_lowrank.planning.timing import LayerTimes
 from hf_lowrank.progress import Progress
-from hf_lowrank.targets import DenseMatrix
 
 _BATCH_SIZE = 8
 

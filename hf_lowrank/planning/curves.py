@@ -5,9 +5,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from hf_lowrank.hosts.targets import Matrix
 from hf_lowrank.planning.prices import FloatArray, Price
 from hf_lowrank.remote_code.lowrank_table import STRUCTURES
-from hf_lowrank.targets import Matrix
 
 # A pair of thin matrices is two calls where the dense layer is one. Measured on two CPU cores at 8 x 128 tokens
 # (examples/benchmark_speed.py), it stops being faster between 85 and 95 % of the dense multiply-adds.

@@ -7,10 +7,10 @@ from typing import Any
 import torch
 
 from hf_lowrank.errors import InputError
+from hf_lowrank.hosts.targets import OUTPUT_EMBEDDINGS, DenseMatrix
 from hf_lowrank.planning.accounts import Account
 from hf_lowrank.planning.budgets import Budget
 from hf_lowrank.remote_code.lowrank_plan import FORMAT_VERSION, Plan, Spec
-from hf_lowrank.targets import OUTPUT_EMBEDDINGS, DenseMatrix
 
 
 def as_plan(specs: dict[str, Spec], shared: dict[str, Spec], kept_dense: dict[str, Any]) -> Plan:

@@ -6,9 +6,9 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from hf_lowrank.hosts.targets import Matrix
 from hf_lowrank.planning.sizes import entry_bytes
 from hf_lowrank.remote_code.lowrank_table import STRUCTURES
-from hf_lowrank.targets import Matrix
 
 FloatArray = NDArray[np.float64]
 

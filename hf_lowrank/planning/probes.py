@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from hf_lowrank.blocks import (
+from hf_lowrank.files.scratch import scratch_folder
+from hf_lowrank.hosts.blocks import (
     block_name,
     find_blocks,
     frozen,
@@ -16,9 +17,8 @@ from hf_lowrank.blocks import (
     replayed_outputs,
     weight_replaced,
 )
-from hf_lowrank.files.scratch import scratch_folder
-from hf_lowrank.outputs import Batch, Said, run
-from hf_lowrank.targets import DenseMatrix
+from hf_lowrank.hosts.outputs import Batch, Said, run
+from hf_lowrank.hosts.targets import DenseMatrix
 
 # What makes the weight (O, I) that takes the place of a matrix' own.
 Changes = Mapping[DenseMatrix, Callable[[], torch.Tensor]]

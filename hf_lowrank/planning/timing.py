@@ -10,11 +10,11 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
+from hf_lowrank.hosts.targets import DenseMatrix, Matrix
 from hf_lowrank.planning.prices import FloatArray
 from hf_lowrank.progress import Progress, no_progress
 from hf_lowrank.remote_code.lowrank_structures import build_structure
 from hf_lowrank.remote_code.lowrank_table import STRUCTURES
-from hf_lowrank.targets import DenseMatrix, Matrix
 
 # One timed call is of 8 x 128 tokens, as everywhere.
 NUM_TOKENS = 1024

@@ -11,13 +11,13 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from hf_lowrank.blocks import frozen
-from hf_lowrank.outputs import Batch, real_tokens, run, speaking_places
+from hf_lowrank.hosts.blocks import frozen
+from hf_lowrank.hosts.outputs import Batch, real_tokens, run, speaking_places
+from hf_lowrank.hosts.targets import DenseMatrix, is_tied
 from hf_lowrank.progress import Progress, no_progress
 from hf_lowrank.statistics.moments import FORMAT, Statistics, make_metadata
 from hf_lowrank.statistics.panels import gram_panels
 from hf_lowrank.statistics.running_sums import RunningSums
-from hf_lowrank.targets import DenseMatrix, is_tied
 
 # `input_moment` brings the mean of the inputs along.
 KINDS = ("input_moment", "output_moment", "fisher", "row_weights")

@@ -15,12 +15,12 @@ from hf_lowrank.batches import fingerprint
 from hf_lowrank.calibration import Calibration, Text, described_text, make_calibration
 from hf_lowrank.files.checkpoint import NOT_KEPT, Checkpoint, model_digest, weights_digest
 from hf_lowrank.files.scratch import scratch_folder
+from hf_lowrank.hosts.targets import DenseMatrix
 from hf_lowrank.planning.probes import Probe
 from hf_lowrank.progress import Progress, no_progress
 from hf_lowrank.statistics.collection import collect_statistics
 from hf_lowrank.statistics.moments import MatrixStatistics, Statistics
 from hf_lowrank.statistics.token_counts import count_tokens
-from hf_lowrank.targets import DenseMatrix
 from hf_lowrank.version import __version__
 
 T = TypeVar("T")

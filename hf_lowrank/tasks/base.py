@@ -9,8 +9,8 @@ import torch
 
 from hf_lowrank.batches import require_known_tokens
 from hf_lowrank.errors import InputError
+from hf_lowrank.hosts.outputs import Batch, Said, run
 from hf_lowrank.options import LARGEST_SEED, Options, option
-from hf_lowrank.outputs import Batch, Said, run
 from hf_lowrank.progress import Progress, no_progress
 from hf_lowrank.remote_code.configuration_lowrank import PREFIX
 
@@ -40,7 +40,7 @@ class Score(ABC):
 
     @abstractmethod
     def add(self, rows: torch.Tensor, step: Step) -> None:
-        """Count one step; `rows` are those of `hf_lowrank.outputs.run`."""
+        """Count one step; `rows` are those of `hf_lowrank.hosts.outputs.run`."""
 
     @abstractmethod
     def result(self) -> dict[str, float]:

@@ -7,7 +7,7 @@ import torch
 
 from hf_lowrank.batches import any_known, tokenize
 from hf_lowrank.errors import InputError
-from hf_lowrank.outputs import longest_input
+from hf_lowrank.hosts.outputs import longest_input
 
 
 def joined_ids(texts: Sequence[str], tokenizer: Any, separator: int | None, min_tokens: int) -> torch.Tensor:

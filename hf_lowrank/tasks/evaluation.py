@@ -9,12 +9,12 @@ from rich.table import Table
 from transformers import PreTrainedModel
 
 from hf_lowrank.errors import InputError
-from hf_lowrank.evaluation import Latency, measure_latency, typical_length
-from hf_lowrank.loading import held_model
+from hf_lowrank.hosts.latency import Latency, measure_latency, typical_length
+from hf_lowrank.hosts.loading import held_model
+from hf_lowrank.hosts.targets import is_tied
 from hf_lowrank.machine import machine_name
 from hf_lowrank.progress import Progress, no_progress
 from hf_lowrank.remote_code.lowrank_structures import structure_name
-from hf_lowrank.targets import is_tied
 from hf_lowrank.tasks import make_task
 from hf_lowrank.tasks.base import AGREEMENTS, Task, metric_of
 from hf_lowrank.tasks.memory import peak_memory

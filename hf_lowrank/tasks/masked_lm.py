@@ -13,7 +13,7 @@ from transformers.models.auto.modeling_auto import (
 from hf_lowrank.batches import special_frame
 from hf_lowrank.data import drawn_places, load_texts
 from hf_lowrank.errors import InputError
-from hf_lowrank.outputs import IGNORED_LABEL
+from hf_lowrank.hosts.outputs import IGNORED_LABEL
 from hf_lowrank.tasks.base import Step, Task
 from hf_lowrank.tasks.blocks import block_length_of, joined_ids
 from hf_lowrank.tasks.perplexity import Perplexity, token_steps

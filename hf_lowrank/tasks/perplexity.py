@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import torch
 from torch.nn import functional as F
 
-from hf_lowrank.outputs import IGNORED_LABEL
+from hf_lowrank.hosts.outputs import IGNORED_LABEL
 from hf_lowrank.tasks.base import Score, Step
 
 

@@ -11,7 +11,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICA
 from hf_lowrank.batches import require_padding
 from hf_lowrank.data import Row, as_text, find_text_column, load_rows, require_columns
 from hf_lowrank.errors import InputError
-from hf_lowrank.outputs import kind_of_head
+from hf_lowrank.hosts.outputs import kind_of_head
 from hf_lowrank.tasks.base import Score, Step, Task
 from hf_lowrank.tasks.blocks import block_length_of
 from hf_lowrank.tasks.metrics import ClassificationMetric, compute

@@ -9,7 +9,7 @@ import torch
 
 from hf_lowrank.data import as_number
 from hf_lowrank.errors import InputError
-from hf_lowrank.outputs import kind_of_head
+from hf_lowrank.hosts.outputs import kind_of_head
 from hf_lowrank.tasks.base import Score, Step
 from hf_lowrank.tasks.metrics import CorrelationMetric, compute, rank_correlation
 from hf_lowrank.tasks.text_classification import TextClassification

@@ -11,9 +11,9 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel, Trainer
 
-from hf_lowrank.blocks import block_name, recorded_outputs
 from hf_lowrank.errors import InputError
-from hf_lowrank.loading import vocabulary_size
+from hf_lowrank.hosts.blocks import block_name, recorded_outputs
+from hf_lowrank.hosts.loading import vocabulary_size
 from hf_lowrank.remote_code.lowrank_structures import named_structures
 from hf_lowrank.training.attention import recorded_attention
 from hf_lowrank.training.features import Features, has_labels

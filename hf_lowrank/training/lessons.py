@@ -14,8 +14,8 @@ from transformers.trainer_utils import get_last_checkpoint
 from hf_lowrank.batches import fingerprint
 from hf_lowrank.errors import InputError
 from hf_lowrank.files.scratch import temporary_folder, write_text
-from hf_lowrank.gradients import leave_inference_mode_
-from hf_lowrank.loading import require_runs
+from hf_lowrank.hosts.gradients import leave_inference_mode_
+from hf_lowrank.hosts.loading import require_runs
 from hf_lowrank.training.arguments import make_arguments
 from hf_lowrank.training.distillation import DistillationTrainer, default_losses
 from hf_lowrank.training.features import Features, PaddingCollator, hold_out, make_features

@@ -8,9 +8,9 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from hf_lowrank.blocks import hidden_states
 from hf_lowrank.errors import InputError
-from hf_lowrank.outputs import KINDS, Said, real_tokens, said, speaking_places
+from hf_lowrank.hosts.blocks import hidden_states
+from hf_lowrank.hosts.outputs import KINDS, Said, real_tokens, said, speaking_places
 from hf_lowrank.training.attention import AttentionRecord
 
 # What averages a number over all processes; every term is a local sum over a mean count, so that the mean of the
@@ -69,7 +69,7 @@ def task_loss(compared: Comparison) -> torch.Tensor:
 
 
 def logits_loss(compared: Comparison) -> torch.Tensor:
-    """`T^2 KL(softmax(t / T) || softmax(s / T))` at the places that count; see `hf_lowrank.outputs.KINDS` for others.
+    """`T^2 KL(softmax(t / T) || softmax(s / T))` at the places that count; see `hf_lowrank.hosts.outputs.KINDS` for others.
 
     `T` is the temperature; its square keeps the gradients of one size (Hinton et al., 2015).
     """

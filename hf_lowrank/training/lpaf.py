@@ -9,9 +9,9 @@ from transformers import PreTrainedModel
 
 from hf_lowrank.compression import compress
 from hf_lowrank.errors import InputError
-from hf_lowrank.gradients import with_gradients
+from hf_lowrank.hosts.gradients import with_gradients
+from hf_lowrank.hosts.loading import find_tokenizer, load_dense
 from hf_lowrank.job import settle_compression
-from hf_lowrank.loading import find_tokenizer, load_dense
 from hf_lowrank.options import settle_parts
 from hf_lowrank.settings import CompressOptions
 from hf_lowrank.training.features import has_labels

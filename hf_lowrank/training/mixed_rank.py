@@ -11,10 +11,10 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from hf_lowrank.errors import InputError
-from hf_lowrank.loading import load_dense
-from hf_lowrank.outputs import said
+from hf_lowrank.hosts.loading import load_dense
+from hf_lowrank.hosts.outputs import said
+from hf_lowrank.hosts.targets import dense_weight
 from hf_lowrank.remote_code.lowrank_structures import named_structures
-from hf_lowrank.targets import dense_weight
 from hf_lowrank.training.schedules import Span, compressed_model
 
 

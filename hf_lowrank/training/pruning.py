@@ -13,7 +13,7 @@ from torch.nn.utils import parametrize
 from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from hf_lowrank.errors import InputError
-from hf_lowrank.targets import DenseMatrix, Patterns, dense_weight, find_matrices, select_matrices
+from hf_lowrank.hosts.targets import DenseMatrix, Patterns, dense_weight, find_matrices, select_matrices
 from hf_lowrank.training.options import IMPORTANCES
 from hf_lowrank.training.schedules import Span, cubic
 

@@ -8,10 +8,10 @@ import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from hf_lowrank.errors import InputError
+from hf_lowrank.hosts.targets import DenseMatrix, Patterns, dense_weight, find_matrices, select_matrices
 from hf_lowrank.methods.factors import truncated
 from hf_lowrank.remote_code.lowrank_linear import LowRankLinear
 from hf_lowrank.remote_code.lowrank_structures import named_structures, replace_
-from hf_lowrank.targets import DenseMatrix, Patterns, dense_weight, find_matrices, select_matrices
 from hf_lowrank.training.schedules import Span, compressed_model, cubic
 
 _POWER_STEPS = 12

@@ -11,8 +11,8 @@ from transformers import PreTrainedModel, TrainingArguments
 from hf_lowrank.calibration import is_causal
 from hf_lowrank.conversion import as_two_factors
 from hf_lowrank.errors import InputError
-from hf_lowrank.gradients import with_gradients
-from hf_lowrank.loading import find_tokenizer, held_compressed_model, load_dense
+from hf_lowrank.hosts.gradients import with_gradients
+from hf_lowrank.hosts.loading import find_tokenizer, held_compressed_model, load_dense
 from hf_lowrank.methods.table import known_method
 from hf_lowrank.options import settle
 from hf_lowrank.saving import load_compressed

@@ -6,13 +6,13 @@ from functools import partial
 
 import torch
 
+from hf_lowrank.hosts.targets import JointMatrix, Matrix
 from hf_lowrank.methods.matrix.stored import StoredDecomposition, store_decomposition
 from hf_lowrank.methods.matrix.svd import Decomposition, MetricSVD, Truncations
 from hf_lowrank.methods.problem import Problem
 from hf_lowrank.methods.tables.token_tables import TokenTable, token_table
 from hf_lowrank.planning.prices import FloatArray
 from hf_lowrank.planning.probes import Changes
-from hf_lowrank.targets import JointMatrix, Matrix
 
 
 class Decompositions:

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from hf_lowrank.hosts.targets import DenseMatrix, JointMatrix, Matrix
 from hf_lowrank.methods.encoding import ENCODERS
 from hf_lowrank.methods.factors import Factors
 from hf_lowrank.methods.matrix.decompositions import Decompositions
@@ -16,7 +17,6 @@ from hf_lowrank.methods.metric import Metric
 from hf_lowrank.methods.problem import Problem, Solved
 from hf_lowrank.planning.plans import specs_of
 from hf_lowrank.remote_code.lowrank_plan import Plan, sizes_of
-from hf_lowrank.targets import DenseMatrix, JointMatrix, Matrix
 
 
 class MatrixMethod:

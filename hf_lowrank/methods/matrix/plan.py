@@ -6,6 +6,7 @@ from functools import partial
 import numpy as np
 
 from hf_lowrank.errors import InputError
+from hf_lowrank.hosts.targets import DenseMatrix, JointMatrix, Matrix, matching
 from hf_lowrank.methods.matrix.ranks import RankErrors
 from hf_lowrank.methods.problem import Problem
 from hf_lowrank.planning.accounts import Account
@@ -15,7 +16,6 @@ from hf_lowrank.planning.plans import as_plan, check_finite, out_of_reach
 from hf_lowrank.planning.prices import FloatArray, Price
 from hf_lowrank.remote_code.lowrank_plan import Plan, Spec, sizes_of
 from hf_lowrank.remote_code.lowrank_table import STRUCTURES
-from hf_lowrank.targets import DenseMatrix, JointMatrix, Matrix, matching
 
 # Matrices that are replaced, each with its rank.
 Ranks = dict[Matrix, int]

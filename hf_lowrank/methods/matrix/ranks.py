@@ -7,12 +7,12 @@ from pathlib import Path
 import numpy as np
 
 from hf_lowrank.files.scratch import write_text
+from hf_lowrank.hosts.targets import DenseMatrix, JointMatrix, Matrix, joint_matrices
 from hf_lowrank.methods.matrix.decompositions import Decompositions
 from hf_lowrank.methods.problem import Problem
 from hf_lowrank.planning.allocation import ALLOCATIONS
 from hf_lowrank.planning.curves import measured_errors, predicted_errors, probe_rank, spectral_errors
 from hf_lowrank.planning.prices import FloatArray
-from hf_lowrank.targets import DenseMatrix, JointMatrix, Matrix, joint_matrices
 
 # Where errors come from -> what makes them from singular values alone; `analyze` asks for them of any allocation.
 _ERRORS = {"none": spectral_errors, "spectra": spectral_errors, "curvature": predicted_errors}

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from hf_lowrank.errors import InputError
+from hf_lowrank.hosts.targets import DenseMatrix
 from hf_lowrank.methods.encoding import StateDict
 from hf_lowrank.methods.matrix.data_aware_svd import TwoSidedSVD, WeightedSVD
 from hf_lowrank.methods.matrix.svd import MetricSVD
@@ -23,7 +24,6 @@ from hf_lowrank.planning.prices import FloatArray
 from hf_lowrank.remote_code.lowrank_autoencoder_linear import ROWS, row_shape
 from hf_lowrank.remote_code.lowrank_plan import Plan
 from hf_lowrank.remote_code.lowrank_table import SHARED_PARTS
-from hf_lowrank.targets import DenseMatrix
 
 
 @dataclass(frozen=True)

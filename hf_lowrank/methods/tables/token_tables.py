@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 
+from hf_lowrank.hosts.targets import Matrix
 from hf_lowrank.methods.metric import moment_metric
 from hf_lowrank.methods.problem import Problem
 from hf_lowrank.methods.tables.banded import OBJECTIVES as CLOSED_FORM
@@ -12,7 +13,6 @@ from hf_lowrank.methods.tables.banded import BandedTable
 from hf_lowrank.methods.tables.nonlinear_table import NonlinearTable
 from hf_lowrank.methods.tables.trained_table import TrainedTable
 from hf_lowrank.statistics.moments import MatrixStatistics
-from hf_lowrank.targets import Matrix
 
 # The gradients at an embedding are collected with those at all outputs.
 TABLE_NEEDS = frozenset({"input_moment", "output_moment", "row_weights"})

@@ -8,6 +8,7 @@ from typing import ClassVar
 import torch
 
 from hf_lowrank.errors import InputError
+from hf_lowrank.hosts.targets import DenseMatrix
 from hf_lowrank.methods.problem import Problem, Solved
 from hf_lowrank.methods.stacking import by_kind
 from hf_lowrank.methods.tensor_ranks import Ranks, ranks_within
@@ -15,7 +16,6 @@ from hf_lowrank.methods.together import Specs, TensorMethod
 from hf_lowrank.methods.trains.tensor_train import TensorTrain, cut_spectra, shared_tensor_trains, tensor_train
 from hf_lowrank.remote_code.lowrank_plan import Plan
 from hf_lowrank.remote_code.lowrank_tensor_train import check_train_ranks, factor_shape
-from hf_lowrank.targets import DenseMatrix
 
 _SHRINKAGE = 0.01
 

@@ -8,6 +8,7 @@ import torch
 from torch.nn import functional as F
 
 from hf_lowrank.errors import InputError
+from hf_lowrank.hosts.targets import DenseMatrix
 from hf_lowrank.methods.metric import moment_metric
 from hf_lowrank.methods.problem import Problem, Solved
 from hf_lowrank.methods.stacking import INPUT_SIDES, BlockLayout, block_layout, stack_blocks
@@ -15,7 +16,6 @@ from hf_lowrank.methods.together import Specs, TensorMethod
 from hf_lowrank.methods.tucker.ranks import tucker_ranks
 from hf_lowrank.methods.tucker.tucker import BlockMetrics, Tucker, TuckerRanks, refitted, tucker
 from hf_lowrank.remote_code.lowrank_plan import Plan, Spec
-from hf_lowrank.targets import DenseMatrix
 
 PART = "tucker_factors"
 _SHRINKAGE = 0.01

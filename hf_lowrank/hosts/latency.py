@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from hf_lowrank.loading import require_runs, vocabulary_size
-from hf_lowrank.outputs import longest_input
+from hf_lowrank.hosts.loading import require_runs, vocabulary_size
+from hf_lowrank.hosts.outputs import longest_input
 
 _WARM_UP_ROUNDS = 2
 

@@ -1,0 +1,1 @@
+"""What is this model: its matrices, blocks, outputs and folder, whatever its architecture."""
