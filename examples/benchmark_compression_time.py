@@ -20,7 +20,7 @@ import torch
 from transformers import BertConfig, BertForMaskedLM, PreTrainedModel
 
 from hf_lowrank import compress
-from hf_lowrank.calibration import Text, make_calibration
+from hf_lowrank.data.calibration import Text, make_calibration
 from hf_lowrank.hosts.targets import find_matrices
 from hf_lowrank.statistics.collection import collect_statistics
 

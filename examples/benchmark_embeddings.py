@@ -24,7 +24,7 @@ from torch.nn import functional as F
 from transformers import AutoTokenizer, BertConfig, BertForMaskedLM, GPT2Config, GPT2LMHeadModel, PreTrainedModel
 
 from hf_lowrank import compress
-from hf_lowrank.data import load_texts
+from hf_lowrank.data.rows import load_texts
 from hf_lowrank.methods import kronecker
 from hf_lowrank.methods.matrix.svd import SVD, decompose
 from hf_lowrank.methods.metric import identity, row_metric

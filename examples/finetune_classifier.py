@@ -29,7 +29,7 @@ from transformers import (
     set_seed,
 )
 
-from hf_lowrank.data import load_rows
+from hf_lowrank.data.rows import load_rows
 from hf_lowrank.tasks import make_task
 from hf_lowrank.training.features import make_features
 

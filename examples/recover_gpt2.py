@@ -18,7 +18,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from hf_lowrank import compress, recover
-from hf_lowrank.data import load_texts
+from hf_lowrank.data.rows import load_texts
 from hf_lowrank.hosts.loading import load_dense
 from hf_lowrank.tasks import make_task
 

@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 from transformers import PreTrainedModel
 
-from hf_lowrank.calibration import Calibration
+from hf_lowrank.data.calibration import Calibration
 from hf_lowrank.files.checkpoint import NOT_KEPT, Checkpoint
 from hf_lowrank.hosts.blocks import Walk, block_name, calls_in_order, frozen
 from hf_lowrank.hosts.outputs import mean_distance, real_tokens

@@ -6,7 +6,7 @@ import torch
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from hf_lowrank.calibration import Calibration
+from hf_lowrank.data.calibration import Calibration
 from hf_lowrank.files.checkpoint import NOT_KEPT, Checkpoint
 from hf_lowrank.hosts.blocks import Walk, block_name, calls_in_order, frozen, hidden_states
 from hf_lowrank.hosts.outputs import mean_distance, real_tokens

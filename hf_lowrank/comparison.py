@@ -11,12 +11,12 @@ from typing import Any, TypeVar
 import torch
 from transformers import PreTrainedModel
 
-from hf_lowrank.batches import fingerprint
-from hf_lowrank.calibration import described_text, make_calibration
 from hf_lowrank.comparison_record import append_line, read_lines
 from hf_lowrank.comparison_report import Cell, Comparison, related
 from hf_lowrank.compression import compress
-from hf_lowrank.data import source_name
+from hf_lowrank.data.batches import fingerprint
+from hf_lowrank.data.calibration import described_text, make_calibration
+from hf_lowrank.data.rows import source_name
 from hf_lowrank.errors import InputError
 from hf_lowrank.files.checkpoint import model_digest
 from hf_lowrank.files.scratch import temporary_folder
@@ -58,7 +58,7 @@ def compare(
     """Compress by every method at every budget and score the results: `compare("bert", "test.txt", "masked-lm", ...)`.
 
     Args:
-        dataset: What to score on, held out from the calibration; see `hf_lowrank.data.load_rows`.
+        dataset: What to score on, held out from the calibration; see `hf_lowrank.data.rows.load_rows`.
         task: A name out of `hf_lowrank.tasks.TASKS`, or a task.
         off_calibration: A text of another kind than the calibration text, to score on as well.
         calibration: As for `compress`.

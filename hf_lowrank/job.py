@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from hf_lowrank.calibration import Text
+from hf_lowrank.data.calibration import Text
 from hf_lowrank.errors import InputError
 from hf_lowrank.files.redaction import without_tokens_inside
 from hf_lowrank.hosts.loading import find_tokenizer, load_dense

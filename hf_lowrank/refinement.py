@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from hf_lowrank.calibration import Calibration
+from hf_lowrank.data.calibration import Calibration
 from hf_lowrank.files.checkpoint import NOT_KEPT, Checkpoint
 from hf_lowrank.hosts.blocks import block_name, frozen, hidden_states, recorded_outputs
 from hf_lowrank.hosts.outputs import Batch, mean_distance, real_tokens, run

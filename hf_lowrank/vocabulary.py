@@ -11,8 +11,8 @@ from tokenizers.pre_tokenizers import ByteLevel
 from torch import nn
 from transformers import PreTrainedModel
 
-from hf_lowrank.batches import tokenize
-from hf_lowrank.data import load_texts
+from hf_lowrank.data.batches import tokenize
+from hf_lowrank.data.rows import load_texts
 from hf_lowrank.errors import InputError
 from hf_lowrank.hosts.loading import load_dense
 from hf_lowrank.hosts.targets import is_tied
@@ -38,7 +38,7 @@ def reduce_vocabulary(
     Args:
         model: A dense transformers model, a Hub id or a folder.
         tokenizer: Its fast tokenizer.
-        vocabulary: Texts (see `hf_lowrank.data.load_rows`), or the ids of the tokens to keep.
+        vocabulary: Texts (see `hf_lowrank.data.rows.load_rows`), or the ids of the tokens to keep.
         text_column: Where the text is.
 
     Returns:

@@ -8,7 +8,7 @@ from tiny_models import VOCABULARY, assert_same_function, build, inputs_for
 
 from hf_lowrank import InputError, anchoring, compress
 from hf_lowrank.anchoring import anchor_
-from hf_lowrank.calibration import Calibration
+from hf_lowrank.data.calibration import Calibration
 from hf_lowrank.hosts.blocks import Walk, calls_in_order, find_blocks, hidden_states, recorded_outputs
 from hf_lowrank.hosts.outputs import mean_distance, run
 from hf_lowrank.hosts.targets import find_matrices

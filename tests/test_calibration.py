@@ -5,7 +5,7 @@ import torch
 from tiny_models import VOCABULARY, build
 
 from hf_lowrank import InputError, compress
-from hf_lowrank.calibration import Text, is_masked_lm, make_calibration, mask_tokens, varied_lengths
+from hf_lowrank.data.calibration import Text, is_masked_lm, make_calibration, mask_tokens, varied_lengths
 from hf_lowrank.hosts.outputs import IGNORED_LABEL
 
 SETTINGS = Text(num_samples=32, max_seq_length=24, batch_size=4)

@@ -9,8 +9,8 @@ import torch
 from tiny_tokenizers import LETTERS, decoder_tokenizer, encoder_tokenizer, make_tokenizer
 from torch.utils.data import DataLoader
 
-from hf_lowrank.batches import fingerprint, make_batches, require_tokens
-from hf_lowrank.data import load_rows, load_texts, require_columns
+from hf_lowrank.data.batches import fingerprint, make_batches, require_tokens
+from hf_lowrank.data.rows import load_rows, load_texts, require_columns
 from hf_lowrank.errors import InputError
 from hf_lowrank.extras import load_part
 
@@ -232,4 +232,4 @@ def test_a_missing_extra_names_the_command_that_installs_it(monkeypatch):
     monkeypatch.setattr("hf_lowrank.extras.importlib.import_module", refuse)
 
     with pytest.raises(InputError, match=r"needs the package datasets.*pip install 'hf-lowrank\[train\]'"):
-        load_part("hf_lowrank.hub_datasets", "train")
+        load_part("hf_lowrank.data.hub_datasets", "train")

@@ -11,7 +11,7 @@ from every_method import SOLVERS
 from tiny_models import VOCABULARY, assert_same_function, build, inputs_for
 
 from hf_lowrank import InputError, compress, make_report
-from hf_lowrank.calibration import Text, make_calibration
+from hf_lowrank.data.calibration import Text, make_calibration
 from hf_lowrank.files.checkpoint import Checkpoint
 from hf_lowrank.hosts.blocks import find_blocks, recorded_outputs, replayed_outputs
 from hf_lowrank.hosts.outputs import run

@@ -9,7 +9,7 @@ from tiny_tokenizers import LETTERS, encoder_tokenizer
 
 from hf_lowrank import InputError, compress, evaluate
 from hf_lowrank.cli import main
-from hf_lowrank.data import load_rows, load_texts
+from hf_lowrank.data.rows import load_rows, load_texts
 from hf_lowrank.hosts.loading import load_dense
 from hf_lowrank.training.features import make_features
 

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from hf_lowrank.batches import fingerprint
+from hf_lowrank.data.batches import fingerprint
 from hf_lowrank.files.scratch import write_file
 
 

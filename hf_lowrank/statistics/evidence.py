@@ -11,8 +11,8 @@ import torch
 from filelock import FileLock
 from transformers import PreTrainedModel
 
-from hf_lowrank.batches import fingerprint
-from hf_lowrank.calibration import Calibration, Text, described_text, make_calibration
+from hf_lowrank.data.batches import fingerprint
+from hf_lowrank.data.calibration import Calibration, Text, described_text, make_calibration
 from hf_lowrank.files.checkpoint import NOT_KEPT, Checkpoint, model_digest, weights_digest
 from hf_lowrank.files.scratch import scratch_folder
 from hf_lowrank.hosts.targets import DenseMatrix

@@ -5,8 +5,8 @@ from typing import Any
 
 import torch
 
-from hf_lowrank.batches import tokenize
-from hf_lowrank.data import holds_token_ids, load_texts
+from hf_lowrank.data.batches import tokenize
+from hf_lowrank.data.rows import holds_token_ids, load_texts
 
 _MOST_TEXTS = 20_000
 
@@ -20,7 +20,7 @@ def count_tokens(
     they are written.
 
     Args:
-        source: See `hf_lowrank.data.load_rows`.
+        source: See `hf_lowrank.data.rows.load_rows`.
         vocab_size: Rows of the table; tokens beyond it are not counted.
     """
     if source is None or tokenizer is None or isinstance(source, Iterator) or holds_token_ids(source):

@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from hf_lowrank.batches import make_batches
+from hf_lowrank.data.batches import make_batches
 from hf_lowrank.tasks.base import Score, Step, Task
 from hf_lowrank.tasks.blocks import block_length_of
 

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from hf_lowrank.batches import require_known_tokens
+from hf_lowrank.data.batches import require_known_tokens
 from hf_lowrank.errors import InputError
 from hf_lowrank.hosts.outputs import Batch, Said, run
 from hf_lowrank.options import LARGEST_SEED, Options, option
@@ -91,7 +91,7 @@ class Task(Options, ABC):
         """The data in batches, as long as the model can take them.
 
         Args:
-            examples: Whatever `hf_lowrank.data.load_rows` reads.
+            examples: Whatever `hf_lowrank.data.rows.load_rows` reads.
 
         Raises:
             InputError: If the data or the tokenizer does not fit the task.

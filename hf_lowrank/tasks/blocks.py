@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from hf_lowrank.batches import any_known, tokenize
+from hf_lowrank.data.batches import any_known, tokenize
 from hf_lowrank.errors import InputError
 from hf_lowrank.hosts.outputs import longest_input
 

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 import torch
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from hf_lowrank.data import drawn_places, load_texts
+from hf_lowrank.data.rows import drawn_places, load_texts
 from hf_lowrank.errors import InputError
 from hf_lowrank.hosts.outputs import IGNORED_LABEL
 from hf_lowrank.tasks.base import Step, Task

@@ -10,8 +10,8 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_PRETRAINING_MAPPING_NAMES,
 )
 
-from hf_lowrank.batches import special_frame
-from hf_lowrank.data import drawn_places, load_texts
+from hf_lowrank.data.batches import special_frame
+from hf_lowrank.data.rows import drawn_places, load_texts
 from hf_lowrank.errors import InputError
 from hf_lowrank.hosts.outputs import IGNORED_LABEL
 from hf_lowrank.tasks.base import Step, Task

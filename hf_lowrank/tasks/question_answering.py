@@ -7,8 +7,8 @@ from typing import Any, ClassVar
 import torch
 from transformers.models.auto.modeling_auto import MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES
 
-from hf_lowrank.batches import require_padding
-from hf_lowrank.data import Row, as_text, load_rows, require_columns
+from hf_lowrank.data.batches import require_padding
+from hf_lowrank.data.rows import Row, as_text, load_rows, require_columns
 from hf_lowrank.errors import InputError, one_line
 from hf_lowrank.tasks.base import Score, Step, Task
 from hf_lowrank.tasks.blocks import block_length_of

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
-from hf_lowrank.data import as_number, as_text, load_rows, require_columns
+from hf_lowrank.data.rows import as_number, as_text, load_rows, require_columns
 from hf_lowrank.tasks.base import Step, Task
 from hf_lowrank.tasks.blocks import block_length_of
 from hf_lowrank.tasks.text_regression import Correlation

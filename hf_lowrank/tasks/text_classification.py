@@ -8,8 +8,8 @@ from typing import Any, ClassVar
 import torch
 from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
 
-from hf_lowrank.batches import require_padding
-from hf_lowrank.data import Row, as_text, find_text_column, load_rows, require_columns
+from hf_lowrank.data.batches import require_padding
+from hf_lowrank.data.rows import Row, as_text, find_text_column, load_rows, require_columns
 from hf_lowrank.errors import InputError
 from hf_lowrank.hosts.outputs import kind_of_head
 from hf_lowrank.tasks.base import Score, Step, Task

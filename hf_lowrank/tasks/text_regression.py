@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from hf_lowrank.data import as_number
+from hf_lowrank.data.rows import as_number
 from hf_lowrank.errors import InputError
 from hf_lowrank.hosts.outputs import kind_of_head
 from hf_lowrank.tasks.base import Score, Step

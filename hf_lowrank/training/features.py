@@ -11,9 +11,9 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
 )
 
-from hf_lowrank.batches import make_batches, padded, require_known_tokens
-from hf_lowrank.calibration import is_causal, is_masked_lm, mask_tokens
-from hf_lowrank.data import Row, drawn_places, holds_token_ids, load_rows, require_columns
+from hf_lowrank.data.batches import make_batches, padded, require_known_tokens
+from hf_lowrank.data.calibration import is_causal, is_masked_lm, mask_tokens
+from hf_lowrank.data.rows import Row, drawn_places, holds_token_ids, load_rows, require_columns
 from hf_lowrank.errors import InputError
 from hf_lowrank.hosts.outputs import IGNORED_LABEL, Batch, kind_of_head
 from hf_lowrank.remote_code.configuration_lowrank import PREFIX
@@ -60,7 +60,7 @@ def make_features(
     alone: enough to learn from a teacher.
 
     Args:
-        source: A file, a data set of the Hub, a `datasets.Dataset`, texts or rows (see `hf_lowrank.data.load_rows`);
+        source: A file, a data set of the Hub, a `datasets.Dataset`, texts or rows (see `hf_lowrank.data.rows.load_rows`);
             rows or batches that hold `input_ids` are taken as they are.
         max_examples: Rows at most, drawn by `seed`.
 

@@ -8,8 +8,8 @@ from typing import Any
 
 from transformers import PreTrainedModel, TrainingArguments
 
-from hf_lowrank.calibration import is_causal
 from hf_lowrank.conversion import as_two_factors
+from hf_lowrank.data.calibration import is_causal
 from hf_lowrank.errors import InputError
 from hf_lowrank.hosts.gradients import with_gradients
 from hf_lowrank.hosts.loading import find_tokenizer, held_compressed_model, load_dense

@@ -69,7 +69,7 @@ def _read_cells(path: Path, lines: Iterable[str], **form: Any) -> list[Any]:
 
 
 def _read_parquet(path: Path) -> list[Any]:
-    rows: list[Any] = load_part("hf_lowrank.hub_datasets", "train").read_parquet(path)
+    rows: list[Any] = load_part("hf_lowrank.data.hub_datasets", "train").read_parquet(path)
     return rows
 
 

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from hf_lowrank.data_files import FILE_TYPES, read_file
+from hf_lowrank.data.data_files import FILE_TYPES, read_file
 from hf_lowrank.errors import InputError
 from hf_lowrank.extras import load_part
 
@@ -22,7 +22,7 @@ def load_rows(source: Any, limit: int | None = None, seed: int = 0) -> list[Row]
     """The rows of a data set, a text being a row `{"text": ...}`.
 
     Args:
-        source: A file (see `hf_lowrank.data_files`), the Hub name of a data set (`NAME`, `NAME:CONFIG` or
+        source: A file (see `hf_lowrank.data.data_files`), the Hub name of a data set (`NAME`, `NAME:CONFIG` or
             `NAME:CONFIG:SPLIT`), a `datasets.Dataset`, or an iterable of texts or of rows.
         limit: Draw that many at random, their order kept; None takes all.
         seed: Of that draw.
@@ -154,7 +154,7 @@ def _read(name: str) -> list[Any]:
         return read_file(path)
     if path.suffix in FILE_TYPES:
         raise InputError(f"There is no file {name}.")
-    rows: list[Any] = load_part("hf_lowrank.hub_datasets", "train").load_hub_rows(name)
+    rows: list[Any] = load_part("hf_lowrank.data.hub_datasets", "train").load_hub_rows(name)
     return rows
 
 

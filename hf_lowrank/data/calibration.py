@@ -13,8 +13,8 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_PRETRAINING_MAPPING_NAMES,
 )
 
-from hf_lowrank.batches import fingerprint, make_batches, require_known_tokens, require_tokens, special_frame
-from hf_lowrank.data import holds_token_ids, load_texts, source_name
+from hf_lowrank.data.batches import fingerprint, make_batches, require_known_tokens, require_tokens, special_frame
+from hf_lowrank.data.rows import holds_token_ids, load_texts, source_name
 from hf_lowrank.errors import InputError
 from hf_lowrank.hosts.loading import require_runs, vocabulary_size
 from hf_lowrank.hosts.outputs import IGNORED_LABEL, Batch, longest_input, real_tokens
@@ -58,7 +58,7 @@ class Calibration:
 
 
 def make_calibration(model: PreTrainedModel, source: Any, tokenizer: Any, text: Text) -> Calibration:
-    """Batches from `source` (see `hf_lowrank.batches.make_batches`), or synthetic ones if it is None.
+    """Batches from `source` (see `hf_lowrank.data.batches.make_batches`), or synthetic ones if it is None.
 
     A masked-language-model head is given inputs with 15 % of the tokens masked, as it was trained on.
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
-from hf_lowrank.data import Row, holds_token_ids, load_texts
+from hf_lowrank.data.rows import Row, holds_token_ids, load_texts
 from hf_lowrank.errors import InputError
 from hf_lowrank.hosts.outputs import IGNORED_LABEL, Batch, real_tokens
 
