@@ -12,7 +12,7 @@ import argparse
 from transformers import AutoModel
 
 from hf_lowrank import push_to_hub
-from hf_lowrank.wording import megabytes
+from hf_lowrank.records.wording import megabytes
 
 
 def main() -> None:

@@ -30,8 +30,8 @@ if TYPE_CHECKING:
     from hf_lowrank.inspection import saved_report as saved_report
     from hf_lowrank.methods.table import register_method as register_method
     from hf_lowrank.recorded_evaluation import record_evaluation as record_evaluation
+    from hf_lowrank.records.report import make_report as make_report
     from hf_lowrank.remote_code.lowrank_plan import PlanError as PlanError
-    from hf_lowrank.report import make_report as make_report
     from hf_lowrank.tasks.evaluation import evaluate as evaluate
     from hf_lowrank.training.distillation import DistillationTrainer as DistillationTrainer
     from hf_lowrank.training.lpaf import lpaf as lpaf
@@ -54,7 +54,7 @@ _HOMES = {
     "convert_storage_": "hf_lowrank.conversion",
     "decompress": "hf_lowrank.compression",
     "evaluate": "hf_lowrank.tasks.evaluation",
-    "make_report": "hf_lowrank.report",
+    "make_report": "hf_lowrank.records.report",
     "FirstOrderPruningCallback": "hf_lowrank.training.pruning",
     "MixedRank": "hf_lowrank.training.mixed_rank",
     "MixedRankCallback": "hf_lowrank.training.mixed_rank",

@@ -26,13 +26,13 @@ from hf_lowrank.job import Settings, settle_compression
 from hf_lowrank.options import split
 from hf_lowrank.planning.sizes import parameter_bytes
 from hf_lowrank.progress import Progress, no_progress
+from hf_lowrank.records.report import make_report
+from hf_lowrank.records.wording import examples_in_words
 from hf_lowrank.remote_code.lowrank_model import LowRankMixin
-from hf_lowrank.report import make_report
 from hf_lowrank.settings import ComparisonOptions, CompressOptions
 from hf_lowrank.tasks import make_task
 from hf_lowrank.tasks.base import Step, Task, metric_of
 from hf_lowrank.version import __version__
-from hf_lowrank.wording import examples_in_words
 
 # The standard of 2024, which the data-aware methods here are measured against.
 STANDARD = "whitened_svd:uniform:low_rank"

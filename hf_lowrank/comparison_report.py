@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from hf_lowrank.analysis_report import Grid
-from hf_lowrank.wording import change_in_words, verdict
+from hf_lowrank.records.wording import change_in_words, verdict
 
 # How far what a model says is from the dense model, and what the table calls it; the first there is.
 _DISTANCES = {
@@ -29,7 +29,7 @@ class Cell:
         g: By text: `ln(perplexity / dense perplexity)`; empty for other tasks.
         relative_g: By text: `g` over that of the baseline at the same budget; empty without one.
         change: By text: of the metric from the dense model's.
-        verdict: By text: whether that is `better`, `worse` or `unclear`; see `hf_lowrank.wording`.
+        verdict: By text: whether that is `better`, `worse` or `unclear`; see `hf_lowrank.records.wording`.
     """
 
     method: str

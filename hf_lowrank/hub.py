@@ -21,7 +21,7 @@ from hf_lowrank.inspection import saved_report
 from hf_lowrank.options import settle
 from hf_lowrank.push_options import PushOptions
 from hf_lowrank.record import CARD_FILE, card_text, has_own_card
-from hf_lowrank.report import CompressionReport
+from hf_lowrank.records.report import CompressionReport
 from hf_lowrank.saving import folder_files, save_folder
 from hf_lowrank.verification import verify
 

@@ -14,15 +14,15 @@ from hf_lowrank.errors import InputError
 from hf_lowrank.files.redaction import without_tokens_inside
 from hf_lowrank.hosts.loading import find_tokenizer, load_dense
 from hf_lowrank.hosts.targets import Matrix, Targets, candidate_matrices
-from hf_lowrank.machine import usable_device, versions
 from hf_lowrank.methods.problem import Problem, Storage
 from hf_lowrank.methods.tables.token_tables import TABLE_NEEDS
 from hf_lowrank.options import settle
-from hf_lowrank.origin import find_origin
 from hf_lowrank.planning.allocation import ALLOCATIONS
 from hf_lowrank.planning.budgets import Budget
 from hf_lowrank.planning.sizes import parameter_bytes
 from hf_lowrank.progress import Progress, no_progress
+from hf_lowrank.records.machine import usable_device, versions
+from hf_lowrank.records.origin import find_origin
 from hf_lowrank.remote_code.lowrank_plan import Plan
 from hf_lowrank.settings import CompressOptions
 from hf_lowrank.statistics.evidence import Evidence

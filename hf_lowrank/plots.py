@@ -18,7 +18,7 @@ from hf_lowrank.analysis_report import Analysis, MatrixAnalysis
 from hf_lowrank.comparison_report import Cell, Comparison
 from hf_lowrank.errors import InputError
 from hf_lowrank.files.scratch import write_file, write_text
-from hf_lowrank.wording import examples_in_words
+from hf_lowrank.records.wording import examples_in_words
 
 SUFFIXES = (".png", ".html")
 _DPI = 110

@@ -15,7 +15,7 @@ from hf_lowrank.files.redaction import without_tokens_inside
 from hf_lowrank.files.scratch import write_text
 from hf_lowrank.hosts.folder_contents import update_with_file
 from hf_lowrank.hosts.targets import find_matrices
-from hf_lowrank.report import CompressionReport
+from hf_lowrank.records.report import CompressionReport
 
 CARD_FILE = "README.md"
 RECORD_FILES = (REPORT_FILE, CARD_FILE)

@@ -9,7 +9,7 @@ from typing import Any
 
 from hf_lowrank.inspection import saved_report
 from hf_lowrank.record import write_record
-from hf_lowrank.report import CompressionReport, LatencyReport, QualityReport
+from hf_lowrank.records.report import CompressionReport, LatencyReport, QualityReport
 from hf_lowrank.tasks.evaluation import Evaluation
 
 

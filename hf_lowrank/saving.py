@@ -30,10 +30,10 @@ from hf_lowrank.hosts.folder_contents import (
 )
 from hf_lowrank.hosts.loading import require_finite, unusable
 from hf_lowrank.record import RECORD_FILES, write_record
+from hf_lowrank.records.report import make_report
 from hf_lowrank.remote_code import modeling_lowrank
 from hf_lowrank.remote_code.lowrank_model import LowRankMixin
 from hf_lowrank.remote_code.lowrank_plan import PlanError
-from hf_lowrank.report import make_report
 
 # `save_pretrained` writes these itself; a card is rendered, not copied.
 _SAVED = ("config.json", "generation_config.json", *RECORD_FILES)

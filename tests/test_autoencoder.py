@@ -15,10 +15,10 @@ from hf_lowrank.methods.encoding import encode_banded
 from hf_lowrank.methods.matrix.svd import SVD
 from hf_lowrank.methods.metric import moment_metric
 from hf_lowrank.methods.tables.banded import OBJECTIVES, BandedTable, TableObjective
+from hf_lowrank.records.report import make_report
 from hf_lowrank.remote_code.lowrank_autoencoder import AutoencoderEmbedding
 from hf_lowrank.remote_code.lowrank_banded import BandedAutoencoder, bands_of, sizes_of_bands
 from hf_lowrank.remote_code.lowrank_materialize import Materializing, set_materialize_
-from hf_lowrank.report import make_report
 from hf_lowrank.saving import load_compressed
 from hf_lowrank.statistics.token_counts import count_tokens
 

@@ -9,7 +9,7 @@ from transformers import Trainer, TrainingArguments
 
 from hf_lowrank import CardCallback, InputError, compress, saved_report
 from hf_lowrank.record import write_record
-from hf_lowrank.report import make_report
+from hf_lowrank.records.report import make_report
 from hf_lowrank.saving import load_compressed, save_folder
 
 

@@ -20,12 +20,12 @@ from hf_lowrank.cards.pictures import rank_picture
 from hf_lowrank.cli import main
 from hf_lowrank.hosts.latency import Latency
 from hf_lowrank.hosts.loading import load_dense
-from hf_lowrank.machine import machine_name
 from hf_lowrank.methods import papers
 from hf_lowrank.methods.table import paper_of
-from hf_lowrank.origin import Origin, find_origin
 from hf_lowrank.record import read_record, record_bytes, write_record
-from hf_lowrank.report import CompressionReport, LatencyReport, ModuleReport, QualityReport, make_report
+from hf_lowrank.records.machine import machine_name
+from hf_lowrank.records.origin import Origin, find_origin
+from hf_lowrank.records.report import CompressionReport, LatencyReport, ModuleReport, QualityReport, make_report
 from hf_lowrank.saving import load_compressed, save_folder
 
 CARD = "---\nlicense: mit\nlanguage: [en, de]\npipeline_tag: fill-mask\n---\n# dense\n"

@@ -16,9 +16,9 @@ from hf_lowrank.cli import main
 from hf_lowrank.cli.arguments import build_parser
 from hf_lowrank.hosts.latency import Latency
 from hf_lowrank.methods.table import METHODS
-from hf_lowrank.report import make_report
+from hf_lowrank.records.report import make_report
+from hf_lowrank.records.wording import speed_in_words
 from hf_lowrank.saving import load_compressed
-from hf_lowrank.wording import speed_in_words
 
 # The method that looks at no text is the fastest.
 BUDGET = ["--keep-params", "0.6", "--method", "svd"]

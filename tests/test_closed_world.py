@@ -129,7 +129,7 @@ def test_the_code_of_plain_pairs_of_factors_is_short():
         "from ..report import make_report",
         "from .lowrank_missing import Missing",
         "from .lowrank_plan.deeper import Plan",
-        "from hf_lowrank.report import make_report",
+        "from hf_lowrank.records.report import make_report",
         "import hf_lowrank",
         "import numpy",
         "def f():\n    import rich",

@@ -8,10 +8,10 @@ from torch import nn
 from hf_lowrank import compress, decompress
 from hf_lowrank.planning.allocation import settled
 from hf_lowrank.planning.curves import Curve
+from hf_lowrank.records.report import make_report
 from hf_lowrank.remote_code.lowrank_joint import JointLinear, SharedDown
 from hf_lowrank.remote_code.lowrank_plan import PlanError
 from hf_lowrank.remote_code.lowrank_structures import install_plan_
-from hf_lowrank.report import make_report
 
 JOINT = "encoder.layer.0.attention.self.joint_query_key_value"
 MEMBERS = [f"encoder.layer.0.attention.self.{name}" for name in ("query", "key", "value")]

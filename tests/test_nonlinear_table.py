@@ -14,9 +14,9 @@ from hf_lowrank.methods.tables import nonlinear_table
 from hf_lowrank.methods.tables.nonlinear_table import NonlinearTable
 from hf_lowrank.methods.tables.trained_table import TrainedTable
 from hf_lowrank.planning.sizes import overhead_bytes, parameter_bytes
+from hf_lowrank.records.report import make_report
 from hf_lowrank.remote_code.lowrank_materialize import set_materialize_
 from hf_lowrank.remote_code.lowrank_nonlinear_table import NonlinearAutoencoderEmbedding
-from hf_lowrank.report import make_report
 from hf_lowrank.saving import load_compressed
 
 V, D = 200, 16

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from hf_lowrank.errors import InputError
-from hf_lowrank.machine import usable_device
 from hf_lowrank.options import LARGEST_SEED, Options, add_flags, given, option, settle, settle_parts
+from hf_lowrank.records.machine import usable_device
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -27,7 +27,7 @@ from hf_lowrank.files.scratch import REPLACED, scratch_folder, temporary_folder,
 from hf_lowrank.methods.matrix.stored import store_decomposition
 from hf_lowrank.methods.matrix.svd import SVD
 from hf_lowrank.record import write_record
-from hf_lowrank.report import QualityReport, make_report
+from hf_lowrank.records.report import QualityReport, make_report
 from hf_lowrank.saving import save_folder
 from hf_lowrank.statistics.running_sums import RunningSums
 from hf_lowrank.training.best import BestStateCallback

@@ -16,8 +16,15 @@ from hf_lowrank.cards.usage import snippet
 from hf_lowrank.files.redaction import without_tokens
 from hf_lowrank.methods.table import OF_TENSORS, known_method, paper_of
 from hf_lowrank.planning.budgets import KINDS
-from hf_lowrank.report import CompressionReport, QualityReport
-from hf_lowrank.wording import change_in_words, examples_in_words, megabytes, milliseconds, share, speed_in_words
+from hf_lowrank.records.report import CompressionReport, QualityReport
+from hf_lowrank.records.wording import (
+    change_in_words,
+    examples_in_words,
+    megabytes,
+    milliseconds,
+    share,
+    speed_in_words,
+)
 
 REPORT_FILE = "compression_report.json"
 KEPT_LINE = "<!-- What you write below this line is kept. -->"

@@ -3,8 +3,8 @@
 import re
 from collections.abc import Sequence
 
+from hf_lowrank.records.report import ModuleReport
 from hf_lowrank.remote_code.lowrank_table import STRUCTURES
-from hf_lowrank.report import ModuleReport
 
 _BLOCKS = "▁▂▃▄▅▆▇█"
 _LAYER = re.compile(r"(?<=\.)\d+(?=\.)")  # the number inside `encoder.layer.3.output.dense`

@@ -1,8 +1,8 @@
 """How to load a model: as few lines as do it."""
 
 from hf_lowrank.hosts.heads import auto_class
+from hf_lowrank.records.report import CompressionReport
 from hf_lowrank.remote_code import modeling_lowrank
-from hf_lowrank.report import CompressionReport
 
 SENTENCES = "sentence-transformers"
 # auto class -> the task of the Hub it stands for

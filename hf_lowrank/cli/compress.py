@@ -21,11 +21,11 @@ from hf_lowrank.options import given, settle
 from hf_lowrank.planning.budgets import parse_size
 from hf_lowrank.progress import progress_bar
 from hf_lowrank.record import record_bytes, write_record
-from hf_lowrank.report import CompressionReport, compare_latency, make_report
+from hf_lowrank.records.report import CompressionReport, compare_latency, make_report
+from hf_lowrank.records.wording import megabytes
 from hf_lowrank.saving import check_output, save_folder, side_file_bytes
 from hf_lowrank.settings import CompressOptions
 from hf_lowrank.vocabulary import reduce_vocabulary
-from hf_lowrank.wording import megabytes
 
 # What no module name holds, but a pattern does.
 _IS_PATTERN = re.compile(r"[\\^$*+?()\[\]{}|]")

@@ -6,7 +6,7 @@ from hf_lowrank.cli import tables
 from hf_lowrank.hub import Push, push_to_hub
 from hf_lowrank.options import given
 from hf_lowrank.push_options import PushOptions
-from hf_lowrank.wording import megabytes
+from hf_lowrank.records.wording import megabytes
 
 
 def run(arguments: argparse.Namespace) -> int:

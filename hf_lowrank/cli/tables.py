@@ -11,8 +11,8 @@ from rich.markup import escape
 from rich.table import Table
 
 from hf_lowrank.planning.budgets import KINDS
-from hf_lowrank.report import CompressionReport, ModuleReport
-from hf_lowrank.wording import megabytes, milliseconds, share, speed_in_words
+from hf_lowrank.records.report import CompressionReport, ModuleReport
+from hf_lowrank.records.wording import megabytes, milliseconds, share, speed_in_words
 
 _NUM_WORST = 3
 

@@ -12,13 +12,13 @@ from hf_lowrank.errors import InputError
 from hf_lowrank.hosts.latency import Latency, measure_latency, typical_length
 from hf_lowrank.hosts.loading import held_model
 from hf_lowrank.hosts.targets import is_tied
-from hf_lowrank.machine import machine_name
 from hf_lowrank.progress import Progress, no_progress
+from hf_lowrank.records.machine import machine_name
+from hf_lowrank.records.wording import change_in_words, megabytes, milliseconds, verdict
 from hf_lowrank.remote_code.lowrank_structures import structure_name
 from hf_lowrank.tasks import make_task
 from hf_lowrank.tasks.base import AGREEMENTS, Task, metric_of
 from hf_lowrank.tasks.memory import peak_memory
-from hf_lowrank.wording import change_in_words, megabytes, milliseconds, verdict
 
 _SHAPE = (8, 128)
 _DENSE, _MODEL, _UNTIED = "dense", "model", "untied"
@@ -73,7 +73,7 @@ class Evaluation:
     untied: Measurements | None
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON, with the `verdict` on the model (see `hf_lowrank.wording`)."""
+        """Plain JSON, with the `verdict` on the model (see `hf_lowrank.records.wording`)."""
         return {**asdict(self), "verdict": verdict(self.model.scores, self.higher_is_better)}
 
     def to_table(self) -> Table:

@@ -9,8 +9,8 @@ from transformers import PreTrainedModel
 
 from hf_lowrank.hosts.latency import Latency, measure_latency, typical_length
 from hf_lowrank.hosts.multiply_adds import count_multiply_adds, multiplying
-from hf_lowrank.machine import machine_name
-from hf_lowrank.origin import Origin
+from hf_lowrank.records.machine import machine_name
+from hf_lowrank.records.origin import Origin
 from hf_lowrank.remote_code.lowrank_materialize import Materializing
 from hf_lowrank.remote_code.lowrank_structures import is_bias, structure_name, token_table
 

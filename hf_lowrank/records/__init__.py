@@ -1,0 +1,1 @@
+"""What is written down of a model, and of the machine it was measured on."""
