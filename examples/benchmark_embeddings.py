@@ -25,6 +25,8 @@ from transformers import AutoTokenizer, BertConfig, BertForMaskedLM, GPT2Config,
 
 from hf_lowrank import compress
 from hf_lowrank.data.rows import load_texts
+from hf_lowrank.evaluation import make_task
+from hf_lowrank.evaluation.base import Step
 from hf_lowrank.methods import kronecker
 from hf_lowrank.methods.matrix.svd import SVD, decompose
 from hf_lowrank.methods.metric import identity, row_metric
@@ -34,8 +36,6 @@ from hf_lowrank.methods.tables.trained_table import TrainedTable
 from hf_lowrank.methods.tucker.tucker import TuckerRanks, tucker
 from hf_lowrank.remote_code.lowrank_nonlinear_table import NonlinearAutoencoderTable
 from hf_lowrank.statistics.token_counts import count_tokens
-from hf_lowrank.tasks import make_task
-from hf_lowrank.tasks.base import Step
 
 COMPRESSIONS = (2.5, 5.0, 10.0)
 

@@ -23,12 +23,12 @@ from transformers import AutoTokenizer, BertForMaskedLM, GPT2LMHeadModel, PreTra
 from transformers.pytorch_utils import Conv1D
 
 from hf_lowrank import compress
+from hf_lowrank.evaluation import make_task
+from hf_lowrank.evaluation.base import Step
 from hf_lowrank.hosts.targets import DenseMatrix, find_matrices, matching
 from hf_lowrank.methods.matrix.svd import SVD
 from hf_lowrank.methods.tucker.ranks import tucker_ranks
 from hf_lowrank.methods.tucker.tucker import tucker
-from hf_lowrank.tasks import make_task
-from hf_lowrank.tasks.base import Step
 
 COMPRESSIONS = (3.0, 10.0, 25.0)
 SMOKE_COMPRESSIONS = (2.0, 4.0)  # tiny matrices of rank 1 are not smaller

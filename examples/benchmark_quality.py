@@ -35,8 +35,8 @@ from transformers import (
 )
 
 from hf_lowrank import compress
-from hf_lowrank.tasks import make_task
-from hf_lowrank.tasks.base import Step, Task
+from hf_lowrank.evaluation import make_task
+from hf_lowrank.evaluation.base import Step, Task
 
 _AS_SOLVED: dict[str, Any] = {"anchored": False, "refine_passes": 0}
 # name of a row -> settings; the first is the baseline every other one is held against

@@ -30,7 +30,7 @@ from transformers import (
 )
 
 from hf_lowrank.data.rows import load_rows
-from hf_lowrank.tasks import make_task
+from hf_lowrank.evaluation import make_task
 from hf_lowrank.training.features import make_features
 
 SMOKE_ROWS = [{"sentence": "a charming film", "label": 1}, {"sentence": "a dull film", "label": 0}] * 8

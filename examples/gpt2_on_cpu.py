@@ -20,11 +20,11 @@ from recover_gpt2 import tiny, tiny_texts
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_lowrank import compress, make_report
+from hf_lowrank.evaluation import make_task
 from hf_lowrank.hosts.loading import load_dense
 from hf_lowrank.progress import progress_bar
 from hf_lowrank.records.wording import megabytes
 from hf_lowrank.saving import save_folder
-from hf_lowrank.tasks import make_task
 
 _ROUNDS = 5
 _READ = (4, 128)

@@ -19,8 +19,8 @@ from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel, PreTrainedT
 
 from hf_lowrank import compress, recover
 from hf_lowrank.data.rows import load_texts
+from hf_lowrank.evaluation import make_task
 from hf_lowrank.hosts.loading import load_dense
-from hf_lowrank.tasks import make_task
 
 _BLOCK = 128
 

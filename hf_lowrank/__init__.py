@@ -26,13 +26,13 @@ if TYPE_CHECKING:
     from hf_lowrank.compression import compress as compress
     from hf_lowrank.compression import decompress as decompress
     from hf_lowrank.conversion import convert_storage_ as convert_storage_
+    from hf_lowrank.evaluation.evaluation import evaluate as evaluate
     from hf_lowrank.hub import push_to_hub as push_to_hub
     from hf_lowrank.inspection import saved_report as saved_report
     from hf_lowrank.methods.table import register_method as register_method
     from hf_lowrank.recorded_evaluation import record_evaluation as record_evaluation
     from hf_lowrank.records.report import make_report as make_report
     from hf_lowrank.remote_code.lowrank_plan import PlanError as PlanError
-    from hf_lowrank.tasks.evaluation import evaluate as evaluate
     from hf_lowrank.training.distillation import DistillationTrainer as DistillationTrainer
     from hf_lowrank.training.lpaf import lpaf as lpaf
     from hf_lowrank.training.mixed_rank import MixedRank as MixedRank
@@ -53,7 +53,7 @@ _HOMES = {
     "compress": "hf_lowrank.compression",
     "convert_storage_": "hf_lowrank.conversion",
     "decompress": "hf_lowrank.compression",
-    "evaluate": "hf_lowrank.tasks.evaluation",
+    "evaluate": "hf_lowrank.evaluation.evaluation",
     "make_report": "hf_lowrank.records.report",
     "FirstOrderPruningCallback": "hf_lowrank.training.pruning",
     "MixedRank": "hf_lowrank.training.mixed_rank",

@@ -18,6 +18,8 @@ from hf_lowrank.data.batches import fingerprint
 from hf_lowrank.data.calibration import described_text, make_calibration
 from hf_lowrank.data.rows import source_name
 from hf_lowrank.errors import InputError
+from hf_lowrank.evaluation import make_task
+from hf_lowrank.evaluation.base import Step, Task, metric_of
 from hf_lowrank.files.checkpoint import model_digest
 from hf_lowrank.files.scratch import temporary_folder
 from hf_lowrank.hosts.loading import find_tokenizer, load_dense
@@ -30,8 +32,6 @@ from hf_lowrank.records.report import make_report
 from hf_lowrank.records.wording import examples_in_words
 from hf_lowrank.remote_code.lowrank_model import LowRankMixin
 from hf_lowrank.settings import ComparisonOptions, CompressOptions
-from hf_lowrank.tasks import make_task
-from hf_lowrank.tasks.base import Step, Task, metric_of
 from hf_lowrank.version import __version__
 
 # The standard of 2024, which the data-aware methods here are measured against.
@@ -59,7 +59,7 @@ def compare(
 
     Args:
         dataset: What to score on, held out from the calibration; see `hf_lowrank.data.rows.load_rows`.
-        task: A name out of `hf_lowrank.tasks.TASKS`, or a task.
+        task: A name out of `hf_lowrank.evaluation.TASKS`, or a task.
         off_calibration: A text of another kind than the calibration text, to score on as well.
         calibration: As for `compress`.
         tokenizer: Of the model.

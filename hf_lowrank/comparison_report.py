@@ -25,7 +25,7 @@ class Cell:
         budget: Fraction of the replaced matrices' parameters that stay.
         target_bytes: Of those matrices, None for the dense model.
         scores: By text: the task's metrics and, for a compressed model, its agreement with the dense one; see
-            `hf_lowrank.tasks.base.Task.compare`.
+            `hf_lowrank.evaluation.base.Task.compare`.
         g: By text: `ln(perplexity / dense perplexity)`; empty for other tasks.
         relative_g: By text: `g` over that of the baseline at the same budget; empty without one.
         change: By text: of the metric from the dense model's.

@@ -12,9 +12,9 @@ from hf_lowrank import InputError, comparison, compress
 from hf_lowrank.cli import main
 from hf_lowrank.comparison import compare
 from hf_lowrank.comparison_report import Cell, related
+from hf_lowrank.evaluation import make_task
 from hf_lowrank.hosts.targets import find_matrices
 from hf_lowrank.statistics import evidence
-from hf_lowrank.tasks import make_task
 
 TEXTS = [" ".join(LETTERS[number:]) for number in range(20)]
 OTHER = [" ".join(reversed(text.split())) for text in TEXTS]

@@ -17,9 +17,9 @@ import hf_lowrank
 from hf_lowrank import hub
 from hf_lowrank.cli import main
 from hf_lowrank.cli import verify as verify_command
+from hf_lowrank.evaluation import TASKS
 from hf_lowrank.planning.allocation import ALLOCATIONS
 from hf_lowrank.remote_code.lowrank_table import STRUCTURES
-from hf_lowrank.tasks import TASKS
 from hf_lowrank.verification import Verification
 
 ROOT = Path(__file__).resolve().parents[1]

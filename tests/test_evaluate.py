@@ -19,12 +19,12 @@ from hf_lowrank.cli import evaluate as command
 from hf_lowrank.cli.evaluate_arguments import add_evaluate
 from hf_lowrank.compression import compress
 from hf_lowrank.errors import InputError
+from hf_lowrank.evaluation import make_task
+from hf_lowrank.evaluation.evaluation import evaluate
+from hf_lowrank.evaluation.memory import peak_memory
 from hf_lowrank.hosts.loading import load_dense
 from hf_lowrank.recorded_evaluation import record_evaluation
 from hf_lowrank.saving import save_folder
-from hf_lowrank.tasks import make_task
-from hf_lowrank.tasks.evaluation import evaluate
-from hf_lowrank.tasks.memory import peak_memory
 
 TEXTS = [" ".join(LETTERS[number:]) for number in range(20)]
 

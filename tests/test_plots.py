@@ -12,8 +12,8 @@ from hf_lowrank import InputError
 from hf_lowrank.analysis import analyze
 from hf_lowrank.cli import main
 from hf_lowrank.comparison import compare
+from hf_lowrank.evaluation import make_task
 from hf_lowrank.plots import analysis_figure, comparison_figure, save_page
-from hf_lowrank.tasks import make_task
 
 PNG = b"\x89PNG\r\n\x1a\n"
 TEXTS = [" ".join(LETTERS[number:]) for number in range(20)]

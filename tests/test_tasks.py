@@ -16,11 +16,11 @@ from transformers.modeling_outputs import (
 
 from hf_lowrank.cli.arguments import build_parser
 from hf_lowrank.errors import InputError
+from hf_lowrank.evaluation import TASKS, make_task
+from hf_lowrank.evaluation.base import Agreement
+from hf_lowrank.evaluation.metrics import AnswerMetric, ClassificationMetric, CorrelationMetric, compute
+from hf_lowrank.evaluation.question_answering import Window, best_span
 from hf_lowrank.hosts.outputs import Said
-from hf_lowrank.tasks import TASKS, make_task
-from hf_lowrank.tasks.base import Agreement
-from hf_lowrank.tasks.metrics import AnswerMetric, ClassificationMetric, CorrelationMetric, compute
-from hf_lowrank.tasks.question_answering import Window, best_span
 
 ALPHABET = " ".join(LETTERS)
 LABELLED = [{"text": "a", "label": 1}]

@@ -5,8 +5,8 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from hf_lowrank.cli.commands import Commands, add_command
+from hf_lowrank.evaluation import TASKS
 from hf_lowrank.options import LARGEST_SEED, Options, add_flags, option
-from hf_lowrank.tasks import TASKS
 
 _EXAMPLES = """examples:
   hf-lowrank evaluate small-bert --dense my-bert --task masked-lm --dataset wiki.test.txt

@@ -15,11 +15,11 @@ from hf_lowrank.data.batches import make_batches, padded, require_known_tokens
 from hf_lowrank.data.calibration import is_causal, is_masked_lm, mask_tokens
 from hf_lowrank.data.rows import Row, drawn_places, holds_token_ids, load_rows, require_columns
 from hf_lowrank.errors import InputError
+from hf_lowrank.evaluation import make_task
+from hf_lowrank.evaluation.blocks import block_length_of
+from hf_lowrank.evaluation.question_answering import flat_questions
 from hf_lowrank.hosts.outputs import IGNORED_LABEL, Batch, kind_of_head
 from hf_lowrank.remote_code.configuration_lowrank import PREFIX
-from hf_lowrank.tasks import make_task
-from hf_lowrank.tasks.blocks import block_length_of
-from hf_lowrank.tasks.question_answering import flat_questions
 
 Features = list[dict[str, torch.Tensor]]
 

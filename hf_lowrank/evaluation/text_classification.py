@@ -11,10 +11,10 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICA
 from hf_lowrank.data.batches import require_padding
 from hf_lowrank.data.rows import Row, as_text, find_text_column, load_rows, require_columns
 from hf_lowrank.errors import InputError
+from hf_lowrank.evaluation.base import Score, Step, Task
+from hf_lowrank.evaluation.blocks import block_length_of
+from hf_lowrank.evaluation.metrics import ClassificationMetric, compute
 from hf_lowrank.hosts.outputs import kind_of_head
-from hf_lowrank.tasks.base import Score, Step, Task
-from hf_lowrank.tasks.blocks import block_length_of
-from hf_lowrank.tasks.metrics import ClassificationMetric, compute
 
 # The two texts of a row, where the columns are called so and none is named.
 _PAIRS = (

@@ -13,10 +13,10 @@ from transformers.models.auto.modeling_auto import (
 from hf_lowrank.data.batches import special_frame
 from hf_lowrank.data.rows import drawn_places, load_texts
 from hf_lowrank.errors import InputError
+from hf_lowrank.evaluation.base import Step, Task
+from hf_lowrank.evaluation.blocks import block_length_of, joined_ids
+from hf_lowrank.evaluation.perplexity import Perplexity, token_steps
 from hf_lowrank.hosts.outputs import IGNORED_LABEL
-from hf_lowrank.tasks.base import Step, Task
-from hf_lowrank.tasks.blocks import block_length_of, joined_ids
-from hf_lowrank.tasks.perplexity import Perplexity, token_steps
 
 _PRETRAINING = {name for name in MODEL_FOR_PRETRAINING_MAPPING_NAMES.values() if name.endswith("ForPreTraining")}
 # Of the chosen tokens, how many become the mask token and how many a random one.

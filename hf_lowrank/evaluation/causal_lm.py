@@ -9,10 +9,10 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from hf_lowrank.data.rows import drawn_places, load_texts
 from hf_lowrank.errors import InputError
+from hf_lowrank.evaluation.base import Step, Task
+from hf_lowrank.evaluation.blocks import block_length_of, joined_ids
+from hf_lowrank.evaluation.perplexity import Perplexity, token_steps
 from hf_lowrank.hosts.outputs import IGNORED_LABEL
-from hf_lowrank.tasks.base import Step, Task
-from hf_lowrank.tasks.blocks import block_length_of, joined_ids
-from hf_lowrank.tasks.perplexity import Perplexity, token_steps
 
 
 @dataclass(frozen=True)

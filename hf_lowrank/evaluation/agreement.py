@@ -7,8 +7,8 @@ from typing import Any, ClassVar
 import torch
 
 from hf_lowrank.data.batches import make_batches
-from hf_lowrank.tasks.base import Score, Step, Task
-from hf_lowrank.tasks.blocks import block_length_of
+from hf_lowrank.evaluation.base import Score, Step, Task
+from hf_lowrank.evaluation.blocks import block_length_of
 
 
 class _Nothing(Score):

@@ -9,10 +9,10 @@ import torch
 
 from hf_lowrank.data.rows import as_number
 from hf_lowrank.errors import InputError
+from hf_lowrank.evaluation.base import Score, Step
+from hf_lowrank.evaluation.metrics import CorrelationMetric, compute, rank_correlation
+from hf_lowrank.evaluation.text_classification import TextClassification
 from hf_lowrank.hosts.outputs import kind_of_head
-from hf_lowrank.tasks.base import Score, Step
-from hf_lowrank.tasks.metrics import CorrelationMetric, compute, rank_correlation
-from hf_lowrank.tasks.text_classification import TextClassification
 
 
 class Correlation(Score):

@@ -27,16 +27,16 @@ class TaskRow:
 _TEXT, _LABELLED = "a column of text", "text and a label"
 
 TASKS: dict[str, TaskRow] = {
-    "masked-lm": TaskRow("hf_lowrank.tasks.masked_lm", _TEXT, "fill-mask"),
-    "causal-lm": TaskRow("hf_lowrank.tasks.causal_lm", _TEXT, "text-generation"),
-    "text-classification": TaskRow("hf_lowrank.tasks.text_classification", _LABELLED, "text-classification"),
+    "masked-lm": TaskRow("hf_lowrank.evaluation.masked_lm", _TEXT, "fill-mask"),
+    "causal-lm": TaskRow("hf_lowrank.evaluation.causal_lm", _TEXT, "text-generation"),
+    "text-classification": TaskRow("hf_lowrank.evaluation.text_classification", _LABELLED, "text-classification"),
     # The Hub knows no regression.
-    "text-regression": TaskRow("hf_lowrank.tasks.text_regression", _LABELLED, "text-classification"),
+    "text-regression": TaskRow("hf_lowrank.evaluation.text_regression", _LABELLED, "text-classification"),
     "question-answering": TaskRow(
-        "hf_lowrank.tasks.question_answering", "rows or a file as in SQuAD", "question-answering"
+        "hf_lowrank.evaluation.question_answering", "rows or a file as in SQuAD", "question-answering"
     ),
-    "similarity": TaskRow("hf_lowrank.tasks.similarity", "two sentences and a score", "sentence-similarity"),
-    "agreement": TaskRow("hf_lowrank.tasks.agreement", _TEXT),
+    "similarity": TaskRow("hf_lowrank.evaluation.similarity", "two sentences and a score", "sentence-similarity"),
+    "agreement": TaskRow("hf_lowrank.evaluation.agreement", _TEXT),
 }
 
 

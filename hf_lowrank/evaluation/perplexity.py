@@ -6,8 +6,8 @@ from collections.abc import Sequence
 import torch
 from torch.nn import functional as F
 
+from hf_lowrank.evaluation.base import Score, Step
 from hf_lowrank.hosts.outputs import IGNORED_LABEL
-from hf_lowrank.tasks.base import Score, Step
 
 
 class Perplexity(Score):

@@ -8,9 +8,9 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from hf_lowrank.data.rows import as_number, as_text, load_rows, require_columns
-from hf_lowrank.tasks.base import Step, Task
-from hf_lowrank.tasks.blocks import block_length_of
-from hf_lowrank.tasks.text_regression import Correlation
+from hf_lowrank.evaluation.base import Step, Task
+from hf_lowrank.evaluation.blocks import block_length_of
+from hf_lowrank.evaluation.text_regression import Correlation
 
 # What the two sentences and the score are read by.
 _READERS: tuple[Callable[[Any, str], Any], ...] = (as_text, as_text, as_number)

@@ -9,6 +9,9 @@ from rich.table import Table
 from transformers import PreTrainedModel
 
 from hf_lowrank.errors import InputError
+from hf_lowrank.evaluation import make_task
+from hf_lowrank.evaluation.base import AGREEMENTS, Task, metric_of
+from hf_lowrank.evaluation.memory import peak_memory
 from hf_lowrank.hosts.latency import Latency, measure_latency, typical_length
 from hf_lowrank.hosts.loading import held_model
 from hf_lowrank.hosts.targets import is_tied
@@ -16,9 +19,6 @@ from hf_lowrank.progress import Progress, no_progress
 from hf_lowrank.records.machine import machine_name
 from hf_lowrank.records.wording import change_in_words, megabytes, milliseconds, verdict
 from hf_lowrank.remote_code.lowrank_structures import structure_name
-from hf_lowrank.tasks import make_task
-from hf_lowrank.tasks.base import AGREEMENTS, Task, metric_of
-from hf_lowrank.tasks.memory import peak_memory
 
 _SHAPE = (8, 128)
 _DENSE, _MODEL, _UNTIED = "dense", "model", "untied"
@@ -32,9 +32,9 @@ class Measurements:
 
     Args:
         scores: The task's metrics and the number of `examples`; for a model with a dense one beside it the agreement
-            with that, and `change_low` and `change_high`; see `hf_lowrank.tasks.base.Task.compare`.
+            with that, and `change_low` and `change_high`; see `hf_lowrank.evaluation.base.Task.compare`.
         size_bytes: Of all parameters in their own types.
-        peak_memory_bytes: See `hf_lowrank.tasks.memory`.
+        peak_memory_bytes: See `hf_lowrank.evaluation.memory`.
         latency: Of one forward pass.
     """
 
@@ -119,7 +119,7 @@ def evaluate(
     Args:
         model: Compressed or not, with the head the task needs.
         dataset: A file, a data set of the Hub, a `datasets.Dataset`, texts or rows; see `hf_lowrank.data.rows.load_rows`.
-        task: A name out of `hf_lowrank.tasks.TASKS`, or a task.
+        task: A name out of `hf_lowrank.evaluation.TASKS`, or a task.
         dense: What `model` was; agreement with it is measured too.
         tokenizer: Of both models.
         cost: Whether to measure latency and memory.

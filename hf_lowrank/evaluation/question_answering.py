@@ -10,9 +10,9 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_QUESTION_ANSWERING_
 from hf_lowrank.data.batches import require_padding
 from hf_lowrank.data.rows import Row, as_text, load_rows, require_columns
 from hf_lowrank.errors import InputError, one_line
-from hf_lowrank.tasks.base import Score, Step, Task
-from hf_lowrank.tasks.blocks import block_length_of
-from hf_lowrank.tasks.metrics import AnswerMetric, compute, word_overlaps
+from hf_lowrank.evaluation.base import Score, Step, Task
+from hf_lowrank.evaluation.blocks import block_length_of
+from hf_lowrank.evaluation.metrics import AnswerMetric, compute, word_overlaps
 
 
 @dataclass(frozen=True)
