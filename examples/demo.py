@@ -14,7 +14,7 @@ from transformers import AutoTokenizer
 from transformers.utils import logging
 
 from hf_lowrank.cli.tables import print_comparison, print_line, print_matrices, print_steps
-from hf_lowrank.compression import compress
+from hf_lowrank.compression.compress import compress
 from hf_lowrank.hosts.latency import mean_cosine
 from hf_lowrank.hosts.loading import load_dense
 from hf_lowrank.progress import progress_bar

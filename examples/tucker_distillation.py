@@ -35,7 +35,7 @@ from transformers import (
 
 from hf_lowrank import CardCallback, compress, make_report
 from hf_lowrank.cards.card import shown_precision
-from hf_lowrank.conversion import as_two_factors
+from hf_lowrank.compression.conversion import as_two_factors
 from hf_lowrank.data.rows import load_rows
 from hf_lowrank.evaluation import make_task
 from hf_lowrank.remote_code.lowrank_structures import named_shared_parts, named_structures

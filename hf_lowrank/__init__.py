@@ -23,9 +23,10 @@ if TYPE_CHECKING:
     from hf_lowrank.analysis import analyze as analyze
     from hf_lowrank.cards.callback import CardCallback as CardCallback
     from hf_lowrank.comparison import compare as compare
-    from hf_lowrank.compression import compress as compress
-    from hf_lowrank.compression import decompress as decompress
-    from hf_lowrank.conversion import convert_storage_ as convert_storage_
+    from hf_lowrank.compression.compress import compress as compress
+    from hf_lowrank.compression.compress import decompress as decompress
+    from hf_lowrank.compression.conversion import convert_storage_ as convert_storage_
+    from hf_lowrank.compression.vocabulary import reduce_vocabulary as reduce_vocabulary
     from hf_lowrank.evaluation.evaluation import evaluate as evaluate
     from hf_lowrank.hub import push_to_hub as push_to_hub
     from hf_lowrank.inspection import saved_report as saved_report
@@ -41,7 +42,6 @@ if TYPE_CHECKING:
     from hf_lowrank.training.rank_schedule import RankScheduleCallback as RankScheduleCallback
     from hf_lowrank.training.rank_schedule import StableRankPenaltyCallback as StableRankPenaltyCallback
     from hf_lowrank.training.recovery import recover as recover
-    from hf_lowrank.vocabulary import reduce_vocabulary as reduce_vocabulary
 
 # public name -> module that defines it; imported when first asked for
 _HOMES = {
@@ -50,9 +50,9 @@ _HOMES = {
     "DistillationTrainer": "hf_lowrank.training.distillation",
     "analyze": "hf_lowrank.analysis",
     "compare": "hf_lowrank.comparison",
-    "compress": "hf_lowrank.compression",
-    "convert_storage_": "hf_lowrank.conversion",
-    "decompress": "hf_lowrank.compression",
+    "compress": "hf_lowrank.compression.compress",
+    "convert_storage_": "hf_lowrank.compression.conversion",
+    "decompress": "hf_lowrank.compression.compress",
     "evaluate": "hf_lowrank.evaluation.evaluation",
     "make_report": "hf_lowrank.records.report",
     "FirstOrderPruningCallback": "hf_lowrank.training.pruning",
@@ -62,7 +62,7 @@ _HOMES = {
     "StableRankPenaltyCallback": "hf_lowrank.training.rank_schedule",
     "lpaf": "hf_lowrank.training.lpaf",
     "recover": "hf_lowrank.training.recovery",
-    "reduce_vocabulary": "hf_lowrank.vocabulary",
+    "reduce_vocabulary": "hf_lowrank.compression.vocabulary",
     "push_to_hub": "hf_lowrank.hub",
     "register_method": "hf_lowrank.methods.table",
     "record_evaluation": "hf_lowrank.recorded_evaluation",

@@ -17,11 +17,12 @@ from hf_lowrank.analysis_report import (
     PlannedModel,
     spectrum_of,
 )
+from hf_lowrank.compression.job import Job, prepare, settle_compression
+from hf_lowrank.compression.settings import ANALYZED
 from hf_lowrank.errors import InputError
 from hf_lowrank.hosts.gradients import with_gradients
 from hf_lowrank.hosts.multiply_adds import count_multiply_adds
 from hf_lowrank.hosts.targets import DenseMatrix, JointMatrix, Matrix, dense_weight, find_matrices
-from hf_lowrank.job import Job, prepare, settle_compression
 from hf_lowrank.methods.matrix.method import MatrixMethod
 from hf_lowrank.methods.matrix.svd import SVD, Truncations
 from hf_lowrank.planning.allocation import ALLOCATIONS
@@ -31,7 +32,6 @@ from hf_lowrank.records.report import CompressionReport, ModuleReport, make_repo
 from hf_lowrank.remote_code.configuration_lowrank import compressed_config_class
 from hf_lowrank.remote_code.lowrank_plan import Plan
 from hf_lowrank.remote_code.modeling_lowrank import compressed_model_class
-from hf_lowrank.settings import ANALYZED
 
 JOINT = "joint_low_rank"
 _KINDS = ("keep_targets", "keep_params")

@@ -13,7 +13,9 @@ from transformers import PreTrainedModel
 
 from hf_lowrank.comparison_record import append_line, read_lines
 from hf_lowrank.comparison_report import Cell, Comparison, related
-from hf_lowrank.compression import compress
+from hf_lowrank.compression.compress import compress
+from hf_lowrank.compression.job import Settings, settle_compression
+from hf_lowrank.compression.settings import ComparisonOptions, CompressOptions
 from hf_lowrank.data.batches import fingerprint
 from hf_lowrank.data.calibration import described_text, make_calibration
 from hf_lowrank.data.rows import source_name
@@ -24,14 +26,12 @@ from hf_lowrank.files.checkpoint import model_digest
 from hf_lowrank.files.scratch import temporary_folder
 from hf_lowrank.hosts.loading import find_tokenizer, load_dense
 from hf_lowrank.hosts.multiply_adds import count_multiply_adds
-from hf_lowrank.job import Settings, settle_compression
 from hf_lowrank.options import split
 from hf_lowrank.planning.sizes import parameter_bytes
 from hf_lowrank.progress import Progress, no_progress
 from hf_lowrank.records.report import make_report
 from hf_lowrank.records.wording import examples_in_words
 from hf_lowrank.remote_code.lowrank_model import LowRankMixin
-from hf_lowrank.settings import ComparisonOptions, CompressOptions
 from hf_lowrank.version import __version__
 
 # The standard of 2024, which the data-aware methods here are measured against.

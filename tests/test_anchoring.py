@@ -6,8 +6,9 @@ import pytest
 import torch
 from tiny_models import VOCABULARY, assert_same_function, build, inputs_for
 
-from hf_lowrank import InputError, anchoring, compress
-from hf_lowrank.anchoring import anchor_
+from hf_lowrank import InputError, compress
+from hf_lowrank.compression import anchoring
+from hf_lowrank.compression.anchoring import anchor_
 from hf_lowrank.data.calibration import Calibration
 from hf_lowrank.hosts.blocks import Walk, calls_in_order, find_blocks, hidden_states, recorded_outputs
 from hf_lowrank.hosts.outputs import mean_distance, run

@@ -7,7 +7,7 @@ import torch
 from tiny_models import VOCABULARY, build
 
 from hf_lowrank import InputError, compress
-from hf_lowrank.block_refinement import refine_blocks_
+from hf_lowrank.compression.block_refinement import refine_blocks_
 from hf_lowrank.data.calibration import Calibration
 from hf_lowrank.hosts.blocks import block_name, find_blocks
 from hf_lowrank.hosts.outputs import mean_distance

@@ -11,6 +11,7 @@ from every_method import SOLVERS
 from tiny_models import VOCABULARY, assert_same_function, build, inputs_for
 
 from hf_lowrank import InputError, compress, make_report
+from hf_lowrank.compression.refinement import refine_
 from hf_lowrank.data.calibration import Text, make_calibration
 from hf_lowrank.files.checkpoint import Checkpoint
 from hf_lowrank.hosts.blocks import find_blocks, recorded_outputs, replayed_outputs
@@ -20,7 +21,6 @@ from hf_lowrank.methods.matrix.decompositions import Decompositions
 from hf_lowrank.methods.matrix.svd import Decomposition
 from hf_lowrank.planning.probes import Probe
 from hf_lowrank.planning.sizes import overhead_bytes, parameter_bytes
-from hf_lowrank.refinement import refine_
 from hf_lowrank.statistics import evidence
 from hf_lowrank.statistics.moments import MatrixStatistics
 

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokeniz
 
 from hf_lowrank.cli import evaluate as command
 from hf_lowrank.cli.evaluate_arguments import add_evaluate
-from hf_lowrank.compression import compress
+from hf_lowrank.compression.compress import compress
 from hf_lowrank.errors import InputError
 from hf_lowrank.evaluation import make_task
 from hf_lowrank.evaluation.evaluation import evaluate

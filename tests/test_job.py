@@ -151,7 +151,7 @@ def test_a_model_that_another_holds_is_left_as_it_is():
     ids=str,
 )
 def test_a_wrong_option_is_one_line_before_any_work(options, message, monkeypatch):
-    monkeypatch.setattr("hf_lowrank.job.find_tokenizer", lambda model: pytest.fail("began to work"))
+    monkeypatch.setattr("hf_lowrank.compression.job.find_tokenizer", lambda model: pytest.fail("began to work"))
 
     with pytest.raises(InputError, match=message):
         compress(build("BertModel"), keep_targets=0.5, calibration=text(), **options)

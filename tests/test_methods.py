@@ -12,6 +12,7 @@ from tiny_models import build, inputs_for, outputs
 
 from hf_lowrank import InputError, cli, compress, make_report, register_method
 from hf_lowrank.cards.card import make_card
+from hf_lowrank.compression.settings import ALLOCATION_NAMES, EMBEDDING_OBJECTIVES, GROUP_NAMES, CompressOptions
 from hf_lowrank.methods.matrix.method import MatrixMethod
 from hf_lowrank.methods.matrix.svd import SVD, decompose
 from hf_lowrank.methods.metric import DiagonalMetric, identity
@@ -21,7 +22,6 @@ from hf_lowrank.methods.tables.token_tables import OBJECTIVES
 from hf_lowrank.options import option
 from hf_lowrank.planning.allocation import ALLOCATIONS
 from hf_lowrank.planning.budgets import KINDS as BUDGETS
-from hf_lowrank.settings import ALLOCATION_NAMES, EMBEDDING_OBJECTIVES, GROUP_NAMES, CompressOptions
 from hf_lowrank.statistics.collection import KINDS
 from hf_lowrank.training.recovery import default_learning_rate
 
@@ -70,7 +70,7 @@ def test_what_can_be_chosen_is_what_there_is():
 
 
 def test_the_table_and_the_options_are_there_without_torch():
-    code = "import sys, hf_lowrank.settings as s; print(len(list(s.METHOD_NAMES)), 'torch' in sys.modules)"
+    code = "import sys, hf_lowrank.compression.settings as s; print(len(list(s.METHOD_NAMES)), 'torch' in sys.modules)"
 
     said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
 

@@ -7,7 +7,7 @@ import torch
 from tiny_models import build
 
 from hf_lowrank import InputError, compress, decompress
-from hf_lowrank.conversion import as_two_factors, convert_storage_
+from hf_lowrank.compression.conversion import as_two_factors, convert_storage_
 from hf_lowrank.methods.encoding import DECODERS, ENCODERS, sizes_beside_rank
 from hf_lowrank.methods.factors import Factors
 from hf_lowrank.remote_code.lowrank_pivoted import PivotedLinear

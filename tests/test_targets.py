@@ -6,10 +6,10 @@ import transformers
 from tiny_models import build
 
 from hf_lowrank import InputError, compress, decompress, make_report
+from hf_lowrank.compression.settings import CompressOptions
 from hf_lowrank.hosts import targets
 from hf_lowrank.hosts.targets import find_matrices, matching, select_matrices
 from hf_lowrank.remote_code.lowrank_structures import named_structures
-from hf_lowrank.settings import CompressOptions
 
 
 @pytest.fixture(scope="module")

@@ -8,9 +8,9 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from hf_lowrank import compress
 from hf_lowrank.cli import main
+from hf_lowrank.compression.vocabulary import reduce_vocabulary
 from hf_lowrank.errors import InputError
 from hf_lowrank.saving import load_compressed, save_folder
-from hf_lowrank.vocabulary import reduce_vocabulary
 
 KEPT = ["a bad cab", "dab a bead", "fed a cafe"]
 TRAINING = [*KEPT, "face the bed", "the dead deaf geek", "high hedge beach", "I hid a bag"] * 3

@@ -11,10 +11,10 @@ from rich.table import Table
 from hf_lowrank.analysis import analyze
 from hf_lowrank.analysis_report import Grid
 from hf_lowrank.cli import tables
+from hf_lowrank.compression.settings import CompressOptions
 from hf_lowrank.extras import load_part
 from hf_lowrank.options import given
 from hf_lowrank.progress import progress_bar
-from hf_lowrank.settings import CompressOptions
 
 _LOSSES = {
     "predicted damage": "change of the output, KL in nats or 1 - cosine, from one short run a matrix",

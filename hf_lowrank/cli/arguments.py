@@ -7,9 +7,9 @@ from hf_lowrank.cli.evaluate_arguments import add_evaluate
 from hf_lowrank.cli.sharing_arguments import add_sharing_commands
 from hf_lowrank.cli.study_arguments import add_calibration, add_study_commands
 from hf_lowrank.cli.training_arguments import add_training_commands
+from hf_lowrank.compression.settings import CompressOptions
 from hf_lowrank.methods.table import METHOD_NAMES, METHODS
 from hf_lowrank.options import add_flags, names_of_flags
-from hf_lowrank.settings import CompressOptions
 from hf_lowrank.version import __version__
 
 _EXAMPLES = """examples:

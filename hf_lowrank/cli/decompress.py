@@ -3,7 +3,7 @@
 import argparse
 
 from hf_lowrank.cli import tables
-from hf_lowrank.compression import decompress
+from hf_lowrank.compression.compress import decompress
 from hf_lowrank.saving import check_output, load_compressed, save_folder
 
 

@@ -5,8 +5,8 @@ from typing import Any
 
 from hf_lowrank.cli.commands import Commands, Parser, add_command
 from hf_lowrank.cli.evaluate_arguments import add_task
+from hf_lowrank.compression.settings import ANALYZED, COMPARED, ComparisonOptions, CompressOptions
 from hf_lowrank.options import add_flags
-from hf_lowrank.settings import ANALYZED, COMPARED, ComparisonOptions, CompressOptions
 
 _ANALYZE_EXAMPLES = """examples:
   hf-lowrank analyze my-bert --method svd                      looks at no text: seconds

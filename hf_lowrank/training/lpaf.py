@@ -7,13 +7,13 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from hf_lowrank.compression import compress
+from hf_lowrank.compression.compress import compress
+from hf_lowrank.compression.job import settle_compression
+from hf_lowrank.compression.settings import CompressOptions
 from hf_lowrank.errors import InputError
 from hf_lowrank.hosts.gradients import with_gradients
 from hf_lowrank.hosts.loading import find_tokenizer, load_dense
-from hf_lowrank.job import settle_compression
 from hf_lowrank.options import settle_parts
-from hf_lowrank.settings import CompressOptions
 from hf_lowrank.training.features import has_labels
 from hf_lowrank.training.lessons import Lesson, claim_, make_lesson, train_in, work_folder
 from hf_lowrank.training.mixed_rank import MixedRankCallback

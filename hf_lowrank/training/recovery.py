@@ -8,7 +8,7 @@ from typing import Any
 
 from transformers import PreTrainedModel, TrainingArguments
 
-from hf_lowrank.conversion import as_two_factors
+from hf_lowrank.compression.conversion import as_two_factors
 from hf_lowrank.data.calibration import is_causal
 from hf_lowrank.errors import InputError
 from hf_lowrank.hosts.gradients import with_gradients

@@ -6,12 +6,12 @@ import torch
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
+from hf_lowrank.compression.refinement import Refinement, Training
 from hf_lowrank.data.calibration import Calibration
 from hf_lowrank.files.checkpoint import NOT_KEPT, Checkpoint
 from hf_lowrank.hosts.blocks import Walk, block_name, calls_in_order, frozen, hidden_states
 from hf_lowrank.hosts.outputs import mean_distance, real_tokens
 from hf_lowrank.progress import Progress, no_progress
-from hf_lowrank.refinement import Refinement, Training
 from hf_lowrank.remote_code.lowrank_structures import named_structures
 
 

@@ -12,17 +12,17 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from hf_lowrank.anchoring import anchor_
-from hf_lowrank.block_refinement import refine_blocks_
-from hf_lowrank.conversion import convert_storage_
-from hf_lowrank.filling import relative_error, replace_matrices_
+from hf_lowrank.compression.anchoring import anchor_
+from hf_lowrank.compression.block_refinement import refine_blocks_
+from hf_lowrank.compression.conversion import convert_storage_
+from hf_lowrank.compression.filling import relative_error, replace_matrices_
+from hf_lowrank.compression.job import Job, prepare, settle_compression
+from hf_lowrank.compression.refinement import refine_
 from hf_lowrank.hosts.gradients import with_gradients
 from hf_lowrank.hosts.loading import held_compressed_model
 from hf_lowrank.hosts.targets import Matrix
-from hf_lowrank.job import Job, prepare, settle_compression
 from hf_lowrank.methods.encoding import DECODERS
 from hf_lowrank.progress import Progress, no_progress
-from hf_lowrank.refinement import refine_
 from hf_lowrank.remote_code.configuration_lowrank import compressed_config_class, dense_config_class
 from hf_lowrank.remote_code.lowrank_plan import Plan
 from hf_lowrank.remote_code.lowrank_structures import (

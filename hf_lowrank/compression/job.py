@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from hf_lowrank.compression.settings import CompressOptions
 from hf_lowrank.data.calibration import Text
 from hf_lowrank.errors import InputError
 from hf_lowrank.files.redaction import without_tokens_inside
@@ -24,7 +25,6 @@ from hf_lowrank.progress import Progress, no_progress
 from hf_lowrank.records.machine import usable_device, versions
 from hf_lowrank.records.origin import find_origin
 from hf_lowrank.remote_code.lowrank_plan import Plan
-from hf_lowrank.settings import CompressOptions
 from hf_lowrank.statistics.evidence import Evidence
 from hf_lowrank.version import __version__
 

@@ -1,0 +1,1 @@
+"""From a dense model to a compressed one and back."""
