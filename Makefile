@@ -42,7 +42,7 @@ style: $(VENV)/.dev-installed  ## format and fix in place
 	@$(BIN)/ruff format .
 
 docs: $(VENV)/.dev-installed  ## write the API reference, the plot and the digests of the shipped code
-	@$(BIN)/python -m hf_lowrank.shipped_code
+	@$(BIN)/python -m hf_lowrank.sharing.shipped_code
 	@$(BIN)/python docs/make_reference.py
 	@$(BIN)/python docs/make_plots.py
 

@@ -20,8 +20,8 @@ from hf_lowrank.hosts.loading import load_dense
 from hf_lowrank.progress import progress_bar
 from hf_lowrank.records.report import compare_latency, make_report
 from hf_lowrank.records.wording import megabytes
-from hf_lowrank.saving import save_folder
-from hf_lowrank.verification import verify
+from hf_lowrank.sharing.saving import save_folder
+from hf_lowrank.sharing.verification import verify
 
 OUT = Path("build/demo")
 # Below this cosine, neighbours in a search are no longer the same ones.

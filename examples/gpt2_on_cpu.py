@@ -24,7 +24,7 @@ from hf_lowrank.evaluation import make_task
 from hf_lowrank.hosts.loading import load_dense
 from hf_lowrank.progress import progress_bar
 from hf_lowrank.records.wording import megabytes
-from hf_lowrank.saving import save_folder
+from hf_lowrank.sharing.saving import save_folder
 
 _ROUNDS = 5
 _READ = (4, 128)

@@ -15,8 +15,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from hf_lowrank.cards.card import KEPT_LINE
-from hf_lowrank.record import CARD_FILE, has_own_card
+from hf_lowrank.sharing.cards.card import KEPT_LINE
+from hf_lowrank.sharing.record import CARD_FILE, has_own_card
 
 Numbers = Mapping[str, float]
 Rows = dict[tuple[float, str], dict[str, dict[int, Numbers]]]  # kept, what -> task -> seed

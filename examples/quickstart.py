@@ -17,8 +17,8 @@ from hf_lowrank.cli.tables import print_comparison
 from hf_lowrank.hosts.loading import load_dense
 from hf_lowrank.progress import progress_bar
 from hf_lowrank.records.report import compare_latency, make_report
-from hf_lowrank.saving import save_folder
-from hf_lowrank.verification import verify
+from hf_lowrank.sharing.saving import save_folder
+from hf_lowrank.sharing.verification import verify
 
 
 def main() -> int:

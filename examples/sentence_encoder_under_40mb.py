@@ -19,8 +19,8 @@ from transformers import AutoModel, AutoTokenizer, BertConfig, BertModel
 from hf_lowrank import compress, make_report
 from hf_lowrank.evaluation import make_task
 from hf_lowrank.progress import progress_bar
-from hf_lowrank.record import record_bytes
-from hf_lowrank.saving import save_folder, side_file_bytes
+from hf_lowrank.sharing.record import record_bytes
+from hf_lowrank.sharing.saving import save_folder, side_file_bytes
 
 LIMIT = 40_000_000
 

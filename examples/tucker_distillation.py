@@ -34,11 +34,11 @@ from transformers import (
 )
 
 from hf_lowrank import CardCallback, compress, make_report
-from hf_lowrank.cards.card import shown_precision
 from hf_lowrank.compression.conversion import as_two_factors
 from hf_lowrank.data.rows import load_rows
 from hf_lowrank.evaluation import make_task
 from hf_lowrank.remote_code.lowrank_structures import named_shared_parts, named_structures
+from hf_lowrank.sharing.cards.card import shown_precision
 from hf_lowrank.training.distillation import DistillationTrainer, repeated_blocks
 from hf_lowrank.training.preparation import prepared
 

@@ -21,19 +21,19 @@ from hf_lowrank.version import __version__ as __version__
 
 if TYPE_CHECKING:
     from hf_lowrank.analysis import analyze as analyze
-    from hf_lowrank.cards.callback import CardCallback as CardCallback
     from hf_lowrank.comparison import compare as compare
     from hf_lowrank.compression.compress import compress as compress
     from hf_lowrank.compression.compress import decompress as decompress
     from hf_lowrank.compression.conversion import convert_storage_ as convert_storage_
     from hf_lowrank.compression.vocabulary import reduce_vocabulary as reduce_vocabulary
     from hf_lowrank.evaluation.evaluation import evaluate as evaluate
-    from hf_lowrank.hub import push_to_hub as push_to_hub
-    from hf_lowrank.inspection import saved_report as saved_report
     from hf_lowrank.methods.table import register_method as register_method
-    from hf_lowrank.recorded_evaluation import record_evaluation as record_evaluation
     from hf_lowrank.records.report import make_report as make_report
     from hf_lowrank.remote_code.lowrank_plan import PlanError as PlanError
+    from hf_lowrank.sharing.cards.callback import CardCallback as CardCallback
+    from hf_lowrank.sharing.hub import push_to_hub as push_to_hub
+    from hf_lowrank.sharing.inspection import saved_report as saved_report
+    from hf_lowrank.sharing.recorded_evaluation import record_evaluation as record_evaluation
     from hf_lowrank.training.distillation import DistillationTrainer as DistillationTrainer
     from hf_lowrank.training.lpaf import lpaf as lpaf
     from hf_lowrank.training.mixed_rank import MixedRank as MixedRank
@@ -45,7 +45,7 @@ if TYPE_CHECKING:
 
 # public name -> module that defines it; imported when first asked for
 _HOMES = {
-    "CardCallback": "hf_lowrank.cards.callback",
+    "CardCallback": "hf_lowrank.sharing.cards.callback",
     "PlanError": "hf_lowrank.remote_code.lowrank_plan",
     "DistillationTrainer": "hf_lowrank.training.distillation",
     "analyze": "hf_lowrank.analysis",
@@ -63,10 +63,10 @@ _HOMES = {
     "lpaf": "hf_lowrank.training.lpaf",
     "recover": "hf_lowrank.training.recovery",
     "reduce_vocabulary": "hf_lowrank.compression.vocabulary",
-    "push_to_hub": "hf_lowrank.hub",
+    "push_to_hub": "hf_lowrank.sharing.hub",
     "register_method": "hf_lowrank.methods.table",
-    "record_evaluation": "hf_lowrank.recorded_evaluation",
-    "saved_report": "hf_lowrank.inspection",
+    "record_evaluation": "hf_lowrank.sharing.recorded_evaluation",
+    "saved_report": "hf_lowrank.sharing.inspection",
 }
 
 __all__ = ["InputError", "__version__", *_HOMES]

@@ -89,7 +89,7 @@ def _push_to_hub(self: Any, repo_id: str, **options: Any) -> Any:
     Returns:
         The commit.
     """
-    return importlib.import_module("hf_lowrank.hub").push_model(self, repo_id, **options)
+    return importlib.import_module("hf_lowrank.sharing.hub").push_model(self, repo_id, **options)
 
 
 # `import hf_lowrank` must not import torch, and registering needs it: so each step waits for the module it registers

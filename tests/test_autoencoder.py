@@ -19,7 +19,7 @@ from hf_lowrank.records.report import make_report
 from hf_lowrank.remote_code.lowrank_autoencoder import AutoencoderEmbedding
 from hf_lowrank.remote_code.lowrank_banded import BandedAutoencoder, bands_of, sizes_of_bands
 from hf_lowrank.remote_code.lowrank_materialize import Materializing, set_materialize_
-from hf_lowrank.saving import load_compressed
+from hf_lowrank.sharing.saving import load_compressed
 from hf_lowrank.statistics.token_counts import count_tokens
 
 V, D = 300, 24

@@ -25,8 +25,8 @@ from hf_lowrank.remote_code.lowrank_autoencoder_linear import ROWS, LinearDecode
 from hf_lowrank.remote_code.lowrank_materialize import MODES, set_materialize_
 from hf_lowrank.remote_code.lowrank_plan import PlanError
 from hf_lowrank.remote_code.lowrank_structures import build_shared_part, build_structure
+from hf_lowrank.sharing.verification import verify
 from hf_lowrank.statistics.evidence import Evidence
-from hf_lowrank.verification import verify
 
 NAMES = {"autoencoder": "linear_decoder", "nonlinear_autoencoder": "nonlinear_decoder"}
 each_name = pytest.mark.parametrize("name", NAMES)

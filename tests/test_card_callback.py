@@ -8,9 +8,9 @@ from tiny_models import VOCABULARY, build
 from transformers import Trainer, TrainingArguments
 
 from hf_lowrank import CardCallback, InputError, compress, saved_report
-from hf_lowrank.record import write_record
 from hf_lowrank.records.report import make_report
-from hf_lowrank.saving import load_compressed, save_folder
+from hf_lowrank.sharing.record import write_record
+from hf_lowrank.sharing.saving import load_compressed, save_folder
 
 
 class Rows(torch.utils.data.Dataset):

@@ -14,19 +14,19 @@ from tiny_tokenizers import encoder_tokenizer
 
 import hf_lowrank
 from hf_lowrank import InputError, compress, evaluate, record_evaluation, saved_report
-from hf_lowrank.cards.card import KEPT_LINE, REPORT_FILE, make_card, shown_command
-from hf_lowrank.cards.metadata import RESULTS_FILE, results_file
-from hf_lowrank.cards.pictures import rank_picture
 from hf_lowrank.cli import main
 from hf_lowrank.hosts.latency import Latency
 from hf_lowrank.hosts.loading import load_dense
 from hf_lowrank.methods import papers
 from hf_lowrank.methods.table import paper_of
-from hf_lowrank.record import read_record, record_bytes, write_record
 from hf_lowrank.records.machine import machine_name
 from hf_lowrank.records.origin import Origin, find_origin
 from hf_lowrank.records.report import CompressionReport, LatencyReport, ModuleReport, QualityReport, make_report
-from hf_lowrank.saving import load_compressed, save_folder
+from hf_lowrank.sharing.cards.card import KEPT_LINE, REPORT_FILE, make_card, shown_command
+from hf_lowrank.sharing.cards.metadata import RESULTS_FILE, results_file
+from hf_lowrank.sharing.cards.pictures import rank_picture
+from hf_lowrank.sharing.record import read_record, record_bytes, write_record
+from hf_lowrank.sharing.saving import load_compressed, save_folder
 
 CARD = "---\nlicense: mit\nlanguage: [en, de]\npipeline_tag: fill-mask\n---\n# dense\n"
 LATENCY = LatencyReport(8, 20, "a machine", Latency(0.02, 0.01, 0.03, 1.0), Latency(0.01, 0.01, 0.02, 2.0))

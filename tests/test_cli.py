@@ -18,7 +18,7 @@ from hf_lowrank.hosts.latency import Latency
 from hf_lowrank.methods.table import METHODS
 from hf_lowrank.records.report import make_report
 from hf_lowrank.records.wording import speed_in_words
-from hf_lowrank.saving import load_compressed
+from hf_lowrank.sharing.saving import load_compressed
 
 # The method that looks at no text is the fastest.
 BUDGET = ["--keep-params", "0.6", "--method", "svd"]

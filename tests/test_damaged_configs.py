@@ -9,7 +9,7 @@ from tiny_models import build
 from transformers import AutoModelForMaskedLM
 
 from hf_lowrank import InputError, PlanError, compress
-from hf_lowrank.saving import load_compressed
+from hf_lowrank.sharing.saving import load_compressed
 
 
 def nested(depth):

@@ -14,13 +14,13 @@ from markdown_it import MarkdownIt
 from tiny_files import write_data, write_models
 
 import hf_lowrank
-from hf_lowrank import hub
 from hf_lowrank.cli import main
 from hf_lowrank.cli import verify as verify_command
 from hf_lowrank.evaluation import TASKS
 from hf_lowrank.planning.allocation import ALLOCATIONS
 from hf_lowrank.remote_code.lowrank_table import STRUCTURES
-from hf_lowrank.verification import Verification
+from hf_lowrank.sharing import hub
+from hf_lowrank.sharing.verification import Verification
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]

@@ -23,8 +23,8 @@ from hf_lowrank.evaluation import make_task
 from hf_lowrank.evaluation.evaluation import evaluate
 from hf_lowrank.evaluation.memory import peak_memory
 from hf_lowrank.hosts.loading import load_dense
-from hf_lowrank.recorded_evaluation import record_evaluation
-from hf_lowrank.saving import save_folder
+from hf_lowrank.sharing.recorded_evaluation import record_evaluation
+from hf_lowrank.sharing.saving import save_folder
 
 TEXTS = [" ".join(LETTERS[number:]) for number in range(20)]
 

@@ -9,7 +9,7 @@ import pytest
 from tiny_models import build
 
 from hf_lowrank import compress
-from hf_lowrank.saving import save_folder
+from hf_lowrank.sharing.saving import save_folder
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 # More of what it starts a process each for would be more of the same.

@@ -11,15 +11,16 @@ from test_scratch import full_disk
 from tiny_models import build
 from tiny_tokenizers import encoder_tokenizer
 
-from hf_lowrank import InputError, compress, shipped_code
-from hf_lowrank.cards.usage import snippet
+from hf_lowrank import InputError, compress
 from hf_lowrank.cli import main
 from hf_lowrank.errors import Note
 from hf_lowrank.files.redaction import config_without_tokens
 from hf_lowrank.hosts.folder_contents import links_out, side_files_of, weight_files
-from hf_lowrank.inspection import saved_report
-from hf_lowrank.saving import folder_files, load_compressed, save_folder
-from hf_lowrank.verification import verify
+from hf_lowrank.sharing import shipped_code
+from hf_lowrank.sharing.cards.usage import snippet
+from hf_lowrank.sharing.inspection import saved_report
+from hf_lowrank.sharing.saving import folder_files, load_compressed, save_folder
+from hf_lowrank.sharing.verification import verify
 
 
 @pytest.fixture(scope="module")

@@ -25,8 +25,9 @@ from fuzzing import (
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 
-from hf_lowrank import cli, doctor, verification
+from hf_lowrank import cli, doctor
 from hf_lowrank.cli.arguments import build_parser
+from hf_lowrank.sharing import verification
 
 # command -> cases, the fewer the longer one takes
 CASES = {

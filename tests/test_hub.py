@@ -9,10 +9,11 @@ from hub_server import HubServer, Refused
 from tiny_models import build
 from tiny_tokenizers import encoder_tokenizer
 
-from hf_lowrank import InputError, compress, hub, push_to_hub
+from hf_lowrank import InputError, compress, push_to_hub
 from hf_lowrank.cli import main
-from hf_lowrank.saving import save_folder
-from hf_lowrank.verification import Verification
+from hf_lowrank.sharing import hub
+from hf_lowrank.sharing.saving import save_folder
+from hf_lowrank.sharing.verification import Verification
 
 # The client's own way to call its transport.
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=<...>':DeprecationWarning")

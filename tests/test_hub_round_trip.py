@@ -13,10 +13,11 @@ from tiny_tokenizers import decoder_tokenizer, encoder_tokenizer
 from transformers import GenerationConfig
 
 import hf_lowrank
-from hf_lowrank import compress, hub, push_to_hub
+from hf_lowrank import compress, push_to_hub
 from hf_lowrank.remote_code.lowrank_table import STRUCTURES
-from hf_lowrank.saving import save_folder
-from hf_lowrank.verification import Verification
+from hf_lowrank.sharing import hub
+from hf_lowrank.sharing.saving import save_folder
+from hf_lowrank.sharing.verification import Verification
 
 # The client's own way to call its transport.
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=<...>':DeprecationWarning")

@@ -17,11 +17,12 @@ import torch
 from hub_server import HubServer
 from tiny_files import write_data, write_models
 
-from hf_lowrank import compress, hub
+from hf_lowrank import compress
 from hf_lowrank.cli import card, evaluate, main, push, recover
 from hf_lowrank.cli import compress as compress_command
-from hf_lowrank.saving import load_compressed, save_folder
-from hf_lowrank.verification import Verification
+from hf_lowrank.sharing import hub
+from hf_lowrank.sharing.saving import load_compressed, save_folder
+from hf_lowrank.sharing.verification import Verification
 
 IMPORTED = (card, compress_command, evaluate, push, recover)
 KILLS = 4  # of each command

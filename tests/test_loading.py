@@ -16,8 +16,8 @@ from transformers import AutoModelForSequenceClassification, BertForSequenceClas
 from hf_lowrank import InputError, analyze, compare, compress, decompress, evaluate, lpaf, recover, saved_report
 from hf_lowrank.cli import main
 from hf_lowrank.hosts.loading import load_dense
-from hf_lowrank.saving import load_compressed
-from hf_lowrank.verification import verify
+from hf_lowrank.sharing.saving import load_compressed
+from hf_lowrank.sharing.verification import verify
 
 # peft asks models of transformers for an attribute of theirs that is deprecated.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")

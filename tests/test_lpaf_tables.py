@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from hf_lowrank.cards.card import KEPT_LINE
+from hf_lowrank.sharing.cards.card import KEPT_LINE
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 

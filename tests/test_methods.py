@@ -11,7 +11,6 @@ import torch
 from tiny_models import build, inputs_for, outputs
 
 from hf_lowrank import InputError, cli, compress, make_report, register_method
-from hf_lowrank.cards.card import make_card
 from hf_lowrank.compression.settings import ALLOCATION_NAMES, EMBEDDING_OBJECTIVES, GROUP_NAMES, CompressOptions
 from hf_lowrank.methods.matrix.method import MatrixMethod
 from hf_lowrank.methods.matrix.svd import SVD, decompose
@@ -22,6 +21,7 @@ from hf_lowrank.methods.tables.token_tables import OBJECTIVES
 from hf_lowrank.options import option
 from hf_lowrank.planning.allocation import ALLOCATIONS
 from hf_lowrank.planning.budgets import KINDS as BUDGETS
+from hf_lowrank.sharing.cards.card import make_card
 from hf_lowrank.statistics.collection import KINDS
 from hf_lowrank.training.recovery import default_learning_rate
 

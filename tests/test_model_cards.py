@@ -8,9 +8,9 @@ import pytest
 from every_method import SOLVERS, TENSOR_METHODS
 from huggingface_hub import ModelCard
 
-from hf_lowrank.cards.card import KEPT_LINE, REPORT_FILE
-from hf_lowrank.record import card_text
 from hf_lowrank.records.report import CompressionReport
+from hf_lowrank.sharing.cards.card import KEPT_LINE, REPORT_FILE
+from hf_lowrank.sharing.record import card_text
 
 FOLDER = Path(__file__).resolve().parents[1] / "model_cards"
 CARDS = sorted(path.parent for path in FOLDER.glob(f"*/{REPORT_FILE}"))

@@ -17,7 +17,7 @@ from hf_lowrank.planning.sizes import overhead_bytes, parameter_bytes
 from hf_lowrank.records.report import make_report
 from hf_lowrank.remote_code.lowrank_materialize import set_materialize_
 from hf_lowrank.remote_code.lowrank_nonlinear_table import NonlinearAutoencoderEmbedding
-from hf_lowrank.saving import load_compressed
+from hf_lowrank.sharing.saving import load_compressed
 
 V, D = 200, 16
 HEADS = ["BertForMaskedLM", "GPT2LMHeadModel"]

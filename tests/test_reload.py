@@ -19,7 +19,7 @@ import hf_lowrank
 from hf_lowrank import PlanError, compress, decompress
 from hf_lowrank.architectures import FAMILIES
 from hf_lowrank.remote_code.lowrank_structures import named_shared_parts, named_structures
-from hf_lowrank.verification import verify
+from hf_lowrank.sharing.verification import verify
 
 
 def prefix_of(head):

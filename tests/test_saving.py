@@ -5,9 +5,10 @@ import json
 import pytest
 from transformers import BertConfig, BertModel
 
-from hf_lowrank import InputError, compress, saving
-from hf_lowrank.cards.card import KEPT_LINE
-from hf_lowrank.saving import check_output, load_compressed, save_folder, side_file_bytes, side_files
+from hf_lowrank import InputError, compress
+from hf_lowrank.sharing import saving
+from hf_lowrank.sharing.cards.card import KEPT_LINE
+from hf_lowrank.sharing.saving import check_output, load_compressed, save_folder, side_file_bytes, side_files
 
 CONFIG = BertConfig(
     hidden_size=32,

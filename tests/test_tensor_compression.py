@@ -24,8 +24,8 @@ from hf_lowrank.planning.budgets import Budget
 from hf_lowrank.planning.sizes import overhead_bytes, parameter_bytes
 from hf_lowrank.remote_code.configuration_lowrank import compressed_config_class
 from hf_lowrank.remote_code.modeling_lowrank import compressed_model_class
+from hf_lowrank.sharing.verification import verify
 from hf_lowrank.statistics.evidence import Evidence
-from hf_lowrank.verification import verify
 
 HEADS = ["BertForMaskedLM", "GPT2LMHeadModel", "DistilBertForMaskedLM", "LlamaForCausalLM"]
 FREE = [name for name, method in TENSOR_METHODS.items() if method.ranks is None]

@@ -10,7 +10,7 @@ import torch
 
 from hf_lowrank import InputError, compress, lpaf, make_report
 from hf_lowrank.cli import main
-from hf_lowrank.saving import load_compressed
+from hf_lowrank.sharing.saving import load_compressed
 
 WORDS = ["a", "b", "c", "d", "e", "f", "g", "h", "i", "j", "k", "l", "m", "n", "o", "p"]
 ROWS = [{"text": " ".join(WORDS[(i + k) % 16] for k in range(6)), "label": i % 2} for i in range(32)]

@@ -15,7 +15,7 @@ from transformers import Trainer
 from hf_lowrank import InputError, compress
 from hf_lowrank.hosts.targets import find_matrices
 from hf_lowrank.remote_code.lowrank_structures import named_structures
-from hf_lowrank.saving import load_compressed
+from hf_lowrank.sharing.saving import load_compressed
 from hf_lowrank.training.mixed_rank import MixedRank, MixedRankCallback
 from hf_lowrank.training.schedules import Span
 

@@ -18,7 +18,7 @@ from sharded_elsewhere import CASES, MIXED
 from trainings_elsewhere import TRAININGS
 
 from hf_lowrank import compress
-from hf_lowrank.saving import load_compressed
+from hf_lowrank.sharing.saving import load_compressed
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIGURATIONS = ROOT / "examples" / "accelerate"

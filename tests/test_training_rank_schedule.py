@@ -10,7 +10,7 @@ from hf_lowrank import InputError, compress, make_report
 from hf_lowrank.hosts.targets import find_matrices
 from hf_lowrank.methods.factors import truncated
 from hf_lowrank.remote_code.lowrank_structures import named_structures
-from hf_lowrank.saving import load_compressed
+from hf_lowrank.sharing.saving import load_compressed
 from hf_lowrank.training.rank_schedule import (
     RankScheduleCallback,
     StableRankPenaltyCallback,

@@ -9,9 +9,9 @@ import torch
 from transformers import BertConfig, BertForMaskedLM, GPT2Config, GPT2DoubleHeadsModel
 
 from hf_lowrank import InputError, compress
-from hf_lowrank.saving import load_compressed
-from hf_lowrank.verification import _max_difference, _problem, verify
-from hf_lowrank.verification_child import realigned
+from hf_lowrank.sharing.saving import load_compressed
+from hf_lowrank.sharing.verification import _max_difference, _problem, verify
+from hf_lowrank.sharing.verification_child import realigned
 
 BERT = BertConfig(
     hidden_size=32,

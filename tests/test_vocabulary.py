@@ -10,7 +10,7 @@ from hf_lowrank import compress
 from hf_lowrank.cli import main
 from hf_lowrank.compression.vocabulary import reduce_vocabulary
 from hf_lowrank.errors import InputError
-from hf_lowrank.saving import load_compressed, save_folder
+from hf_lowrank.sharing.saving import load_compressed, save_folder
 
 KEPT = ["a bad cab", "dab a bead", "fed a cafe"]
 TRAINING = [*KEPT, "face the bed", "the dead deaf geek", "high hedge beach", "I hid a bag"] * 3

@@ -19,7 +19,7 @@ import hf_lowrank
 from hf_lowrank import PlanError, compress
 from hf_lowrank.remote_code.lowrank_structures import named_shared_parts, named_structures
 from hf_lowrank.remote_code.lowrank_table import SHARED_PARTS, STRUCTURES
-from hf_lowrank.saving import save_folder
+from hf_lowrank.sharing.saving import save_folder
 
 HEAD = "BertForMaskedLM"
 TABLES = [name for name, structure in STRUCTURES.items() if structure.HOSTS == "embedding"]

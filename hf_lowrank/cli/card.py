@@ -7,8 +7,8 @@ from typing import Any
 
 from hf_lowrank.cli import tables
 from hf_lowrank.errors import InputError
-from hf_lowrank.inspection import saved_report
-from hf_lowrank.record import CARD_FILE, has_own_card, write_record
+from hf_lowrank.sharing.inspection import saved_report
+from hf_lowrank.sharing.record import CARD_FILE, has_own_card, write_record
 
 
 def run(arguments: argparse.Namespace) -> int:

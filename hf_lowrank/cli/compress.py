@@ -10,7 +10,6 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from hf_lowrank.analysis import planned_report
-from hf_lowrank.cards.card import shown_command
 from hf_lowrank.cli import tables
 from hf_lowrank.compression.compress import compress
 from hf_lowrank.compression.job import Job, prepare, settle_compression
@@ -22,10 +21,11 @@ from hf_lowrank.hosts.targets import ALL_LINEAR
 from hf_lowrank.options import given, settle
 from hf_lowrank.planning.budgets import parse_size
 from hf_lowrank.progress import progress_bar
-from hf_lowrank.record import record_bytes, write_record
 from hf_lowrank.records.report import CompressionReport, compare_latency, make_report
 from hf_lowrank.records.wording import megabytes
-from hf_lowrank.saving import check_output, save_folder, side_file_bytes
+from hf_lowrank.sharing.cards.card import shown_command
+from hf_lowrank.sharing.record import record_bytes, write_record
+from hf_lowrank.sharing.saving import check_output, save_folder, side_file_bytes
 
 # What no module name holds, but a pattern does.
 _IS_PATTERN = re.compile(r"[\\^$*+?()\[\]{}|]")

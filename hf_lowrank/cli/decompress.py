@@ -4,7 +4,7 @@ import argparse
 
 from hf_lowrank.cli import tables
 from hf_lowrank.compression.compress import decompress
-from hf_lowrank.saving import check_output, load_compressed, save_folder
+from hf_lowrank.sharing.saving import check_output, load_compressed, save_folder
 
 
 def run(arguments: argparse.Namespace) -> int:

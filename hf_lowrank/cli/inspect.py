@@ -3,7 +3,7 @@
 import argparse
 
 from hf_lowrank.cli import tables
-from hf_lowrank.inspection import saved_report
+from hf_lowrank.sharing.inspection import saved_report
 
 
 def run(arguments: argparse.Namespace) -> int:

@@ -2,13 +2,13 @@
 
 import argparse
 
-from hf_lowrank.cards.card import shown_command
 from hf_lowrank.cli import tables
 from hf_lowrank.compression.settings import CompressOptions
 from hf_lowrank.hosts.loading import load_dense
 from hf_lowrank.options import given
 from hf_lowrank.records.report import make_report
-from hf_lowrank.saving import check_output, save_folder
+from hf_lowrank.sharing.cards.card import shown_command
+from hf_lowrank.sharing.saving import check_output, save_folder
 from hf_lowrank.training.lpaf import lpaf
 from hf_lowrank.training.options import LPAFOptions
 from hf_lowrank.training.processes import end_as_first

@@ -3,10 +3,10 @@
 import argparse
 
 from hf_lowrank.cli import tables
-from hf_lowrank.hub import Push, push_to_hub
 from hf_lowrank.options import given
-from hf_lowrank.push_options import PushOptions
 from hf_lowrank.records.wording import megabytes
+from hf_lowrank.sharing.hub import Push, push_to_hub
+from hf_lowrank.sharing.push_options import PushOptions
 
 
 def run(arguments: argparse.Namespace) -> int:

@@ -2,10 +2,10 @@
 
 import argparse
 
-from hf_lowrank.cards.card import shown_command
 from hf_lowrank.cli import tables
 from hf_lowrank.options import given
-from hf_lowrank.saving import check_output, save_folder
+from hf_lowrank.sharing.cards.card import shown_command
+from hf_lowrank.sharing.saving import check_output, save_folder
 from hf_lowrank.training.options import RecoveryOptions
 from hf_lowrank.training.processes import end_as_first
 from hf_lowrank.training.recovery import recover

@@ -2,7 +2,7 @@
 
 from hf_lowrank.cli.commands import Commands, add_command
 from hf_lowrank.options import add_flags
-from hf_lowrank.push_options import PushOptions
+from hf_lowrank.sharing.push_options import PushOptions
 
 _PUSH_EXAMPLES = """examples:
   hf-lowrank push small-bert me/small-bert --dry-run         list the files

@@ -4,7 +4,7 @@ import argparse
 from dataclasses import asdict
 
 from hf_lowrank.cli import tables
-from hf_lowrank.verification import verify
+from hf_lowrank.sharing.verification import verify
 
 CHECK_FAILED = 1
 

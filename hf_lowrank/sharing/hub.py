@@ -17,13 +17,13 @@ from hf_lowrank.errors import InputError, one_line
 from hf_lowrank.files.redaction import config_without_tokens, without_tokens
 from hf_lowrank.files.scratch import temporary_folder
 from hf_lowrank.hosts.folder_contents import file_digest
-from hf_lowrank.inspection import saved_report
 from hf_lowrank.options import settle
-from hf_lowrank.push_options import PushOptions
-from hf_lowrank.record import CARD_FILE, card_text, has_own_card
 from hf_lowrank.records.report import CompressionReport
-from hf_lowrank.saving import folder_files, save_folder
-from hf_lowrank.verification import verify
+from hf_lowrank.sharing.inspection import saved_report
+from hf_lowrank.sharing.push_options import PushOptions
+from hf_lowrank.sharing.record import CARD_FILE, card_text, has_own_card
+from hf_lowrank.sharing.saving import folder_files, save_folder
+from hf_lowrank.sharing.verification import verify
 
 # What the transport of the installed huggingface_hub raises where no answer came.
 _TRANSPORT: type[Exception] = HfHubHTTPError.__mro__[1]

@@ -15,7 +15,6 @@ import transformers
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
-from hf_lowrank import verification_child
 from hf_lowrank.architectures import read_config
 from hf_lowrank.errors import InputError, one_line
 from hf_lowrank.files.scratch import temporary_folder
@@ -23,8 +22,9 @@ from hf_lowrank.hosts.folder_contents import weight_files
 from hf_lowrank.hosts.heads import auto_class as find_auto_class
 from hf_lowrank.hosts.loading import vocabulary_size
 from hf_lowrank.remote_code.lowrank_plan import PlanError
-from hf_lowrank.saving import compressed_class, load_compressed
-from hf_lowrank.shipped_code import foreign_code
+from hf_lowrank.sharing import verification_child
+from hf_lowrank.sharing.saving import compressed_class, load_compressed
+from hf_lowrank.sharing.shipped_code import foreign_code
 
 _BATCH, _TOKENS = 2, 12
 # Environment variables that decide where libraries are found and how they compute.

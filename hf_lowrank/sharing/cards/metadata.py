@@ -6,10 +6,10 @@ from typing import Any
 import yaml
 from huggingface_hub import EvalResult, EvalResultEntry, ModelCardData, eval_result_entries_to_yaml
 
-from hf_lowrank.cards.usage import SENTENCES, pipeline_tag
 from hf_lowrank.evaluation import TASKS
 from hf_lowrank.records.report import CompressionReport, QualityReport
 from hf_lowrank.records.wording import examples_in_words
+from hf_lowrank.sharing.cards.usage import SENTENCES, pipeline_tag
 
 RESULTS_FILE = ".eval_results/hf_lowrank.yaml"
 _METRICS = {"spearman": "spearmanr", "pearson": "pearsonr", "matthews": "matthews_correlation"}

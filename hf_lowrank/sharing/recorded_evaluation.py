@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from hf_lowrank.evaluation.evaluation import Evaluation
-from hf_lowrank.inspection import saved_report
-from hf_lowrank.record import write_record
 from hf_lowrank.records.report import CompressionReport, LatencyReport, QualityReport
+from hf_lowrank.sharing.inspection import saved_report
+from hf_lowrank.sharing.record import write_record
 
 
 def record_evaluation(folder: str | Path, evaluation: Evaluation, dataset: str) -> CompressionReport:

@@ -9,10 +9,6 @@ from typing import Any
 
 from huggingface_hub import ModelCard
 
-from hf_lowrank.cards.learning import learning_lines
-from hf_lowrank.cards.metadata import card_data
-from hf_lowrank.cards.pictures import LEGEND, rank_picture
-from hf_lowrank.cards.usage import snippet
 from hf_lowrank.files.redaction import without_tokens
 from hf_lowrank.methods.table import OF_TENSORS, known_method, paper_of
 from hf_lowrank.planning.budgets import KINDS
@@ -25,6 +21,10 @@ from hf_lowrank.records.wording import (
     share,
     speed_in_words,
 )
+from hf_lowrank.sharing.cards.learning import learning_lines
+from hf_lowrank.sharing.cards.metadata import card_data
+from hf_lowrank.sharing.cards.pictures import LEGEND, rank_picture
+from hf_lowrank.sharing.cards.usage import snippet
 
 REPORT_FILE = "compression_report.json"
 KEPT_LINE = "<!-- What you write below this line is kept. -->"

@@ -6,10 +6,10 @@ from typing import Any
 import torch
 
 from hf_lowrank.errors import InputError, one_line
-from hf_lowrank.record import read_record
 from hf_lowrank.records.report import CompressionReport, make_report
 from hf_lowrank.remote_code.lowrank_plan import PlanError
-from hf_lowrank.saving import load_skeleton_config
+from hf_lowrank.sharing.record import read_record
+from hf_lowrank.sharing.saving import load_skeleton_config
 
 
 def saved_report(path: str | Path) -> CompressionReport:

@@ -13,7 +13,6 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel
 
 from hf_lowrank.architectures import read_config
-from hf_lowrank.cards.metadata import RESULTS_FILE
 from hf_lowrank.errors import InputError, Note, one_line
 from hf_lowrank.files.redaction import config_without_tokens
 from hf_lowrank.files.scratch import REPLACED, workshop, write_text
@@ -29,11 +28,12 @@ from hf_lowrank.hosts.folder_contents import (
     weight_files,
 )
 from hf_lowrank.hosts.loading import require_finite, unusable
-from hf_lowrank.record import RECORD_FILES, write_record
 from hf_lowrank.records.report import make_report
 from hf_lowrank.remote_code import modeling_lowrank
 from hf_lowrank.remote_code.lowrank_model import LowRankMixin
 from hf_lowrank.remote_code.lowrank_plan import PlanError
+from hf_lowrank.sharing.cards.metadata import RESULTS_FILE
+from hf_lowrank.sharing.record import RECORD_FILES, write_record
 
 # `save_pretrained` writes these itself; a card is rendered, not copied.
 _SAVED = ("config.json", "generation_config.json", *RECORD_FILES)

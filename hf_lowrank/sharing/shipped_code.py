@@ -1,6 +1,6 @@
 """Which code in a saved folder is this library's own, of any version: known by its digest, and so safe to run.
 
-`python -m hf_lowrank.shipped_code` adds the files as they are now, and those of every commit there is, to the list.
+`python -m hf_lowrank.sharing.shipped_code` adds the files as they are now, and those of every commit there is, to the list.
 """
 
 import hashlib

@@ -7,9 +7,9 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from hf_lowrank.errors import InputError
 from hf_lowrank.files.redaction import without_tokens_inside
-from hf_lowrank.record import write_record
 from hf_lowrank.records.report import make_report
 from hf_lowrank.remote_code.lowrank_model import LowRankMixin
+from hf_lowrank.sharing.record import write_record
 
 
 class CardCallback(TrainerCallback):

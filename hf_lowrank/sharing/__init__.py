@@ -1,0 +1,1 @@
+"""Folders, their proof, their cards, and the Hub."""
