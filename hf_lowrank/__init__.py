@@ -20,8 +20,6 @@ from hf_lowrank.errors import InputError as InputError
 from hf_lowrank.version import __version__ as __version__
 
 if TYPE_CHECKING:
-    from hf_lowrank.analysis import analyze as analyze
-    from hf_lowrank.comparison import compare as compare
     from hf_lowrank.compression.compress import compress as compress
     from hf_lowrank.compression.compress import decompress as decompress
     from hf_lowrank.compression.conversion import convert_storage_ as convert_storage_
@@ -34,6 +32,8 @@ if TYPE_CHECKING:
     from hf_lowrank.sharing.hub import push_to_hub as push_to_hub
     from hf_lowrank.sharing.inspection import saved_report as saved_report
     from hf_lowrank.sharing.recorded_evaluation import record_evaluation as record_evaluation
+    from hf_lowrank.studies.analysis import analyze as analyze
+    from hf_lowrank.studies.comparison import compare as compare
     from hf_lowrank.training.distillation import DistillationTrainer as DistillationTrainer
     from hf_lowrank.training.lpaf import lpaf as lpaf
     from hf_lowrank.training.mixed_rank import MixedRank as MixedRank
@@ -48,8 +48,8 @@ _HOMES = {
     "CardCallback": "hf_lowrank.sharing.cards.callback",
     "PlanError": "hf_lowrank.remote_code.lowrank_plan",
     "DistillationTrainer": "hf_lowrank.training.distillation",
-    "analyze": "hf_lowrank.analysis",
-    "compare": "hf_lowrank.comparison",
+    "analyze": "hf_lowrank.studies.analysis",
+    "compare": "hf_lowrank.studies.comparison",
     "compress": "hf_lowrank.compression.compress",
     "convert_storage_": "hf_lowrank.compression.conversion",
     "decompress": "hf_lowrank.compression.compress",

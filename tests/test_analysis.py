@@ -9,12 +9,12 @@ from tiny_models import build
 from tiny_tokenizers import LETTERS, encoder_tokenizer
 
 from hf_lowrank import InputError, compress, make_report
-from hf_lowrank.analysis import analyze
-from hf_lowrank.analysis_report import spectrum_of
 from hf_lowrank.cli import main
 from hf_lowrank.hosts.targets import dense_weight, find_matrices
 from hf_lowrank.planning import timing
 from hf_lowrank.planning.timing import NUM_TOKENS
+from hf_lowrank.studies.analysis import analyze
+from hf_lowrank.studies.analysis_report import spectrum_of
 
 TEXTS = [" ".join(LETTERS[number:]) for number in range(24)]
 

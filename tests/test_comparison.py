@@ -8,13 +8,14 @@ from every_method import TENSOR_METHODS
 from tiny_models import build
 from tiny_tokenizers import LETTERS, encoder_tokenizer
 
-from hf_lowrank import InputError, comparison, compress
+from hf_lowrank import InputError, compress
 from hf_lowrank.cli import main
-from hf_lowrank.comparison import compare
-from hf_lowrank.comparison_report import Cell, related
 from hf_lowrank.evaluation import make_task
 from hf_lowrank.hosts.targets import find_matrices
 from hf_lowrank.statistics import evidence
+from hf_lowrank.studies import comparison
+from hf_lowrank.studies.comparison import compare
+from hf_lowrank.studies.comparison_report import Cell, related
 
 TEXTS = [" ".join(LETTERS[number:]) for number in range(20)]
 OTHER = [" ".join(reversed(text.split())) for text in TEXTS]

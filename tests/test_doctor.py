@@ -14,8 +14,9 @@ import torch
 from tiny_models import build
 from tiny_tokenizers import encoder_tokenizer
 
-from hf_lowrank import compress, doctor
+from hf_lowrank import compress
 from hf_lowrank.cli import main
+from hf_lowrank.studies import doctor
 
 
 @pytest.fixture

@@ -6,7 +6,6 @@ from tiny_models import VOCABULARY, WIDTH, assert_same_function, build, inputs_f
 from torch.nn import functional as F
 
 from hf_lowrank import compress, decompress
-from hf_lowrank.analysis import analyze
 from hf_lowrank.errors import InputError
 from hf_lowrank.files.checkpoint import Checkpoint
 from hf_lowrank.methods.rows.row_autoencoder import RowAutoencoder, rows_by_direction
@@ -18,6 +17,7 @@ from hf_lowrank.records.report import make_report
 from hf_lowrank.remote_code.lowrank_materialize import set_materialize_
 from hf_lowrank.remote_code.lowrank_nonlinear_table import NonlinearAutoencoderEmbedding
 from hf_lowrank.sharing.saving import load_compressed
+from hf_lowrank.studies.analysis import analyze
 
 V, D = 200, 16
 HEADS = ["BertForMaskedLM", "GPT2LMHeadModel"]

@@ -9,11 +9,11 @@ from tiny_models import build
 from tiny_tokenizers import LETTERS, encoder_tokenizer
 
 from hf_lowrank import InputError
-from hf_lowrank.analysis import analyze
 from hf_lowrank.cli import main
-from hf_lowrank.comparison import compare
 from hf_lowrank.evaluation import make_task
-from hf_lowrank.plots import analysis_figure, comparison_figure, save_page
+from hf_lowrank.studies.analysis import analyze
+from hf_lowrank.studies.comparison import compare
+from hf_lowrank.studies.plots import analysis_figure, comparison_figure, save_page
 
 PNG = b"\x89PNG\r\n\x1a\n"
 TEXTS = [" ".join(LETTERS[number:]) for number in range(20)]

@@ -15,10 +15,10 @@ from tiny_tokenizers import LETTERS, encoder_tokenizer
 from hf_lowrank import compare, compress, evaluate
 from hf_lowrank.evaluation import TASKS, make_task
 from hf_lowrank.evaluation.perplexity import Perplexity
-from hf_lowrank.plots import save_page
 from hf_lowrank.records.wording import verdict
 from hf_lowrank.sharing.recorded_evaluation import record_evaluation
 from hf_lowrank.sharing.saving import save_folder
+from hf_lowrank.studies.plots import save_page
 
 TEXTS = [" ".join(LETTERS[number:]) for number in range(25)]
 PAIRS = [{"sentence1": one, "sentence2": two, "score": i % 7} for i, (one, two) in enumerate(pairwise(TEXTS))]

@@ -21,7 +21,6 @@ from tiny_tokenizers import encoder_tokenizer
 
 import hf_lowrank
 from hf_lowrank import InputError, compress
-from hf_lowrank.comparison_record import append_line
 from hf_lowrank.files.checkpoint import Checkpoint
 from hf_lowrank.files.scratch import REPLACED, scratch_folder, temporary_folder, workshop, write_text
 from hf_lowrank.methods.matrix.stored import store_decomposition
@@ -31,6 +30,7 @@ from hf_lowrank.sharing import saving
 from hf_lowrank.sharing.record import write_record
 from hf_lowrank.sharing.saving import save_folder
 from hf_lowrank.statistics.running_sums import RunningSums
+from hf_lowrank.studies.comparison_record import append_line
 from hf_lowrank.training.best import BestStateCallback
 
 QUALITY = QualityReport(

@@ -8,13 +8,13 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from hf_lowrank.analysis import analyze
-from hf_lowrank.analysis_report import Grid
 from hf_lowrank.cli import tables
 from hf_lowrank.compression.settings import CompressOptions
 from hf_lowrank.extras import load_part
 from hf_lowrank.options import given
 from hf_lowrank.progress import progress_bar
+from hf_lowrank.studies.analysis import analyze
+from hf_lowrank.studies.analysis_report import Grid
 
 _LOSSES = {
     "predicted damage": "change of the output, KL in nats or 1 - cosine, from one short run a matrix",
@@ -51,7 +51,7 @@ def load_plots(path: str | None) -> Any:
     """The module that draws, if there is something to draw; what can be wrong is found before the work is done."""
     if path is None:
         return None
-    plots = load_part("hf_lowrank.plots", "plot")
+    plots = load_part("hf_lowrank.studies.plots", "plot")
     plots.check_output(path)
     return plots
 

@@ -9,7 +9,6 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from hf_lowrank.analysis import planned_report
 from hf_lowrank.cli import tables
 from hf_lowrank.compression.compress import compress
 from hf_lowrank.compression.job import Job, prepare, settle_compression
@@ -26,6 +25,7 @@ from hf_lowrank.records.wording import megabytes
 from hf_lowrank.sharing.cards.card import shown_command
 from hf_lowrank.sharing.record import record_bytes, write_record
 from hf_lowrank.sharing.saving import check_output, save_folder, side_file_bytes
+from hf_lowrank.studies.analysis import planned_report
 
 # What no module name holds, but a pattern does.
 _IS_PATTERN = re.compile(r"[\\^$*+?()\[\]{}|]")

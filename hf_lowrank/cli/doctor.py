@@ -4,7 +4,7 @@ import argparse
 from dataclasses import asdict
 
 from hf_lowrank.cli import tables
-from hf_lowrank.doctor import PROBLEM, diagnose
+from hf_lowrank.studies.doctor import PROBLEM, diagnose
 
 CHECK_FAILED = 1
 

@@ -11,8 +11,6 @@ from typing import Any, TypeVar
 import torch
 from transformers import PreTrainedModel
 
-from hf_lowrank.comparison_record import append_line, read_lines
-from hf_lowrank.comparison_report import Cell, Comparison, related
 from hf_lowrank.compression.compress import compress
 from hf_lowrank.compression.job import Settings, settle_compression
 from hf_lowrank.compression.settings import ComparisonOptions, CompressOptions
@@ -32,6 +30,8 @@ from hf_lowrank.progress import Progress, no_progress
 from hf_lowrank.records.report import make_report
 from hf_lowrank.records.wording import examples_in_words
 from hf_lowrank.remote_code.lowrank_model import LowRankMixin
+from hf_lowrank.studies.comparison_record import append_line, read_lines
+from hf_lowrank.studies.comparison_report import Cell, Comparison, related
 from hf_lowrank.version import __version__
 
 # The standard of 2024, which the data-aware methods here are measured against.

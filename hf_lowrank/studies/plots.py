@@ -14,11 +14,11 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-from hf_lowrank.analysis_report import Analysis, MatrixAnalysis
-from hf_lowrank.comparison_report import Cell, Comparison
 from hf_lowrank.errors import InputError
 from hf_lowrank.files.scratch import write_file, write_text
 from hf_lowrank.records.wording import examples_in_words
+from hf_lowrank.studies.analysis_report import Analysis, MatrixAnalysis
+from hf_lowrank.studies.comparison_report import Cell, Comparison
 
 SUFFIXES = (".png", ".html")
 _DPI = 110

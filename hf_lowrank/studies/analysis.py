@@ -10,13 +10,6 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from hf_lowrank.analysis_report import (
-    Analysis,
-    MatrixAnalysis,
-    PlannedMatrix,
-    PlannedModel,
-    spectrum_of,
-)
 from hf_lowrank.compression.job import Job, prepare, settle_compression
 from hf_lowrank.compression.settings import ANALYZED
 from hf_lowrank.errors import InputError
@@ -32,6 +25,13 @@ from hf_lowrank.records.report import CompressionReport, ModuleReport, make_repo
 from hf_lowrank.remote_code.configuration_lowrank import compressed_config_class
 from hf_lowrank.remote_code.lowrank_plan import Plan
 from hf_lowrank.remote_code.modeling_lowrank import compressed_model_class
+from hf_lowrank.studies.analysis_report import (
+    Analysis,
+    MatrixAnalysis,
+    PlannedMatrix,
+    PlannedModel,
+    spectrum_of,
+)
 
 JOINT = "joint_low_rank"
 _KINDS = ("keep_targets", "keep_params")

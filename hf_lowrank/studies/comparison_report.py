@@ -5,8 +5,8 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from hf_lowrank.analysis_report import Grid
 from hf_lowrank.records.wording import change_in_words, verdict
+from hf_lowrank.studies.analysis_report import Grid
 
 # How far what a model says is from the dense model, and what the table calls it; the first there is.
 _DISTANCES = {

@@ -1,0 +1,1 @@
+"""Looking at a model, and at methods side by side; nothing is changed."""
