@@ -34,13 +34,13 @@ if TYPE_CHECKING:
     from hf_lowrank.sharing.recorded_evaluation import record_evaluation as record_evaluation
     from hf_lowrank.studies.analysis import analyze as analyze
     from hf_lowrank.studies.comparison import compare as compare
+    from hf_lowrank.training.callbacks.mixed_rank import MixedRank as MixedRank
+    from hf_lowrank.training.callbacks.mixed_rank import MixedRankCallback as MixedRankCallback
+    from hf_lowrank.training.callbacks.pruning import FirstOrderPruningCallback as FirstOrderPruningCallback
+    from hf_lowrank.training.callbacks.rank_schedule import RankScheduleCallback as RankScheduleCallback
+    from hf_lowrank.training.callbacks.rank_schedule import StableRankPenaltyCallback as StableRankPenaltyCallback
     from hf_lowrank.training.distillation import DistillationTrainer as DistillationTrainer
     from hf_lowrank.training.lpaf import lpaf as lpaf
-    from hf_lowrank.training.mixed_rank import MixedRank as MixedRank
-    from hf_lowrank.training.mixed_rank import MixedRankCallback as MixedRankCallback
-    from hf_lowrank.training.pruning import FirstOrderPruningCallback as FirstOrderPruningCallback
-    from hf_lowrank.training.rank_schedule import RankScheduleCallback as RankScheduleCallback
-    from hf_lowrank.training.rank_schedule import StableRankPenaltyCallback as StableRankPenaltyCallback
     from hf_lowrank.training.recovery import recover as recover
 
 # public name -> module that defines it; imported when first asked for
@@ -55,11 +55,11 @@ _HOMES = {
     "decompress": "hf_lowrank.compression.compress",
     "evaluate": "hf_lowrank.evaluation.evaluation",
     "make_report": "hf_lowrank.records.report",
-    "FirstOrderPruningCallback": "hf_lowrank.training.pruning",
-    "MixedRank": "hf_lowrank.training.mixed_rank",
-    "MixedRankCallback": "hf_lowrank.training.mixed_rank",
-    "RankScheduleCallback": "hf_lowrank.training.rank_schedule",
-    "StableRankPenaltyCallback": "hf_lowrank.training.rank_schedule",
+    "FirstOrderPruningCallback": "hf_lowrank.training.callbacks.pruning",
+    "MixedRank": "hf_lowrank.training.callbacks.mixed_rank",
+    "MixedRankCallback": "hf_lowrank.training.callbacks.mixed_rank",
+    "RankScheduleCallback": "hf_lowrank.training.callbacks.rank_schedule",
+    "StableRankPenaltyCallback": "hf_lowrank.training.callbacks.rank_schedule",
     "lpaf": "hf_lowrank.training.lpaf",
     "recover": "hf_lowrank.training.recovery",
     "reduce_vocabulary": "hf_lowrank.compression.vocabulary",

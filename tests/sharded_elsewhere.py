@@ -21,10 +21,10 @@ from trainings_elsewhere import small_model, sparse_model
 
 from hf_lowrank import MixedRank
 from hf_lowrank.remote_code.lowrank_table import STRUCTURES
+from hf_lowrank.training.callbacks.schedules import Span
 from hf_lowrank.training.distillation import repeated_blocks
 from hf_lowrank.training.features import PaddingCollator
 from hf_lowrank.training.processes import end_as_first
-from hf_lowrank.training.schedules import Span
 
 HEADS = ("BertForMaskedLM", "GPT2LMHeadModel")
 CASES = {f"{head} {name}": (head, name) for head, name in product(HEADS, STRUCTURES)}

@@ -31,7 +31,7 @@ from hf_lowrank.sharing.record import write_record
 from hf_lowrank.sharing.saving import save_folder
 from hf_lowrank.statistics.running_sums import RunningSums
 from hf_lowrank.studies.comparison_record import append_line
-from hf_lowrank.training.best import BestStateCallback
+from hf_lowrank.training.callbacks.best import BestStateCallback
 
 QUALITY = QualityReport(
     "causal-lm", "a/b", None, "test", True, None, "perplexity", False, {}, {"perplexity": 2.0}, {}, ""

@@ -16,8 +16,8 @@ from hf_lowrank import InputError, compress
 from hf_lowrank.hosts.targets import find_matrices
 from hf_lowrank.remote_code.lowrank_structures import named_structures
 from hf_lowrank.sharing.saving import load_compressed
-from hf_lowrank.training.mixed_rank import MixedRank, MixedRankCallback
-from hf_lowrank.training.schedules import Span
+from hf_lowrank.training.callbacks.mixed_rank import MixedRank, MixedRankCallback
+from hf_lowrank.training.callbacks.schedules import Span
 
 HEAD = "BertForSequenceClassification"
 

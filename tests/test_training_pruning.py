@@ -12,7 +12,13 @@ from transformers import Trainer
 from hf_lowrank import InputError, compress
 from hf_lowrank.hosts.targets import find_matrices
 from hf_lowrank.statistics.moments import MatrixStatistics
-from hf_lowrank.training.pruning import IMPORTANCES, FirstOrderPruningCallback, Pruner, PruningMask, measure_rank
+from hf_lowrank.training.callbacks.pruning import (
+    IMPORTANCES,
+    FirstOrderPruningCallback,
+    Pruner,
+    PruningMask,
+    measure_rank,
+)
 
 HEAD = "BertForSequenceClassification"
 

@@ -15,7 +15,7 @@ from hf_lowrank.cli import main
 from hf_lowrank.hosts.loading import find_tokenizer, load_dense
 from hf_lowrank.remote_code.lowrank_table import STRUCTURES
 from hf_lowrank.sharing.saving import load_compressed
-from hf_lowrank.training.best import BestStateCallback
+from hf_lowrank.training.callbacks.best import BestStateCallback
 from hf_lowrank.training.features import PaddingCollator, hold_out, make_features
 from hf_lowrank.training.recovery import default_learning_rate
 

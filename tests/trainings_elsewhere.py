@@ -17,12 +17,12 @@ from transformers import Trainer
 
 from hf_lowrank import compress, lpaf, recover
 from hf_lowrank.hosts.targets import find_matrices
+from hf_lowrank.training.callbacks.mixed_rank import MixedRankCallback
+from hf_lowrank.training.callbacks.pruning import IMPORTANCES, FirstOrderPruningCallback
+from hf_lowrank.training.callbacks.rank_schedule import RankScheduleCallback, StableRankPenaltyCallback
 from hf_lowrank.training.distillation import DistillationTrainer
 from hf_lowrank.training.features import PaddingCollator
-from hf_lowrank.training.mixed_rank import MixedRankCallback
 from hf_lowrank.training.processes import end_as_first
-from hf_lowrank.training.pruning import IMPORTANCES, FirstOrderPruningCallback
-from hf_lowrank.training.rank_schedule import RankScheduleCallback, StableRankPenaltyCallback
 
 PROCESSES = int(os.environ.get("WORLD_SIZE", "1"))
 # Dropout is drawn by each process for itself.

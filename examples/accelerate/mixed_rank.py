@@ -20,9 +20,9 @@ from transformers import AutoTokenizer, BertConfig, BertForSequenceClassificatio
 from hf_lowrank import MixedRank, compress
 from hf_lowrank.hosts.loading import load_dense
 from hf_lowrank.hosts.targets import find_matrices
+from hf_lowrank.training.callbacks.schedules import Span
 from hf_lowrank.training.features import PaddingCollator, make_features
 from hf_lowrank.training.processes import end_as_first
-from hf_lowrank.training.schedules import Span
 
 
 def main() -> None:

@@ -14,11 +14,11 @@ from hf_lowrank.errors import InputError
 from hf_lowrank.hosts.gradients import with_gradients
 from hf_lowrank.hosts.loading import find_tokenizer, load_dense
 from hf_lowrank.options import settle_parts
+from hf_lowrank.training.callbacks.mixed_rank import MixedRankCallback
+from hf_lowrank.training.callbacks.pruning import FirstOrderPruningCallback
 from hf_lowrank.training.features import has_labels
 from hf_lowrank.training.lessons import Lesson, claim_, make_lesson, train_in, work_folder
-from hf_lowrank.training.mixed_rank import MixedRankCallback
 from hf_lowrank.training.options import WITH_CONSISTENCY, LPAFOptions, RecoveryOptions
-from hf_lowrank.training.pruning import FirstOrderPruningCallback
 from hf_lowrank.training.recovery import default_learning_rate, heal_
 
 # Less pruning left less loss on examples set aside, at a quarter of a classifier's parameters: docs/results.md.

@@ -16,7 +16,7 @@ from hf_lowrank.hosts.loading import find_tokenizer, held_compressed_model, load
 from hf_lowrank.methods.table import known_method
 from hf_lowrank.options import settle
 from hf_lowrank.sharing.saving import load_compressed
-from hf_lowrank.training.best import BestStateCallback
+from hf_lowrank.training.callbacks.best import BestStateCallback
 from hf_lowrank.training.distillation import check_teacher
 from hf_lowrank.training.lessons import Lesson, claim_, make_lesson, train, train_in, work_folder
 from hf_lowrank.training.options import RecoveryOptions

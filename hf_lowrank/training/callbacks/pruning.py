@@ -14,8 +14,8 @@ from transformers import PreTrainedModel, TrainerCallback, TrainerControl, Train
 
 from hf_lowrank.errors import InputError
 from hf_lowrank.hosts.targets import DenseMatrix, Patterns, dense_weight, find_matrices, select_matrices
+from hf_lowrank.training.callbacks.schedules import Span, cubic
 from hf_lowrank.training.options import IMPORTANCES
-from hf_lowrank.training.schedules import Span, cubic
 
 logger = logging.getLogger(__name__)
 

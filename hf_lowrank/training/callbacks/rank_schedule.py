@@ -12,7 +12,7 @@ from hf_lowrank.hosts.targets import DenseMatrix, Patterns, dense_weight, find_m
 from hf_lowrank.methods.factors import truncated
 from hf_lowrank.remote_code.lowrank_linear import LowRankLinear
 from hf_lowrank.remote_code.lowrank_structures import named_structures, replace_
-from hf_lowrank.training.schedules import Span, compressed_model, cubic
+from hf_lowrank.training.callbacks.schedules import Span, compressed_model, cubic
 
 _POWER_STEPS = 12
 

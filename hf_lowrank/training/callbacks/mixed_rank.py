@@ -15,7 +15,7 @@ from hf_lowrank.hosts.loading import load_dense
 from hf_lowrank.hosts.outputs import said
 from hf_lowrank.hosts.targets import dense_weight
 from hf_lowrank.remote_code.lowrank_structures import named_structures
-from hf_lowrank.training.schedules import Span, compressed_model
+from hf_lowrank.training.callbacks.schedules import Span, compressed_model
 
 
 class _MixedRank(nn.Module):
