@@ -13,7 +13,7 @@ from tiny_files import byte_tokenizer, word_piece_tokenizer, write_data
 from tiny_models import build
 
 from hf_lowrank.cli import main
-from hf_lowrank.cli.arguments import build_parser
+from hf_lowrank.cli.flags.parser import build_parser
 
 SEED = int(os.environ.get("HF_LOWRANK_FUZZ_SEED", "0"))
 SHARE = float(os.environ.get("HF_LOWRANK_FUZZ_SHARE", "1"))  # of the cases that are drawn without it

@@ -13,7 +13,7 @@ from transformers import BertConfig, BertForMaskedLM, GPT2Config, GPT2LMHeadMode
 from hf_lowrank import remote_code
 from hf_lowrank.cli import compress as compress_command
 from hf_lowrank.cli import main
-from hf_lowrank.cli.arguments import build_parser
+from hf_lowrank.cli.flags.parser import build_parser
 from hf_lowrank.hosts.latency import Latency
 from hf_lowrank.methods.table import METHODS
 from hf_lowrank.records.report import make_report

@@ -16,7 +16,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer
 
 from hf_lowrank.cli import evaluate as command
-from hf_lowrank.cli.evaluate_arguments import add_evaluate
+from hf_lowrank.cli.flags.evaluate import add_evaluate
 from hf_lowrank.compression.compress import compress
 from hf_lowrank.errors import InputError
 from hf_lowrank.evaluation import make_task

@@ -26,7 +26,7 @@ from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 
 from hf_lowrank import cli
-from hf_lowrank.cli.arguments import build_parser
+from hf_lowrank.cli.flags.parser import build_parser
 from hf_lowrank.sharing import verification
 from hf_lowrank.studies import doctor
 

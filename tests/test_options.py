@@ -172,5 +172,5 @@ def test_help_imports_neither_torch_nor_transformers():
     code += "try: main(['recover', '--help'])\nexcept SystemExit: print(*sys.modules)"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
 
-    assert "hf_lowrank.cli.arguments" in found
+    assert "hf_lowrank.cli.flags.parser" in found
     assert not {"torch", "transformers", "numpy", "huggingface_hub", "safetensors"} & set(found)

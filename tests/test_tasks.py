@@ -14,7 +14,7 @@ from transformers.modeling_outputs import (
     SequenceClassifierOutput,
 )
 
-from hf_lowrank.cli.arguments import build_parser
+from hf_lowrank.cli.flags.parser import build_parser
 from hf_lowrank.errors import InputError
 from hf_lowrank.evaluation import TASKS, make_task
 from hf_lowrank.evaluation.base import Agreement

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from hf_lowrank.cli.arguments import build_parser
+from hf_lowrank.cli.flags.parser import build_parser
 from hf_lowrank.errors import InputError, Note
 
 FAULT = 1

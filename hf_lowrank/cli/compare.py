@@ -4,7 +4,7 @@ import argparse
 
 from hf_lowrank.cli import tables
 from hf_lowrank.cli.analyze import load_plots, print_grid, print_plot
-from hf_lowrank.cli.evaluate_arguments import TaskFlags
+from hf_lowrank.cli.flags.evaluate import TaskFlags
 from hf_lowrank.compression.settings import ComparisonOptions
 from hf_lowrank.evaluation import make_task
 from hf_lowrank.options import given

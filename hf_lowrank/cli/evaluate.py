@@ -11,7 +11,7 @@ from transformers import PreTrainedConfig
 
 from hf_lowrank.architectures import read_config
 from hf_lowrank.cli import tables
-from hf_lowrank.cli.evaluate_arguments import TaskFlags
+from hf_lowrank.cli.flags.evaluate import TaskFlags
 from hf_lowrank.errors import InputError, one_line
 from hf_lowrank.evaluation import make_task
 from hf_lowrank.evaluation.evaluation import evaluate

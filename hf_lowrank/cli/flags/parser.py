@@ -2,11 +2,11 @@
 
 import argparse
 
-from hf_lowrank.cli.commands import Commands, Parser, add_command, add_out
-from hf_lowrank.cli.evaluate_arguments import add_evaluate
-from hf_lowrank.cli.sharing_arguments import add_sharing_commands
-from hf_lowrank.cli.study_arguments import add_calibration, add_study_commands
-from hf_lowrank.cli.training_arguments import add_training_commands
+from hf_lowrank.cli.flags.commands import Commands, Parser, add_command, add_out
+from hf_lowrank.cli.flags.evaluate import add_evaluate
+from hf_lowrank.cli.flags.sharing import add_sharing_commands
+from hf_lowrank.cli.flags.studies import add_calibration, add_study_commands
+from hf_lowrank.cli.flags.training import add_training_commands
 from hf_lowrank.compression.settings import CompressOptions
 from hf_lowrank.methods.table import METHOD_NAMES, METHODS
 from hf_lowrank.options import add_flags, names_of_flags

@@ -1,6 +1,6 @@
 """What `push`, `card` and `doctor` can be told."""
 
-from hf_lowrank.cli.commands import Commands, add_command
+from hf_lowrank.cli.flags.commands import Commands, add_command
 from hf_lowrank.options import add_flags
 from hf_lowrank.sharing.push_options import PushOptions
 

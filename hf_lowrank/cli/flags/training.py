@@ -1,6 +1,6 @@
 """What the commands that train can be told."""
 
-from hf_lowrank.cli.commands import Commands, Parser, add_command, add_out
+from hf_lowrank.cli.flags.commands import Commands, Parser, add_command, add_out
 from hf_lowrank.options import add_flags
 from hf_lowrank.training.options import LPAFOptions, RecoveryOptions
 

@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 from typing import Any
 
-from hf_lowrank.cli.commands import Commands, Parser, add_command
-from hf_lowrank.cli.evaluate_arguments import add_task
+from hf_lowrank.cli.flags.commands import Commands, Parser, add_command
+from hf_lowrank.cli.flags.evaluate import add_task
 from hf_lowrank.compression.settings import ANALYZED, COMPARED, ComparisonOptions, CompressOptions
 from hf_lowrank.options import add_flags
 

@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from typing import Any
 
-from hf_lowrank.cli.commands import Commands, add_command
+from hf_lowrank.cli.flags.commands import Commands, add_command
 from hf_lowrank.evaluation import TASKS
 from hf_lowrank.options import LARGEST_SEED, Options, add_flags, option
 
