@@ -15,8 +15,8 @@ the auto classes when those are loaded, so that here no flag is needed.
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from hf_lowrank.architectures import register_lazily
 from hf_lowrank.errors import InputError as InputError
+from hf_lowrank.registration import register_lazily
 from hf_lowrank.version import __version__ as __version__
 
 if TYPE_CHECKING:

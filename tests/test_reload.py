@@ -17,7 +17,7 @@ from tiny_models import CONFIGURATIONS, build, family_of, heads_of, inputs_for, 
 
 import hf_lowrank
 from hf_lowrank import PlanError, compress, decompress
-from hf_lowrank.architectures import FAMILIES
+from hf_lowrank.registration import FAMILIES
 from hf_lowrank.remote_code.lowrank_structures import named_shared_parts, named_structures
 from hf_lowrank.sharing.verification import verify
 

@@ -9,7 +9,6 @@ import torch
 from rich.console import Console
 from transformers import PreTrainedConfig
 
-from hf_lowrank.architectures import read_config
 from hf_lowrank.cli import tables
 from hf_lowrank.cli.flags.evaluate import TaskFlags
 from hf_lowrank.errors import InputError, one_line
@@ -19,6 +18,7 @@ from hf_lowrank.hosts.loading import load_dense, load_tokenizer
 from hf_lowrank.options import given
 from hf_lowrank.progress import progress_bar
 from hf_lowrank.records.machine import usable_device
+from hf_lowrank.registration import read_config
 from hf_lowrank.sharing.cards.card import REPORT_FILE
 from hf_lowrank.sharing.recorded_evaluation import record_evaluation
 from hf_lowrank.sharing.saving import load_compressed

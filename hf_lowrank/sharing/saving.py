@@ -12,7 +12,6 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel
 
-from hf_lowrank.architectures import read_config
 from hf_lowrank.errors import InputError, Note, one_line
 from hf_lowrank.files.redaction import config_without_tokens
 from hf_lowrank.files.scratch import REPLACED, workshop, write_text
@@ -29,6 +28,7 @@ from hf_lowrank.hosts.folder_contents import (
 )
 from hf_lowrank.hosts.loading import require_finite, unusable
 from hf_lowrank.records.report import make_report
+from hf_lowrank.registration import read_config
 from hf_lowrank.remote_code import modeling_lowrank
 from hf_lowrank.remote_code.lowrank_model import LowRankMixin
 from hf_lowrank.remote_code.lowrank_plan import PlanError

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from hf_lowrank import remote_code
-from hf_lowrank.architectures import read_config
+from hf_lowrank.registration import read_config
 
 _DIGESTS = Path(__file__).with_name("shipped_code.txt")
 _SHIPPED = Path(remote_code.__path__[0])
