@@ -1,12 +1,10 @@
 """Dense model <-> compressed model <-> auto class: finding classes, loading dense models, registering families."""
 
 import importlib
-import json
 import sys
 from collections.abc import Callable, Sequence
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -139,11 +137,3 @@ def register_lazily() -> None:
             register()
     if not any(isinstance(finder, _Finder) for finder in sys.meta_path):
         sys.meta_path.insert(0, _Finder())
-
-
-def read_config(folder: Path) -> dict[str, Any]:
-    """`config.json` of a model folder; empty if there is none or it is not JSON."""
-    try:
-        return dict(json.loads((folder / "config.json").read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError, RecursionError):
-        return {}

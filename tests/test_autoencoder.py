@@ -14,7 +14,7 @@ from hf_lowrank.errors import InputError
 from hf_lowrank.methods.encoding import encode_banded
 from hf_lowrank.methods.matrix.svd import SVD
 from hf_lowrank.methods.metric import moment_metric
-from hf_lowrank.methods.tables.banded import OBJECTIVES, BandedTable, TableObjective
+from hf_lowrank.methods.tables.banded import CLOSED_FORM, BandedTable, TableObjective
 from hf_lowrank.records.report import make_report
 from hf_lowrank.remote_code.lowrank_autoencoder import AutoencoderEmbedding
 from hf_lowrank.remote_code.lowrank_banded import BandedAutoencoder, bands_of, sizes_of_bands
@@ -70,10 +70,10 @@ def test_one_band_whose_rows_count_alike_is_the_svd_of_what_its_mean_leaves():
 
 
 @pytest.mark.parametrize("rank", [2, 5, 11])
-@pytest.mark.parametrize("objective", list(OBJECTIVES))
+@pytest.mark.parametrize("objective", list(CLOSED_FORM))
 def test_it_costs_no_more_than_the_rule_says(rank, objective):
     weight, order = real_like(), V * 2 // 8  # in int16, beside numbers of float64
-    table = BandedTable(weight, zipf(), objective=OBJECTIVES[objective])
+    table = BandedTable(weight, zipf(), objective=CLOSED_FORM[objective])
 
     sizes = table.sizes(rank, weight.element_size())
     module = AutoencoderEmbedding(V, D, sizes)
@@ -102,7 +102,7 @@ def test_bands_lose_less_than_one_band_and_one_less_than_the_svd_of_equal_size(r
 
 def test_the_direction_objective_has_less_cosine_error_than_the_svd_of_equal_size():
     weight = real_like() * torch.exp(torch.randn(V, 1).double())
-    table = BandedTable(weight, zipf(), objective=OBJECTIVES["direction"])
+    table = BandedTable(weight, zipf(), objective=CLOSED_FORM["direction"])
 
     found = table.at_rank(6).product
     plain = SVD().decompose(weight).factors(6).product

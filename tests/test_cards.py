@@ -197,9 +197,9 @@ def test_every_method_names_its_paper(report, method):
 
 
 def test_ways_to_do_a_method_have_its_paper():
-    assert paper_of("tucker-IV-72-384") is paper_of("whitened_tucker") is papers.TUCKER
-    assert paper_of("shared_tensor_train") is not paper_of("whitened_tensor_train") is papers.TENSOR_TRAIN
-    assert paper_of("separated_nonlinear_autoencoder") is papers.AUTOENCODER
+    assert paper_of("tucker-IV-72-384") is paper_of("whitened_tucker") is papers.REN
+    assert paper_of("shared_tensor_train") is not paper_of("whitened_tensor_train") is papers.OSELEDETS
+    assert paper_of("separated_nonlinear_autoencoder") is papers.BANAEI
     assert paper_of("unheard_of") is None
 
 

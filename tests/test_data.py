@@ -9,10 +9,11 @@ import torch
 from tiny_tokenizers import LETTERS, decoder_tokenizer, encoder_tokenizer, make_tokenizer
 from torch.utils.data import DataLoader
 
-from hf_lowrank.data.batches import fingerprint, make_batches, require_tokens
+from hf_lowrank.data.batches import make_batches, require_tokens
 from hf_lowrank.data.rows import load_rows, load_texts, require_columns
 from hf_lowrank.errors import InputError
 from hf_lowrank.extras import load_part
+from hf_lowrank.files.digests import fingerprint
 
 TEXTS = ["a b c d e f g", "h i", "j k l", "m n o p q"]
 

@@ -20,9 +20,9 @@ from hf_lowrank.methods.table import METHOD_NAMES, METHODS, OF_MATRICES, OF_TENS
 from hf_lowrank.methods.tables.token_tables import OBJECTIVES
 from hf_lowrank.options import option
 from hf_lowrank.planning.allocation import ALLOCATIONS
-from hf_lowrank.planning.budgets import KINDS as BUDGETS
+from hf_lowrank.planning.budgets import BUDGETS
 from hf_lowrank.sharing.cards.card import make_card
-from hf_lowrank.statistics.collection import KINDS
+from hf_lowrank.statistics.collection import STATISTICS
 from hf_lowrank.training.recovery import default_learning_rate
 
 OUTSIDE = Path(__file__).resolve().parents[1] / "examples" / "outside_method"
@@ -57,7 +57,7 @@ def test_a_row_says_in_a_line_what_a_method_does_and_where_it_is(name):
     assert row.summary
     assert "\n" not in row.summary
     assert row.takes in (OF_MATRICES, OF_TENSORS)
-    assert row.method.needs <= set(KINDS)
+    assert row.method.needs <= set(STATISTICS)
     assert callable(row.method.plan)
     assert callable(row.method.solve)
 

@@ -5,7 +5,7 @@ import torch
 from tiny_models import build
 from torch.nn import functional as F
 
-from hf_lowrank.hosts.outputs import KINDS, Said, mean_distance, run
+from hf_lowrank.hosts.outputs import OUTPUTS, Said, mean_distance, run
 
 
 def logits(num_rows, size=5, seed=0):
@@ -41,7 +41,7 @@ def rows_of(kind, free):
     return Said(kind, F.normalize(free, dim=-1) if kind == "embedding" else free)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", OUTPUTS)
 def test_what_is_the_same_has_no_distance_and_everything_else_has_one(kind):
     said, other = rows_of(kind, logits(50)), rows_of(kind, logits(50, seed=1))
 
@@ -50,7 +50,7 @@ def test_what_is_the_same_has_no_distance_and_everything_else_has_one(kind):
     assert said.distance(other).min() > 0
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", OUTPUTS)
 def test_random_gradients_have_the_second_moment_of_the_distances_hessian(kind):
     point = F.normalize(logits(1, size=3), dim=-1)[0]
     hessian = (

@@ -16,7 +16,7 @@ from hf_lowrank.hosts.latency import Latency
 from hf_lowrank.hosts.targets import DenseMatrix, JointMatrix, find_matrices
 from hf_lowrank.planning import accounts, timing
 from hf_lowrank.planning.allocation import ALLOCATIONS
-from hf_lowrank.planning.budgets import KINDS, make_budget, parse_size
+from hf_lowrank.planning.budgets import BUDGETS, make_budget, parse_size
 from hf_lowrank.planning.curves import make_curve
 from hf_lowrank.planning.prices import WeightPrice
 from hf_lowrank.remote_code.lowrank_structures import named_structures
@@ -56,7 +56,7 @@ def saved_bytes(model, folder):
 @pytest.mark.parametrize("given", [{}, {"rank": 3, "keep_params": 0.5}, {"keep_targets": 0.5, "target_size": "1MB"}])
 def test_exactly_one_budget_is_asked_for(given):
     with pytest.raises(
-        InputError, match=rf"Exactly one budget .*{KINDS[0]}.*got ({', '.join(sorted(given))}|none|.*)\."
+        InputError, match=rf"Exactly one budget .*{BUDGETS[0]}.*got ({', '.join(sorted(given))}|none|.*)\."
     ):
         make_budget(**given)
 

@@ -14,10 +14,10 @@ from safetensors.torch import load_file
 from tiny_models import build
 
 from hf_lowrank.hosts.targets import find_matrices
-from hf_lowrank.statistics.collection import KINDS, collect_statistics
+from hf_lowrank.statistics.collection import STATISTICS, collect_statistics
 from hf_lowrank.statistics.running_sums import RunningSums
 
-EVERY = frozenset(KINDS)
+EVERY = frozenset(STATISTICS)
 NUM_BATCHES = 4
 
 KILLED = """

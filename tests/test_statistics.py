@@ -9,11 +9,11 @@ from tiny_models import build
 from hf_lowrank import InputError
 from hf_lowrank.hosts.outputs import run
 from hf_lowrank.hosts.targets import find_matrices
-from hf_lowrank.statistics.collection import KINDS, collect_statistics
+from hf_lowrank.statistics.collection import STATISTICS, collect_statistics
 from hf_lowrank.statistics.moments import Statistics
 from hf_lowrank.statistics.panels import from_panels, gram_panels
 
-EVERY = frozenset(KINDS)
+EVERY = frozenset(STATISTICS)
 
 
 def batch_of(lengths, seed=0):

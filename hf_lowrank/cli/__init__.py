@@ -15,6 +15,7 @@ from hf_lowrank.cli.flags.parser import build_parser
 from hf_lowrank.errors import InputError, Note
 
 FAULT = 1
+CHECK_FAILED = 1
 BAD_INPUT = 2
 INTERRUPTED = 130
 TERMINATED = 143

@@ -14,11 +14,11 @@ from hf_lowrank.cli.flags.evaluate import TaskFlags
 from hf_lowrank.errors import InputError, one_line
 from hf_lowrank.evaluation import make_task
 from hf_lowrank.evaluation.evaluation import evaluate
+from hf_lowrank.hosts.config_file import read_config
 from hf_lowrank.hosts.loading import load_dense, load_tokenizer
 from hf_lowrank.options import given
 from hf_lowrank.progress import progress_bar
 from hf_lowrank.records.machine import usable_device
-from hf_lowrank.registration import read_config
 from hf_lowrank.sharing.cards.card import REPORT_FILE
 from hf_lowrank.sharing.recorded_evaluation import record_evaluation
 from hf_lowrank.sharing.saving import load_compressed

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from hf_lowrank.planning.budgets import KINDS
+from hf_lowrank.planning.budgets import BUDGETS
 from hf_lowrank.records.report import CompressionReport, ModuleReport
 from hf_lowrank.records.wording import megabytes, milliseconds, share, speed_in_words
 
@@ -114,6 +114,6 @@ def print_modules(report: CompressionReport) -> None:
 
 def settings_in_words(report: CompressionReport) -> str:
     """The settings that were given, on one line."""
-    shown = (*KINDS, "rank_pattern", "method", "allocation", "dtype")
+    shown = (*BUDGETS, "rank_pattern", "method", "allocation", "dtype")
     given = report.provenance.get("settings", {})
     return ", ".join(f"{name} {given[name]}" for name in shown if name in given)

@@ -3,10 +3,8 @@
 import argparse
 from dataclasses import asdict
 
-from hf_lowrank.cli import tables
+from hf_lowrank.cli import CHECK_FAILED, tables
 from hf_lowrank.sharing.verification import verify
-
-CHECK_FAILED = 1
 
 
 def run(arguments: argparse.Namespace) -> int:

@@ -8,7 +8,7 @@ from typing import Any
 from hf_lowrank.errors import InputError
 from hf_lowrank.methods.table import METHOD_NAMES, OF_MATRICES, OF_TENSORS, MethodRow, find_method
 from hf_lowrank.options import LARGEST_SEED, MOST_PASSES, Options, option
-from hf_lowrank.planning.budgets import KINDS, Budget, make_budget
+from hf_lowrank.planning.budgets import BUDGETS, Budget, make_budget
 
 ALLOCATION_NAMES = ("uniform", "energy", "first_order", "measured")
 STORAGES = ("low_rank", "pivoted")
@@ -150,7 +150,7 @@ class CompressOptions(Options):
     @property
     def budget(self) -> Budget:
         """The one budget that was given, or that the method's name says."""
-        given: dict[str, Any] = {kind: getattr(self, kind) for kind in KINDS}
+        given: dict[str, Any] = {kind: getattr(self, kind) for kind in BUDGETS}
         return make_budget(**given | {"ranks": self.ranks or self.row.ranks})
 
     def to_dict(self) -> dict[str, Any]:

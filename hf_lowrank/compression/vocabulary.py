@@ -20,7 +20,7 @@ from hf_lowrank.remote_code.lowrank_dense import dense_kind
 from hf_lowrank.remote_code.lowrank_structures import module_name, token_table
 
 # Tokenizer models, by their `type` in tokenizer.json, and where a token that is gone ends up.
-KINDS = ("WordPiece", "BPE", "Unigram", "WordLevel")
+TOKENIZER_MODELS = ("WordPiece", "BPE", "Unigram", "WordLevel")
 # Fields of a configuration that hold token ids, besides all that end in `_token_id`.
 _ID_LISTS = ("suppress_tokens", "begin_suppress_tokens")
 
@@ -50,8 +50,10 @@ def reduce_vocabulary(
     if not hasattr(tokenizer, "backend_tokenizer"):
         raise InputError(f"{type(tokenizer).__name__} is no fast tokenizer, and only those can be reduced.")
     state = json.loads(tokenizer.backend_tokenizer.to_str())
-    if state["model"]["type"] not in KINDS:
-        raise InputError(f"The tokenizer's model must be one of {', '.join(KINDS)}, got {state['model']['type']}.")
+    if state["model"]["type"] not in TOKENIZER_MODELS:
+        raise InputError(
+            f"The tokenizer's model must be one of {', '.join(TOKENIZER_MODELS)}, got {state['model']['type']}."
+        )
     dense = load_dense(model)
     embedding: Any = token_table(dense)
     if embedding is None or dense_kind(embedding) != "embedding":

@@ -1,6 +1,5 @@
 """Batches of token ids from anything: texts, rows of ids, a `DataLoader`."""
 
-import hashlib
 import random
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
@@ -102,17 +101,6 @@ def require_known_tokens(batches: Iterable[Mapping[str, Any]], model: Any, token
 def any_known(ids: torch.Tensor, tokenizer: Any) -> bool:
     """Whether any token is not special; what a tokenizer does not know becomes a special one."""
     return not bool(torch.isin(ids, torch.tensor(tokenizer.all_special_ids, dtype=torch.long)).all())
-
-
-def fingerprint(batches: Sequence[Batch]) -> str:
-    """SHA-256 of the ids, masks and other tensors of all batches."""
-    digest = hashlib.sha256()
-    for batch in batches:
-        for name in sorted(batch):
-            tensor = batch[name].detach().cpu().clone(memory_format=torch.contiguous_format)
-            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-            digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
 
 
 def special_frame(tokenizer: Any) -> tuple[list[int], list[int]]:

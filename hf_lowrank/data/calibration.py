@@ -13,9 +13,10 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_PRETRAINING_MAPPING_NAMES,
 )
 
-from hf_lowrank.data.batches import fingerprint, make_batches, require_known_tokens, require_tokens, special_frame
+from hf_lowrank.data.batches import make_batches, require_known_tokens, require_tokens, special_frame
 from hf_lowrank.data.rows import holds_token_ids, load_texts, source_name
 from hf_lowrank.errors import InputError
+from hf_lowrank.files.digests import fingerprint
 from hf_lowrank.hosts.loading import require_runs, vocabulary_size
 from hf_lowrank.hosts.outputs import IGNORED_LABEL, Batch, longest_input, real_tokens
 from hf_lowrank.remote_code.configuration_lowrank import PREFIX

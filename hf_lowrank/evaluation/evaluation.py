@@ -118,7 +118,8 @@ def evaluate(
 
     Args:
         model: Compressed or not, with the head the task needs.
-        dataset: A file, a data set of the Hub, a `datasets.Dataset`, texts or rows; see `hf_lowrank.data.rows.load_rows`.
+        dataset: A file, a data set of the Hub, a `datasets.Dataset`, texts or rows; see
+            `hf_lowrank.data.rows.load_rows`.
         task: A name out of `hf_lowrank.evaluation.TASKS`, or a task.
         dense: What `model` was; agreement with it is measured too.
         tokenizer: Of both models.

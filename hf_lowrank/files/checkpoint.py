@@ -1,15 +1,10 @@
 """What a long computation has finished, kept so that the process after a kill goes on from there."""
 
-import hashlib
-import json
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
-from transformers import PreTrainedModel
 
-from hf_lowrank.data.batches import fingerprint
 from hf_lowrank.files.scratch import write_file
 
 
@@ -47,18 +42,3 @@ class Checkpoint:
 
 
 NOT_KEPT = Checkpoint()
-
-# Of a configuration: where it came from, and by what it was written.
-_SAYS_NOTHING = ("_name_or_path", "transformers_version")
-
-
-def weights_digest(model: nn.Module) -> str:
-    """A short hash of a model's parameters and buffers, kept in its files or not."""
-    return fingerprint([dict(model.named_parameters()), dict(model.named_buffers())])[:16]
-
-
-def model_digest(model: PreTrainedModel) -> str:
-    """A short hash of all that a model's outputs depend on: class, configuration, way of attention, weights."""
-    config = {key: value for key, value in model.config.to_dict().items() if key not in _SAYS_NOTHING}
-    about = [type(model).__name__, config, model.config._attn_implementation, weights_digest(model)]
-    return hashlib.sha256(json.dumps(about, sort_keys=True, default=str).encode()).hexdigest()[:16]

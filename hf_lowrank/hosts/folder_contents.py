@@ -10,7 +10,7 @@ from typing import Any
 from safetensors import safe_open
 
 from hf_lowrank.errors import InputError
-from hf_lowrank.registration import read_config
+from hf_lowrank.hosts.config_file import read_config
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 # Weights in formats that hold code or belong to other libraries.

@@ -11,7 +11,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedModel
 
 from hf_lowrank.errors import InputError, one_line
-from hf_lowrank.registration import read_config
+from hf_lowrank.hosts.config_file import read_config
 from hf_lowrank.remote_code.lowrank_model import LowRankMixin
 
 # Where wrappers keep the model they run: DataParallel and its kin, torch.compile.

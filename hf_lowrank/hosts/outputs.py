@@ -21,7 +21,7 @@ class Said:
     """The output of a model at the places that count.
 
     Args:
-        kind: One of `KINDS`.
+        kind: One of `OUTPUTS`.
         rows: (N, V), a row for each thing that is said.
     """
 
@@ -29,8 +29,8 @@ class Said:
     rows: torch.Tensor
 
     def distance(self, reference: "Said") -> torch.Tensor:
-        """How far each row is from the reference's, (N); see `KINDS`."""
-        return KINDS[self.kind].distance(self.rows, reference.rows)
+        """How far each row is from the reference's, (N); see `OUTPUTS`."""
+        return OUTPUTS[self.kind].distance(self.rows, reference.rows)
 
     def random_gradient_loss(self, generator: torch.Generator) -> torch.Tensor:
         """A random scalar whose gradient has the second moment of the Gauss-Newton matrix of `distance`.
@@ -38,7 +38,7 @@ class Said:
         For predictions: the loss of labels drawn from the model's own, so that no labels are needed (the Fisher
         matrix). For embeddings: the product with standard normal directions.
         """
-        return KINDS[self.kind].random_gradient_loss(self.rows, generator)
+        return OUTPUTS[self.kind].random_gradient_loss(self.rows, generator)
 
 
 class _Divergence(torch.autograd.Function):
@@ -126,7 +126,7 @@ class Kind:
 # labels: logits of labels of which several can be true, the sum of their KL(reference || this)
 # number: values of a regression or a ranking, half the squared difference: KL of normals with variance 1
 # embedding: unit vectors, 1 - cosine
-KINDS = {
+OUTPUTS = {
     "distribution": Kind(_divergence, _loss_of_drawn_class, has_temperature=True),
     "labels": Kind(_label_divergence, _loss_of_drawn_labels, has_temperature=True),
     "number": Kind(_half_square, _along_normals, has_temperature=False),

@@ -29,7 +29,7 @@ class Paper:
         return f"@inproceedings{{{self.key},\n{body}\n}}"
 
 
-TUCKER = Paper(
+REN = Paper(
     "ren2022exploring",
     "Exploring Extreme Parameter Compression for Pre-trained Language Models",
     "Ren, Yuxin and Wang, Benyou and Shang, Lifeng and Jiang, Xin and Liu, Qun",
@@ -45,7 +45,7 @@ LPAF = Paper(
     "LREC-COLING",
     "2306.14152",
 )
-SVD = Paper(
+ECKART_YOUNG = Paper(
     "eckart1936approximation",
     "The approximation of one matrix by another of lower rank",
     "Eckart, Carl and Young, Gale",
@@ -85,7 +85,7 @@ TFWSVD = Paper(
     "Conference on Empirical Methods in Natural Language Processing",
     "2211.09718",
 )
-TENSOR_TRAIN = Paper(
+OSELEDETS = Paper(
     "oseledets2011tensor",
     "Tensor-Train Decomposition",
     "Oseledets, Ivan V.",
@@ -107,7 +107,7 @@ KRONECKER = Paper(
     1993,
     "Linear Algebra for Large Scale and Real-Time Applications",
 )
-AUTOENCODER = Paper(
+BANAEI = Paper(
     "banaei2023revisiting",
     "Revisiting Offline Compression: Going Beyond Factorization-based Methods for Transformer Language Models",
     "Banaei, Mohammadreza and Ba{\\l}azy, Klaudia and Kasymov, Artur and Lebret, R{\\'e}mi and Tabor, Jacek and "

@@ -151,7 +151,7 @@ class Method(Protocol):
 
     @property
     def needs(self) -> frozenset[str]:
-        """Kinds of statistics it looks at; see `hf_lowrank.statistics.collection.KINDS`."""
+        """Kinds of statistics it looks at; see `hf_lowrank.statistics.collection.STATISTICS`."""
         ...
 
     def plan(self, problem: Problem) -> tuple[Plan, Sequence[Matrix]]:

@@ -63,7 +63,7 @@ def _tucker(name: str, summary: str, ranks: tuple[int, ...] | None = None, is_re
     home = f"hf_lowrank.methods.tucker.method:{name}"
     # Factors that all layers share learn alike from 3e-4 to 1e-3.
     more: Any = {"ranks": ranks, "learning_rate": 5e-4, "is_recommended": is_recommended}
-    return MethodRow(home=home, summary=summary, takes=OF_TENSORS, paper=papers.TUCKER, **more)
+    return MethodRow(home=home, summary=summary, takes=OF_TENSORS, paper=papers.REN, **more)
 
 
 def _tensor(home: str, summary: str, paper: Paper, is_recommended: bool = False) -> MethodRow:
@@ -77,7 +77,7 @@ METHODS: dict[str, MethodRow] = {
         "data_aware_svd:TWO_SIDED_SVD", "inputs and gradients of every matrix, on text", papers.LEMS, True
     ),
     "whitened_svd": _matrix("data_aware_svd:WHITENED_SVD", "inputs of every matrix, on text", papers.SVD_LLM, True),
-    "svd": _matrix("method:PLAIN_SVD", "the weights alone, in seconds", papers.SVD, True),
+    "svd": _matrix("method:PLAIN_SVD", "the weights alone, in seconds", papers.ECKART_YOUNG, True),
     "weighted_svd": _matrix("data_aware_svd:WEIGHTED_SVD", "Fisher information of the rows", papers.FWSVD),
     "element_weighted_svd": _matrix(
         "element_weighted_svd:ELEMENT_WEIGHTED_SVD", "Fisher information of every entry", papers.TFWSVD
@@ -90,34 +90,30 @@ METHODS: dict[str, MethodRow] = {
     ),
     "tucker": _tucker("TUCKER", "the matrices of all layers together", is_recommended=True),
     "whitened_tucker": _tucker("WHITENED_TUCKER", "the same, in the metric of their inputs", is_recommended=True),
-    "tensor_train": _tensor("trains.method:TENSOR_TRAIN", "three cores for every matrix", papers.TENSOR_TRAIN),
+    "tensor_train": _tensor("trains.method:TENSOR_TRAIN", "three cores for every matrix", papers.OSELEDETS),
     "whitened_tensor_train": _tensor(
-        "trains.method:WHITENED_TENSOR_TRAIN", "the same, in the metric of its inputs", papers.TENSOR_TRAIN
+        "trains.method:WHITENED_TENSOR_TRAIN", "the same, in the metric of its inputs", papers.OSELEDETS
     ),
     "shared_tensor_train": _tensor(
         "trains.method:SHARED_TENSOR_TRAIN", "one central core for the same matrix of all layers", papers.SHARED_TRAIN
     ),
     "kronecker_sum": _tensor("kronecker:KRONECKER_SUM", "Kronecker products for every matrix", papers.KRONECKER),
     "autoencoder": _tensor(
-        "rows.method:AUTOENCODER", "one decoder for the same matrix of all layers", papers.AUTOENCODER, True
+        "rows.method:AUTOENCODER", "one decoder for the same matrix of all layers", papers.BANAEI, True
     ),
-    "separated_autoencoder": _tensor(
-        "rows.method:SEPARATED_AUTOENCODER", "a decoder for every matrix", papers.AUTOENCODER
-    ),
+    "separated_autoencoder": _tensor("rows.method:SEPARATED_AUTOENCODER", "a decoder for every matrix", papers.BANAEI),
     "offline_autoencoder": _tensor(
-        "rows.method:OFFLINE_AUTOENCODER", "directions of the rows, without text", papers.AUTOENCODER
+        "rows.method:OFFLINE_AUTOENCODER", "directions of the rows, without text", papers.BANAEI
     ),
     "separated_offline_autoencoder": _tensor(
-        "rows.method:SEPARATED_OFFLINE_AUTOENCODER", "the same, a decoder for every matrix", papers.AUTOENCODER
+        "rows.method:SEPARATED_OFFLINE_AUTOENCODER", "the same, a decoder for every matrix", papers.BANAEI
     ),
-    "fisher_autoencoder": _tensor(
-        "rows.method:FISHER_AUTOENCODER", "Fisher information of the rows", papers.AUTOENCODER
-    ),
+    "fisher_autoencoder": _tensor("rows.method:FISHER_AUTOENCODER", "Fisher information of the rows", papers.BANAEI),
     "nonlinear_autoencoder": _tensor(
-        "rows.nonlinear_method:NONLINEAR_AUTOENCODER", "the published, trained decoders", papers.AUTOENCODER
+        "rows.nonlinear_method:NONLINEAR_AUTOENCODER", "the published, trained decoders", papers.BANAEI
     ),
     "separated_nonlinear_autoencoder": _tensor(
-        "rows.nonlinear_method:SEPARATED_NONLINEAR_AUTOENCODER", "the same, one for every matrix", papers.AUTOENCODER
+        "rows.nonlinear_method:SEPARATED_NONLINEAR_AUTOENCODER", "the same, one for every matrix", papers.BANAEI
     ),
     "tucker-III-64": _tucker("TUCKER", "Ren et al.: factors in common", (64, 64)),
     "tucker-III-384": _tucker("TUCKER", "Ren et al.: factors in common", (384, 384)),

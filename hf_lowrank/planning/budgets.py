@@ -7,7 +7,7 @@ from typing import Any
 
 from hf_lowrank.errors import InputError
 
-KINDS = ("keep_params", "keep_targets", "target_size", "keep_latency", "rank", "ranks")
+BUDGETS = ("keep_params", "keep_targets", "target_size", "keep_latency", "rank", "ranks")
 _UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
@@ -48,12 +48,14 @@ def make_budget(
     """
     given = {
         kind: value
-        for kind, value in zip(KINDS, (keep_params, keep_targets, target_size, keep_latency, rank, ranks), strict=True)
+        for kind, value in zip(
+            BUDGETS, (keep_params, keep_targets, target_size, keep_latency, rank, ranks), strict=True
+        )
         if value is not None
     }
     if len(given) != 1:
         found = ", ".join(given) or "none"
-        raise InputError(f"Exactly one budget is needed out of {', '.join(KINDS)}; got {found}.")
+        raise InputError(f"Exactly one budget is needed out of {', '.join(BUDGETS)}; got {found}.")
     ((kind, value),) = given.items()
     if kind == "target_size":
         return Budget(kind, parse_size(value))  # type: ignore[arg-type]  # ranks are not sizes

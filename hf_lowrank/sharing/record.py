@@ -10,10 +10,10 @@ from transformers import PreTrainedModel
 from hf_lowrank.errors import InputError
 from hf_lowrank.files.redaction import without_tokens_inside
 from hf_lowrank.files.scratch import write_text
+from hf_lowrank.hosts.config_file import read_config
 from hf_lowrank.hosts.folder_contents import update_with_file
 from hf_lowrank.hosts.targets import find_matrices
 from hf_lowrank.records.report import CompressionReport
-from hf_lowrank.registration import read_config
 from hf_lowrank.sharing.cards.card import KEPT_LINE, REPORT_FILE, make_card
 from hf_lowrank.sharing.cards.metadata import RESULTS_FILE, results_file
 

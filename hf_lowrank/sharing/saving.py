@@ -15,6 +15,7 @@ from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel
 from hf_lowrank.errors import InputError, Note, one_line
 from hf_lowrank.files.redaction import config_without_tokens
 from hf_lowrank.files.scratch import REPLACED, workshop, write_text
+from hf_lowrank.hosts.config_file import read_config
 from hf_lowrank.hosts.folder_contents import (
     SIDE_FILES,
     VOCABULARY_FILES,
@@ -28,7 +29,6 @@ from hf_lowrank.hosts.folder_contents import (
 )
 from hf_lowrank.hosts.loading import require_finite, unusable
 from hf_lowrank.records.report import make_report
-from hf_lowrank.registration import read_config
 from hf_lowrank.remote_code import modeling_lowrank
 from hf_lowrank.remote_code.lowrank_model import LowRankMixin
 from hf_lowrank.remote_code.lowrank_plan import PlanError

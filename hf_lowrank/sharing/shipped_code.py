@@ -1,6 +1,7 @@
 """Which code in a saved folder is this library's own, of any version: known by its digest, and so safe to run.
 
-`python -m hf_lowrank.sharing.shipped_code` adds the files as they are now, and those of every commit there is, to the list.
+`python -m hf_lowrank.sharing.shipped_code` adds the files as they are now, and those of every commit there is, to the
+list.
 """
 
 import hashlib
@@ -10,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from hf_lowrank import remote_code
-from hf_lowrank.registration import read_config
+from hf_lowrank.hosts.config_file import read_config
 
 _DIGESTS = Path(__file__).with_name("shipped_code.txt")
 _SHIPPED = Path(remote_code.__path__[0])

@@ -17,10 +17,10 @@ from transformers import PreTrainedModel
 
 from hf_lowrank.errors import InputError, one_line
 from hf_lowrank.files.scratch import temporary_folder
+from hf_lowrank.hosts.config_file import read_config
 from hf_lowrank.hosts.folder_contents import weight_files
 from hf_lowrank.hosts.heads import auto_class as find_auto_class
 from hf_lowrank.hosts.loading import vocabulary_size
-from hf_lowrank.registration import read_config
 from hf_lowrank.remote_code.lowrank_plan import PlanError
 from hf_lowrank.sharing import verification_child
 from hf_lowrank.sharing.saving import compressed_class, load_compressed

@@ -20,7 +20,7 @@ from hf_lowrank.statistics.panels import gram_panels
 from hf_lowrank.statistics.running_sums import RunningSums
 
 # `input_moment` brings the mean of the inputs along.
-KINDS = ("input_moment", "output_moment", "fisher", "row_weights")
+STATISTICS = ("input_moment", "output_moment", "fisher", "row_weights")
 
 # A token whose gradient is many times the average one would decide the moment alone.
 _LARGEST_GRADIENT = 10.0
@@ -45,7 +45,7 @@ def collect_statistics(
 
     Args:
         matrices: Those of `find_matrices(model)` that will be solved for.
-        kinds: Out of `KINDS`.
+        kinds: Out of `STATISTICS`.
         path: The file to write.
         fingerprint: Of the model and the text; what was left by a run on others is not gone on with.
         seed: Of the drawn labels.

@@ -11,9 +11,9 @@ import torch
 from filelock import FileLock
 from transformers import PreTrainedModel
 
-from hf_lowrank.data.batches import fingerprint
 from hf_lowrank.data.calibration import Calibration, Text, described_text, make_calibration
-from hf_lowrank.files.checkpoint import NOT_KEPT, Checkpoint, model_digest, weights_digest
+from hf_lowrank.files.checkpoint import NOT_KEPT, Checkpoint
+from hf_lowrank.files.digests import fingerprint, model_digest, weights_digest
 from hf_lowrank.files.scratch import scratch_folder
 from hf_lowrank.hosts.targets import DenseMatrix
 from hf_lowrank.planning.probes import Probe
@@ -36,7 +36,7 @@ class Evidence:
 
     Args:
         source: Calibration text, or None for synthetic tokens; see `make_calibration`.
-        kinds: Of statistics; see `hf_lowrank.statistics.collection.KINDS`.
+        kinds: Of statistics; see `hf_lowrank.statistics.collection.STATISTICS`.
         watched: Matrices that they are wanted of.
     """
 

@@ -14,13 +14,12 @@ from transformers import PreTrainedModel
 from hf_lowrank.compression.compress import compress
 from hf_lowrank.compression.job import Settings, settle_compression
 from hf_lowrank.compression.settings import ComparisonOptions, CompressOptions
-from hf_lowrank.data.batches import fingerprint
 from hf_lowrank.data.calibration import described_text, make_calibration
 from hf_lowrank.data.rows import source_name
 from hf_lowrank.errors import InputError
 from hf_lowrank.evaluation import make_task
 from hf_lowrank.evaluation.base import Step, Task, metric_of
-from hf_lowrank.files.checkpoint import model_digest
+from hf_lowrank.files.digests import fingerprint, model_digest
 from hf_lowrank.files.scratch import temporary_folder
 from hf_lowrank.hosts.loading import find_tokenizer, load_dense
 from hf_lowrank.hosts.multiply_adds import count_multiply_adds

@@ -18,10 +18,10 @@ from safetensors import SafetensorError
 from transformers.utils.hub import HF_MODULES_CACHE
 
 from hf_lowrank.errors import InputError, one_line
+from hf_lowrank.hosts.config_file import read_config
 from hf_lowrank.hosts.folder_contents import saved_shapes, tokenizer_files
 from hf_lowrank.records.machine import machine_name, versions
 from hf_lowrank.records.wording import megabytes
-from hf_lowrank.registration import read_config
 from hf_lowrank.remote_code.lowrank_plan import PlanError
 from hf_lowrank.sharing.inspection import make_skeleton
 from hf_lowrank.sharing.record import read_record

@@ -17,7 +17,7 @@ from hf_lowrank.hosts.loading import vocabulary_size
 from hf_lowrank.remote_code.lowrank_structures import named_structures
 from hf_lowrank.training.attention import recorded_attention
 from hf_lowrank.training.features import Features, has_labels
-from hf_lowrank.training.losses import LOSSES, Comparison, Watched, make_projections
+from hf_lowrank.training.losses import LOSSES, Compared, Watched, make_projections
 from hf_lowrank.training.preparation import fast_attention, without_dropout
 
 _PROJECTIONS = "distillation_projections"
@@ -108,7 +108,7 @@ class DistillationTrainer(Trainer):
         self._count += int(model.training)
         return (total, compared.student.output) if return_outputs else total
 
-    def _compare(self, model: Any, student: PreTrainedModel, inputs: dict[str, Any]) -> Comparison:
+    def _compare(self, model: Any, student: PreTrainedModel, inputs: dict[str, Any]) -> Compared:
         attends = "attention" in self.losses
         unlabelled = {name: value for name, value in inputs.items() if name not in self.label_names}
         teaches = bool(set(self.losses) - {"task"})
@@ -125,7 +125,7 @@ class DistillationTrainer(Trainer):
             recorded_attention(student, attends) as attention,
         ):
             output = model(**(inputs if "task" in self.losses else unlabelled))
-        return Comparison(
+        return Compared(
             batch=inputs,
             student=Watched(student, output, found, attention),
             teacher=Watched(self.teacher, reference, wanted, their_attention),

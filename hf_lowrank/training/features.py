@@ -60,8 +60,8 @@ def make_features(
     alone: enough to learn from a teacher.
 
     Args:
-        source: A file, a data set of the Hub, a `datasets.Dataset`, texts or rows (see `hf_lowrank.data.rows.load_rows`);
-            rows or batches that hold `input_ids` are taken as they are.
+        source: A file, a data set of the Hub, a `datasets.Dataset`, texts or rows (see
+            `hf_lowrank.data.rows.load_rows`); rows or batches that hold `input_ids` are taken as they are.
         max_examples: Rows at most, drawn by `seed`.
 
     Raises:

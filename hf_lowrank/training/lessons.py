@@ -11,8 +11,8 @@ from typing import Any
 from transformers import PreTrainedModel, PrinterCallback, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
-from hf_lowrank.data.batches import fingerprint
 from hf_lowrank.errors import InputError
+from hf_lowrank.files.digests import fingerprint
 from hf_lowrank.files.scratch import temporary_folder, write_text
 from hf_lowrank.hosts.gradients import leave_inference_mode_
 from hf_lowrank.hosts.loading import require_runs

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from hf_lowrank.errors import InputError
 from hf_lowrank.hosts.blocks import hidden_states
-from hf_lowrank.hosts.outputs import KINDS, Said, real_tokens, said, speaking_places
+from hf_lowrank.hosts.outputs import OUTPUTS, Said, real_tokens, said, speaking_places
 from hf_lowrank.training.attention import AttentionRecord
 
 # What averages a number over all processes; every term is a local sum over a mean count, so that the mean of the
@@ -38,7 +38,7 @@ class Watched:
 
 
 @dataclass(frozen=True)
-class Comparison:
+class Compared:
     """A student and its teacher on one batch.
 
     Args:
@@ -56,7 +56,7 @@ class Comparison:
     average: Average
 
 
-def task_loss(compared: Comparison) -> torch.Tensor:
+def task_loss(compared: Compared) -> torch.Tensor:
     """The student's own loss on the labels of the batch."""
     loss = compared.student.output.loss
     if loss is None:
@@ -68,20 +68,20 @@ def task_loss(compared: Comparison) -> torch.Tensor:
     return mean
 
 
-def logits_loss(compared: Comparison) -> torch.Tensor:
-    """`T^2 KL(softmax(t / T) || softmax(s / T))` at the places that count; see `hf_lowrank.hosts.outputs.KINDS` for others.
+def logits_loss(compared: Compared) -> torch.Tensor:
+    """`T^2 KL(softmax(t / T) || softmax(s / T))` at the places that count; others: `hf_lowrank.hosts.outputs.OUTPUTS`.
 
     `T` is the temperature; its square keeps the gradients of one size (Hinton et al., 2015).
     """
     heat = compared.temperature
     found, wanted = (said(side.model, side.output, compared.batch) for side in (compared.student, compared.teacher))
-    if has_temperature := KINDS[found.kind].has_temperature:
+    if has_temperature := OUTPUTS[found.kind].has_temperature:
         found, wanted = Said(found.kind, found.rows.float() / heat), Said(wanted.kind, wanted.rows.float() / heat)
     total = found.distance(wanted).sum() / _average_count(len(found.rows), compared)
     return total * heat**2 if has_temperature else total
 
 
-def hidden_loss(compared: Comparison) -> torch.Tensor:
+def hidden_loss(compared: Compared) -> torch.Tensor:
     """Mean over the mapped blocks of `||h - t||^2 / (N D var(t))` at the `N` tokens that are no padding."""
     real = real_tokens(compared.batch)
     terms = []
@@ -94,7 +94,7 @@ def hidden_loss(compared: Comparison) -> torch.Tensor:
     return torch.stack(terms).mean()
 
 
-def attention_loss(compared: Comparison) -> torch.Tensor:
+def attention_loss(compared: Compared) -> torch.Tensor:
     """Squared difference of the last layers' attention scores before the softmax, over the teacher's variance.
 
     Over all heads and all pairs of real tokens of which the first may see the second; over the means of the heads
@@ -109,7 +109,7 @@ def attention_loss(compared: Comparison) -> torch.Tensor:
     return _relative_square(found.masked_select(allowed), wanted.masked_select(allowed), compared)
 
 
-LOSSES: dict[str, Callable[[Comparison], torch.Tensor]] = {
+LOSSES: dict[str, Callable[[Compared], torch.Tensor]] = {
     "task": task_loss,
     "logits": logits_loss,
     "hidden": hidden_loss,
@@ -126,7 +126,7 @@ def make_projections(
     return {ours: nn.Linear(width, teacher_width, bias=False, device=device) for ours, _ in layer_map}
 
 
-def _relative_square(found: torch.Tensor, target: torch.Tensor, compared: Comparison) -> torch.Tensor:
+def _relative_square(found: torch.Tensor, target: torch.Tensor, compared: Compared) -> torch.Tensor:
     """Mean squared difference over the variance of the target, both over the batches of all processes."""
     moments = torch.stack([torch.tensor(float(target.numel())).to(target), target.sum(), target.square().sum()])
     count, total, squares = compared.average(moments)
@@ -135,6 +135,6 @@ def _relative_square(found: torch.Tensor, target: torch.Tensor, compared: Compar
     return relative
 
 
-def _average_count(count: int, compared: Comparison) -> torch.Tensor:
+def _average_count(count: int, compared: Compared) -> torch.Tensor:
     device = compared.batch["input_ids"].device
     return compared.average(torch.tensor(float(count), device=device)).clamp_min(_LEAST)

@@ -52,7 +52,7 @@ class TableObjective:
 
 # `loss` gave the lowest perplexities of all powers and metrics tried; `direction` is the least cosine error over all
 # rows alike, to second order.
-OBJECTIVES = {
+CLOSED_FORM = {
     "loss": TableObjective(),
     "direction": TableObjective(frequency_power=0, is_relative=True, uses_metric=False),
 }

@@ -11,7 +11,7 @@ from hf_lowrank.files.checkpoint import NOT_KEPT, Checkpoint
 from hf_lowrank.methods.factors import BandedSolution
 from hf_lowrank.methods.rows.nonlinear_autoencoder import NonlinearCodes, train_rows
 from hf_lowrank.methods.rows.row_autoencoder import RowAutoencoder, rows_by_direction
-from hf_lowrank.methods.tables.banded import OBJECTIVES, BandedTable
+from hf_lowrank.methods.tables.banded import CLOSED_FORM, BandedTable
 from hf_lowrank.progress import Progress, no_progress
 from hf_lowrank.remote_code.lowrank_nonlinear_table import NonlinearAutoencoderTable
 
@@ -40,7 +40,7 @@ class NonlinearTable:
         self._seed = seed
         self._checkpoint = checkpoint
         self._progress = progress
-        self._linear = BandedTable(weight, objective=OBJECTIVES["direction"], most_bands=1)
+        self._linear = BandedTable(weight, objective=CLOSED_FORM["direction"], most_bands=1)
 
     def sizes(self, rank: int, itemsize: int | None = None) -> dict[str, int]:
         """The longest codes that cost no more than one linear autoencoder of that rank, decoder and lengths paid for.

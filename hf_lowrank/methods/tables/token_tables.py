@@ -8,8 +8,7 @@ import torch
 from hf_lowrank.hosts.targets import Matrix
 from hf_lowrank.methods.metric import moment_metric
 from hf_lowrank.methods.problem import Problem
-from hf_lowrank.methods.tables.banded import OBJECTIVES as CLOSED_FORM
-from hf_lowrank.methods.tables.banded import BandedTable
+from hf_lowrank.methods.tables.banded import CLOSED_FORM, BandedTable
 from hf_lowrank.methods.tables.nonlinear_table import NonlinearTable
 from hf_lowrank.methods.tables.trained_table import TrainedTable
 from hf_lowrank.statistics.moments import MatrixStatistics

@@ -11,7 +11,7 @@ from huggingface_hub import ModelCard
 
 from hf_lowrank.files.redaction import without_tokens
 from hf_lowrank.methods.table import OF_TENSORS, known_method, paper_of
-from hf_lowrank.planning.budgets import KINDS
+from hf_lowrank.planning.budgets import BUDGETS
 from hf_lowrank.records.report import CompressionReport, QualityReport
 from hf_lowrank.records.wording import (
     change_in_words,
@@ -140,7 +140,7 @@ class _Text:
     def _method_line(self) -> str:
         settings, modules = self.settings, self.report.modules
         method = str(settings.get("method", ""))
-        given = [f"`{name}={_said(settings[name])}`" for name in KINDS if name in settings]
+        given = [f"`{name}={_said(settings[name])}`" for name in BUDGETS if name in settings]
         budget = f", budget {given[0]}" if given else ", its sizes as published"
         row = known_method(method)
         asked = ("allocation", "storage", *(["group"] if row is not None and row.takes == OF_TENSORS else []))
