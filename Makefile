@@ -45,6 +45,7 @@ docs: $(VENV)/.dev-installed  ## write the API reference, the plot and the diges
 	@$(BIN)/python -m hf_lowrank.sharing.shipped_code
 	@$(BIN)/python docs/make_reference.py
 	@$(BIN)/python docs/make_plots.py
+	@$(BIN)/python docs/make_architecture.py
 
 clean:
 	rm -rf .venv build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
