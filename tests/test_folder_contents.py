@@ -7,6 +7,7 @@ import shutil
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from test_scratch import full_disk
 from tiny_models import build
 from tiny_tokenizers import encoder_tokenizer
@@ -19,6 +20,7 @@ from hf_lowrank.hosts.folder_contents import links_out, side_files_of, weight_fi
 from hf_lowrank.sharing import shipped_code
 from hf_lowrank.sharing.cards.usage import snippet
 from hf_lowrank.sharing.inspection import saved_report
+from hf_lowrank.sharing.record import read_record
 from hf_lowrank.sharing.saving import folder_files, load_compressed, save_folder
 from hf_lowrank.sharing.verification import verify
 
@@ -307,7 +309,8 @@ def plan(**values):
 # What is damaged -> the change, and what doctor says of it
 DAMAGED = {
     "cut weights": (cut_weights, "incomplete|truncat|buffer|[Ee]rror"),
-    "changed plan": (change_plan, "has another shape than the plan says"),
+    "changed plan": (change_plan, "do not fit its plan: [0-9]+ of another shape"),
+    "a plan of nothing": (plan(modules={}), "do not fit its plan: [0-9]+ missing"),
     "version 2": (plan(format_version=2), "format_version must be"),
     "no modules": (plan(modules=None), "compression.modules must be a JSON object"),
     "no plan": (with_config(compression={}), "compression"),
@@ -324,22 +327,28 @@ def test_doctor_looks_at_weights_and_plan(folder, capsys, name):
     assert re.search(f"problem .*({message})", capsys.readouterr().out)
 
 
-@pytest.mark.parametrize("name", ["version 2", "no modules", "no plan", "a text as plan"])
-def test_no_command_believes_an_old_report_of_a_broken_plan(folder, capsys, name):
-    DAMAGED[name][0](folder)
+@pytest.mark.parametrize("name", [*DAMAGED, *NO_WEIGHTS])
+def test_no_command_believes_an_old_report_of_a_broken_folder(folder, capsys, name):
+    (DAMAGED | NO_WEIGHTS)[name][0](folder)
 
-    for command in (["inspect", str(folder)], ["card", str(folder)], ["push", str(folder), "me/small", "--dry-run"]):
-        assert main(command) == 2, command
+    for command, *more in (["inspect"], ["card"], ["push", "me/small", "--dry-run"], ["decompress", f"{folder}-out"]):
+        assert main([command, str(folder), *more]) == 2, command
         assert capsys.readouterr().err.count("\n") == 1
 
 
-def test_a_report_is_believed_for_the_weights_and_the_plan_it_was_written_for(folder):
-    report = saved_report(folder)
+def change_a_number(folder):
+    state = load_file(folder / "model.safetensors")
+    name = next(name for name, value in state.items() if value.is_floating_point() and value.numel())
+    save_file(state | {name: state[name] + 1}, folder / "model.safetensors", metadata={"format": "pt"})
 
-    change_plan(folder)
 
-    assert saved_report(folder) != report
-    assert saved_report(folder).parameters < report.parameters
+@pytest.mark.parametrize("change", [change_plan, change_a_number])
+def test_a_report_is_believed_for_the_weights_and_the_plan_it_was_written_for(folder, change):
+    assert read_record(folder) == saved_report(folder)
+
+    change(folder)
+
+    assert read_record(folder) is None
 
 
 TOKEN = "hf_AbCdEfGhIjKlMnOpQrStUvWxYz"

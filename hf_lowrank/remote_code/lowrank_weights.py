@@ -40,8 +40,8 @@ def check_loaded(model: Any, info: dict[str, Any]) -> None:
     _refuse(f"The weights of {model.config.name_or_path or 'this model'}", problems)
 
 
-def check_saved(model: Any, state: dict[str, torch.Tensor]) -> None:
-    """Refuse to save weights that could not be loaded by the configuration that is saved with them.
+def check_saved(model: Any, state: dict[str, torch.Tensor], subject: str = "The weights to be saved") -> None:
+    """Refuse weights that could not be loaded by the configuration that is saved with them.
 
     Raises:
         PlanError: Naming a weight.
@@ -54,7 +54,7 @@ def check_saved(model: Any, state: dict[str, torch.Tensor]) -> None:
         "unexpected": _of_structures(model, [name for name in state if name not in expected]),
         "of another shape": {name for name, shape in expected.items() if name in state and state[name].shape != shape},
     }
-    _refuse("The weights to be saved", problems)
+    _refuse(subject, problems)
 
 
 def skeleton(model_class: Any, config: Any) -> Any:

@@ -23,7 +23,7 @@ from hf_lowrank.hosts.folder_contents import saved_shapes, tokenizer_files
 from hf_lowrank.records.machine import machine_name, versions
 from hf_lowrank.records.wording import megabytes
 from hf_lowrank.remote_code.lowrank_plan import PlanError
-from hf_lowrank.sharing.inspection import make_skeleton
+from hf_lowrank.sharing.inspection import check_weights, make_skeleton
 from hf_lowrank.sharing.record import read_record
 from hf_lowrank.sharing.shipped_code import foreign_code
 
@@ -190,16 +190,14 @@ def _weights(folder: Path, config: dict[str, Any]) -> Finding:
     """Whether a model's plan can be installed, and its weights are whole and those of the plan."""
     again = "save the model again, or restore the folder"
     try:
-        skeleton = make_skeleton(folder) if config.get("compression") is not None else None
-        saved = saved_shapes(folder)
-        if skeleton is not None:
+        if config.get("compression") is None:
+            count = len(saved_shapes(folder))
+        else:
+            count = check_weights(folder, make_skeleton(folder))
             read_record(folder)
-            known = {name: tuple(value.shape) for name, value in skeleton.state_dict().items()}
-            if wrong := sorted(name for name in saved.keys() & known.keys() if saved[name] not in (known[name], (0,))):
-                return Finding("weights", PROBLEM, f"{wrong[0]} has another shape than the plan says", again)
     except (InputError, PlanError, SafetensorError, OSError, ValueError) as error:
         return Finding("weights", PROBLEM, one_line(error), again)
-    return Finding("weights", OK, f"{len(saved)} tensors in safetensors files")
+    return Finding("weights", OK, f"{count} tensors in safetensors files")
 
 
 def _shipped_code(folder: Path, config: dict[str, Any]) -> Finding:
