@@ -169,11 +169,6 @@ def main() -> None:
             print(f"svd, {storage}: {found['seconds']:.1f} s, {found['gigabytes']:.1f} GB at peak")
         lengths = ((1, 8),) if arguments.smoke else ((1, 2048), (8, 512), (32, 1), (1, 1))
         speed(models, device, lengths, rounds=3 if arguments.smoke else 15)
-        del models
-        with watched(device) as found:
-            how = {"num_calibration_samples": 8 if arguments.smoke else 64, "allocation": "first_order"}
-            compress(dense, keep_targets=0.5, inplace=True, **how)
-        print(f"two-sided by synthetic text, in place: {found['seconds']:.1f} s, {found['gigabytes']:.1f} GB at peak")
 
 
 if __name__ == "__main__":
