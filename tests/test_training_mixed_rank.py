@@ -210,7 +210,7 @@ def test_peft_goes_on_top(tmp_path):
     ("options", "message"),
     [
         ({"probability": 0}, "probability must be above 0"),
-        ({"consistency": -1}, "must not be negative"),
+        ({"consistency": -1}, "consistency must be a number of at least 0, got -1"),
         ({"end": 9}, "ends at step 9, the training at step 8"),
     ],
 )

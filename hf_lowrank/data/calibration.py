@@ -18,7 +18,7 @@ from hf_lowrank.data.rows import holds_token_ids, load_texts, source_name
 from hf_lowrank.errors import InputError
 from hf_lowrank.files.digests import fingerprint
 from hf_lowrank.hosts.loading import require_runs, vocabulary_size
-from hf_lowrank.hosts.outputs import IGNORED_LABEL, Batch, longest_input, real_tokens
+from hf_lowrank.hosts.outputs import IGNORED_LABEL, Batch, inputs_of, longest_input, real_tokens
 from hf_lowrank.remote_code.configuration_lowrank import PREFIX
 
 # Of all batches, the share that ranks are measured on; the others make the statistics.
@@ -71,7 +71,7 @@ def make_calibration(model: PreTrainedModel, source: Any, tokenizer: Any, text: 
         batches = mask_tokens(batches, model, tokenizer, text.seed)
     if model.config.is_encoder_decoder:
         batches = [{"decoder_input_ids": batch["input_ids"], **batch} for batch in batches]
-    require_runs(model, batches[0])
+    require_runs(model, inputs_of(model, batches[0]))
     num_probes = max(1, round(len(batches) * _PROBE_SHARE))
     if len(batches) < 2:
         raise InputError("Calibration needs two batches at least, one to measure ranks on; got 1. Give more text.")

@@ -152,7 +152,8 @@ def require_runs(model: PreTrainedModel, batch: Mapping[str, torch.Tensor]) -> N
         InputError: If it does not take them.
     """
     try:
-        with torch.no_grad():
+        # In training mode it would draw: the caller's generators are as they were.
+        with torch.no_grad(), torch.random.fork_rng([model.device] if model.device.type == "cuda" else []):
             model(**{name: value.to(model.device) for name, value in batch.items()})
     except Exception as error:  # hosts of all families, each with errors of its own
         raise _not_run(model, one_line(error)) from error

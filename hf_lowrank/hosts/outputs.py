@@ -142,10 +142,14 @@ def run(model: PreTrainedModel, batch: Batch) -> Said:
     once for the end, a multiple-choice head once per batch; a model without a head by the mean of its last hidden
     states over the tokens, as unit vectors.
     """
-    inputs = {name: value for name, value in batch.items() if name != "labels"}
-    if type(model).__name__.endswith("ForMultipleChoice"):
-        inputs = {name: value[None] for name, value in inputs.items()}  # the sequences of the batch are the choices
-    return said(model, model(**inputs, **({"use_cache": False} if _has_cache(model) else {})), batch)
+    cached = {"use_cache": False} if _has_cache(model) else {}
+    return said(model, model(**inputs_of(model, batch), **cached), batch)
+
+
+def inputs_of(model: Any, batch: Batch) -> Batch:
+    """What a model reads of a batch; to a multiple-choice head its sequences are the choices."""
+    is_choice = type(model).__name__.endswith("ForMultipleChoice")
+    return {name: value[None] if is_choice else value for name, value in batch.items() if name != "labels"}
 
 
 def said(model: Any, output: Any, batch: Batch) -> Said:

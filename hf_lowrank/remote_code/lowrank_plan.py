@@ -106,7 +106,9 @@ def _validate_reference(name: str, spec: Spec, structures: dict[str, Any], parts
     shares = getattr(structures[spec["structure"]], "SHARES", None) is not None
     part = spec.get("shared")
     if shares and not (isinstance(part, str) and part in parts):
-        raise PlanError(f"{name}: shared must name one of {', '.join(sorted(parts)) or 'no parts'}, got {part!r:.50}.")
+        raise PlanError(
+            f"{name}: shared must name one of {', '.join(sorted(parts)) or 'no parts'}, got {part!r:.100}."
+        )
     if not shares and "shared" in spec:
         raise PlanError(f"{name}: {spec['structure']} shares nothing, got shared={part!r:.50}.")
 
