@@ -5,6 +5,7 @@ import os
 import random
 import shutil
 import tempfile
+from functools import partial
 from pathlib import Path
 
 # Read by the libraries when they are imported; subprocesses of the tests inherit it.
@@ -30,6 +31,9 @@ import transformers
 from fuzzing import SEED
 from hub_server import HubServer
 from laws import FOLDERS, folder_of
+
+from hf_lowrank.methods.rows import nonlinear_method
+from hf_lowrank.methods.rows.nonlinear_autoencoder import RowTraining
 
 atexit.register(shutil.rmtree, os.environ["HF_HOME"], ignore_errors=True)
 torch.set_num_threads(1)
@@ -63,6 +67,13 @@ def seed():
     np.random.seed(0)  # noqa: NPY002  (the libraries under test use the global generator)
     torch.manual_seed(0)
     return 0
+
+
+@pytest.fixture
+def hardly_trained(monkeypatch):
+    """Non-linear decoders are trained in a few steps, for laws that hold however good they are."""
+    few = partial(nonlinear_method.train_rows, training=RowTraining(steps=6))
+    monkeypatch.setattr(nonlinear_method, "train_rows", few)
 
 
 def folder_or_skip(variable, default):

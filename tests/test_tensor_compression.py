@@ -6,6 +6,7 @@ from itertools import product
 
 import pytest
 import torch
+from elsewhere import assert_same_elsewhere
 from every_method import TENSOR_METHODS
 from safetensors.torch import load_file
 from tiny_models import WIDTH, assert_same_function, build, inputs_for
@@ -24,7 +25,6 @@ from hf_lowrank.planning.budgets import Budget
 from hf_lowrank.planning.sizes import overhead_bytes, parameter_bytes
 from hf_lowrank.remote_code.configuration_lowrank import compressed_config_class
 from hf_lowrank.remote_code.modeling_lowrank import compressed_model_class
-from hf_lowrank.sharing.verification import verify
 from hf_lowrank.statistics.evidence import Evidence
 
 HEADS = ["BertForMaskedLM", "GPT2LMHeadModel", "DistilBertForMaskedLM", "LlamaForCausalLM"]
@@ -37,6 +37,7 @@ PUBLISHED = {
     "tucker-IV-36-256": 3.86,
     "tucker-III-384": 22.9,
 }
+pytestmark = pytest.mark.usefixtures("hardly_trained")
 each_head = pytest.mark.parametrize("head", HEADS)
 each_method = pytest.mark.parametrize("method", FREE)
 
@@ -133,25 +134,19 @@ def test_a_size_of_the_saved_folder_is_kept(method, tmp_path):
     assert sum(file.stat().st_size for file in tmp_path.iterdir()) <= asked
 
 
-@pytest.mark.parametrize(
-    ("head", "method"),
-    [
-        ("BertForMaskedLM", "whitened_tucker"),
-        ("GPT2LMHeadModel", "shared_tensor_train"),
-        ("DistilBertForMaskedLM", "kronecker_sum"),
-    ],
-)
-def test_a_saved_model_loads_without_this_library(head, method, tmp_path):
-    small = compress(build(head), method=method, keep_targets=0.4)
-    small.save_pretrained(tmp_path)
+def test_saved_models_load_without_this_library(tmp_path):
+    heads = {
+        "whitened_tucker": "BertForMaskedLM",
+        "shared_tensor_train": "GPT2LMHeadModel",
+        "kronecker_sum": "DistilBertForMaskedLM",
+    }
+    cases = {name: (head, compress(build(head), method=name, keep_targets=0.4)) for name, head in heads.items()}
 
-    found = verify(tmp_path, small)
+    assert_same_elsewhere(cases, tmp_path)
 
-    assert found.ok, found.message
-    assert found.max_difference == 0
-    assert sum(v.numel() for v in load_file(tmp_path / "model.safetensors").values()) == sum(
-        p.numel() for p in small.parameters()
-    )
+    for name, (_, small) in cases.items():
+        stored = load_file(tmp_path / name / "model.safetensors")
+        assert sum(value.numel() for value in stored.values()) == sum(p.numel() for p in small.parameters())
 
 
 @pytest.mark.parametrize("pair", [("tucker", "whitened_tucker"), ("tensor_train", "whitened_tensor_train")])
