@@ -108,7 +108,7 @@ def test_large_outputs_in_small_pages_are_named_where_there_are_large_ones(
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the variables are of glibc")
 def test_memory_that_is_kept_is_not_faulted_in_again():
-    code = "from hf_lowrank import doctor; print(doctor._faults_of_large_output())"
+    code = "from hf_lowrank.studies import doctor; print(doctor._faults_of_large_output())"
     kept = {"MALLOC_MMAP_THRESHOLD_": str(1 << 30), "MALLOC_TRIM_THRESHOLD_": str(1 << 31)}
 
     run = subprocess.run(
