@@ -32,11 +32,11 @@ from hf_lowrank.studies import doctor
 
 # command -> cases, the fewer the longer one takes
 CASES = {
-    "inspect": 300, "card": 250, "push": 250, "decompress": 150, "evaluate": 150, "compress": 150, "analyze": 60,
-    "compare": 60, "verify": 100, "doctor": 60, "recover": 20, "lpaf": 12,
+    "inspect": 300, "push": 300, "decompress": 250, "verify": 220, "card": 120, "compress": 120, "evaluate": 60,
+    "doctor": 60, "analyze": 30, "compare": 30, "recover": 8, "lpaf": 5,
 }  # fmt: skip
-CASES_OF_FOLDERS = {"small": 250, "dense": 100, "gpt2": 40}
-CASES_OF_DATA = 150
+CASES_OF_FOLDERS = {"small": 150, "dense": 80, "gpt2": 100}
+CASES_OF_DATA = 190
 
 
 def drawn(count):
