@@ -42,20 +42,20 @@ def root(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def small(root):
-    """Name of the architecture -> its compressed model, saved in `root / name`."""
+    """Name of the architecture -> its compressed model, saved in `root / name / "model"`: one name, code read once."""
     found = {}
     for name in ARCHITECTURES:
         build_architecture(name).save_pretrained(root / f"dense-{name}")
         dense = getattr(transformers, name).from_pretrained(root / f"dense-{name}")
         found[name] = compress(dense, method="svd", keep_targets=0.5)
-        found[name].save_pretrained(root / name)
+        found[name].save_pretrained(root / name / "model")
     return found
 
 
 @pytest.fixture(scope="module")
 def elsewhere(small, root):
-    run_elsewhere(CHILD, root, folders={name: str(root / name) for name in small})
-    return {name: load_file(root / f"{name}.state") for name in small}
+    run_elsewhere(CHILD, root, folders={name: str(root / name / "model") for name in small})
+    return {name: load_file(root / name / "model.state") for name in small}
 
 
 @each_architecture
@@ -67,7 +67,7 @@ def test_what_is_saved_loads_without_this_library(small, elsewhere, name):
 @each_architecture
 def test_what_was_saved_again_without_this_library_loads_with_it(small, elsewhere, root, name):
     load = getattr(hf_lowrank, f"LowRank{name}").from_pretrained
-    loaded, info = load(root / f"{name}-again", output_loading_info=True)
+    loaded, info = load(root / name / "model-again", output_loading_info=True)
 
     assert not any(info.values())
     assert same_state(loaded.state_dict(), small[name].state_dict())
@@ -76,14 +76,14 @@ def test_what_was_saved_again_without_this_library_loads_with_it(small, elsewher
 @each_architecture
 def test_names_on_disk_are_those_of_the_compressed_class(small, root, name):
     model = small[name]
-    on_disk = load_file(root / name / "model.safetensors")
+    on_disk = load_file(root / name / "model" / "model.safetensors")
 
     assert {key for key, value in on_disk.items() if value.numel()} <= set(model.state_dict())
 
 
 @each_architecture
 def test_what_is_decompressed_and_saved_loads_as_the_stock_class(small, root, name):
-    loaded_small = getattr(hf_lowrank, f"LowRank{name}").from_pretrained(root / name)
+    loaded_small = getattr(hf_lowrank, f"LowRank{name}").from_pretrained(root / name / "model")
     for start, model in (("compressed", small[name]), ("loaded", loaded_small)):
         dense = decompress(model)
         dense.save_pretrained(root / f"{start}-{name}")
