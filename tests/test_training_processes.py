@@ -1,9 +1,7 @@
 """Two processes (gloo) have the losses of one with the same global batch, whatever is trained."""
 
 import json
-import os
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
@@ -11,6 +9,7 @@ import pytest
 import tiny_models
 import tiny_tokenizers
 import yaml
+from accelerate.commands import launch
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.utils import FullyShardedDataParallelPlugin
 from forks import run_forked
@@ -59,12 +58,8 @@ def test_a_sharded_model_trains_and_says_as_the_whole_one(tmp_path):
 
 def launched(command, folder):
     """What a program printed that accelerate launches in two processes, as users do."""
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--main_process_port", "0", "--config_file"]
-    command = [*launch, CONFIGURATIONS / "two_processes.yaml", *command]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    found = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
-    assert found.returncode == 0, found.stderr[-3000:]
-    return found.stdout
+    options = ["--main_process_port", "0", "--config_file", CONFIGURATIONS / "two_processes.yaml"]
+    return run_forked([launch.__file__, *options, *command], folder)
 
 
 @pytest.mark.slow

@@ -107,10 +107,10 @@ def recovered(head):
     return training
 
 
-def pruned_and_factorized(**options):
+def pruned_and_factorized(keep_targets=0.4, **options):
     def training(folder):
         small = lpaf(
-            dense_model(), **data("class"), keep_targets=0.4, batch_size=BATCH, prune_epochs=1, tune_epochs=1,
+            dense_model(), **data("class"), keep_targets=keep_targets, batch_size=BATCH, prune_epochs=1, tune_epochs=1,
             tune_learning_rate=1e-3, probability=0.5, **options,
         )  # fmt: skip
         return small, list(small.config.compression["provenance"]["lpaf"]["held_out_loss"].values())
@@ -128,7 +128,8 @@ TRAININGS = {
     "rank schedule": lambda folder: trained(folder, small_model(dense_model()), RankScheduleCallback(0.5, cuts=2)),
     "stable rank penalty": lambda folder: trained(folder, dense_model(), StableRankPenaltyCallback(1.0)),
     "lpaf": pruned_and_factorized(),
-    "lpaf by the labels alone": pruned_and_factorized(losses={"task": 1.0}, consistency=0.5),
+    # At 0.4 two scores are equal but for rounding, and which of them is kept moves the losses by 4e-4.
+    "lpaf by the labels alone": pruned_and_factorized(0.3, losses={"task": 1.0}, consistency=0.5),
 }
 
 
