@@ -23,7 +23,7 @@ from hf_lowrank.hosts.loading import held_compressed_model
 from hf_lowrank.hosts.targets import Matrix
 from hf_lowrank.methods.encoding import DECODERS
 from hf_lowrank.progress import Progress, no_progress
-from hf_lowrank.remote_code.configuration_lowrank import compressed_config_class, dense_config_class
+from hf_lowrank.remote_code.configuration_lowrank import compressed_config_class, stock_class
 from hf_lowrank.remote_code.lowrank_plan import Plan
 from hf_lowrank.remote_code.lowrank_structures import (
     install_plan_,
@@ -33,7 +33,7 @@ from hf_lowrank.remote_code.lowrank_structures import (
     replace_,
 )
 from hf_lowrank.remote_code.lowrank_weights import skeleton
-from hf_lowrank.remote_code.modeling_lowrank import compressed_model_class, dense_model_class
+from hf_lowrank.remote_code.modeling_lowrank import compressed_model_class
 
 
 @with_gradients
@@ -127,9 +127,9 @@ def decompress(model: PreTrainedModel) -> Any:
     model = held_compressed_model(model, "decompress")
     structures = named_structures(model)
     dense = _copy_sharing(model, [structure for _, structure in structures])
-    host_class = dense_model_class(type(model))
+    host_class = stock_class(type(model))
     config = copy.deepcopy(model.config)
-    config.__class__ = dense_config_class(type(model.config))
+    config.__class__ = stock_class(type(model.config))
     for ours in ("compression", "materialize", "auto_map"):
         config.__dict__.pop(ours, None)
     with torch.device("meta"):

@@ -159,7 +159,7 @@ class Job:
         """The plan with what is known before any number is, and the matrices it replaces.
 
         Raises:
-            InputError: If a weight is not finite, or the budget is out of reach.
+            InputError: If a weight is not in memory, or the budget is out of reach.
         """
         plan, matrices = self.settings.method.plan(self.problem)
         config: Any = self.model.config

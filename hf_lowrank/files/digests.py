@@ -3,6 +3,7 @@
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -10,6 +11,11 @@ from transformers import PreTrainedModel
 
 # Of a configuration: where it came from, and by what it was written.
 _SAYS_NOTHING = ("_name_or_path", "transformers_version")
+
+
+def digest_of(about: Any) -> str:
+    """SHA-256 of plain values, whatever the order of names in them."""
+    return hashlib.sha256(json.dumps(about, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def fingerprint(batches: Sequence[Mapping[str, torch.Tensor]]) -> str:
@@ -32,4 +38,4 @@ def model_digest(model: PreTrainedModel) -> str:
     """A short hash of all that a model's outputs depend on: class, configuration, way of attention, weights."""
     config = {key: value for key, value in model.config.to_dict().items() if key not in _SAYS_NOTHING}
     about = [type(model).__name__, config, model.config._attn_implementation, weights_digest(model)]
-    return hashlib.sha256(json.dumps(about, sort_keys=True, default=str).encode()).hexdigest()[:16]
+    return digest_of(about)[:16]

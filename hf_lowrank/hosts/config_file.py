@@ -1,13 +1,13 @@
-"""`config.json` of a model folder."""
+"""The configurations in a model folder."""
 
 import json
 from pathlib import Path
 from typing import Any
 
 
-def read_config(folder: Path) -> dict[str, Any]:
-    """`config.json` of a model folder; empty if there is none or it is not JSON."""
+def read_config(folder: Path, name: str = "config.json") -> dict[str, Any]:
+    """A configuration in a model folder; empty if there is none or it is no JSON object."""
     try:
-        return dict(json.loads((folder / "config.json").read_text(encoding="utf-8")))
+        return dict(json.loads((folder / name).read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError, RecursionError):
         return {}

@@ -158,7 +158,7 @@ class Method(Protocol):
         """The plan for a dense model, and the matrices it replaces.
 
         Raises:
-            InputError: If a weight is not finite, ranks are out of bounds or the budget is out of reach.
+            InputError: If a weight is not in memory, ranks are out of bounds or the budget is out of reach.
         """
         ...
 

@@ -8,7 +8,7 @@ from hf_lowrank.errors import InputError
 from hf_lowrank.hosts.targets import DenseMatrix, Matrix
 from hf_lowrank.methods.problem import Problem, Solved
 from hf_lowrank.methods.stacking import in_group
-from hf_lowrank.planning.plans import as_plan, check_finite, out_of_reach
+from hf_lowrank.planning.plans import as_plan, out_of_reach, require_in_memory
 from hf_lowrank.remote_code.lowrank_plan import Plan, Spec
 
 Specs = dict[str, Spec]
@@ -54,7 +54,7 @@ class TensorMethod(ABC):
     def plan(self, problem: Problem) -> tuple[Plan, Sequence[Matrix]]:
         """See `Method`."""
         matrices = in_group(problem.matrices, problem.targets.group)
-        check_finite(matrices)
+        require_in_memory(matrices)
         problem = problem.of(matrices)
         if problem.budget.ranks is not None:
             return _planned(self.specs(problem, problem.budget.ranks), matrices)

@@ -4,8 +4,6 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-import torch
-
 from hf_lowrank.errors import InputError
 from hf_lowrank.hosts.targets import OUTPUT_EMBEDDINGS, DenseMatrix
 from hf_lowrank.planning.accounts import Account
@@ -45,11 +43,9 @@ def out_of_reach(budget: Budget, account: Account, least: float) -> str:
     )
 
 
-def check_finite(matrices: Sequence[DenseMatrix]) -> None:
-    """Raise `InputError` at a weight that is not in memory, or not finite."""
+def require_in_memory(matrices: Sequence[DenseMatrix]) -> None:
+    """Raise `InputError` at a weight that is not in memory."""
     for matrix in matrices:
         weight: Any = matrix.module.weight
         if weight.device.type == "meta":
             raise InputError(f"The weight of {matrix.path!r} is not in memory. Load the model without offloading.")
-        if not bool(torch.isfinite(weight).all()):
-            raise InputError(f"The weight of {matrix.path!r} holds NaN or Inf. Repair it, or exclude the module.")

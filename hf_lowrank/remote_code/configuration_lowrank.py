@@ -71,9 +71,9 @@ def _check_fields(fields: dict[str, Any]) -> None:
                 raise PlanError(f"{name} must be at most {MAX_LAYERS}, got {value}. Restore config.json.")
 
 
-def dense_config_class(config_class: type) -> Any:
-    """The transformers class a `LowRank...Config` was made from."""
-    return next(base for base in config_class.__mro__ if base.__module__.startswith("transformers.models."))
+def stock_class(ours: type) -> Any:
+    """The transformers class a `LowRank...` class was made from."""
+    return next(base for base in ours.__mro__ if base.__module__.startswith("transformers.models."))
 
 
 @contextmanager
@@ -86,7 +86,7 @@ def as_stock(config: Any) -> Iterator[None]:
     ours = ("compression", "materialize", "auto_map")
     for name in ours:
         vars(config).pop(name, None)
-    config.__class__ = dense_config_class(config_class)
+    config.__class__ = stock_class(config_class)
     try:
         yield
     finally:

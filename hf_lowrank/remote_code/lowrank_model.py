@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from transformers.models.auto import modeling_auto
 
-from .configuration_lowrank import PREFIX, LowRankConfigMixin, as_stock, dense_config_class
+from .configuration_lowrank import PREFIX, LowRankConfigMixin, as_stock, stock_class
 from .lowrank_code import save_code
 from .lowrank_materialize import set_materialize_
 from .lowrank_plan import Spec
@@ -36,7 +36,7 @@ def auto_classes(model_type: str) -> dict[str, str]:
 
 def auto_map(config_class: Any) -> dict[str, str]:
     """The `auto_map` entry of `config.json`: every head of the architecture, not only the one that is saved."""
-    heads = auto_classes(dense_config_class(config_class).model_type)
+    heads = auto_classes(stock_class(config_class).model_type)
     entries = {name: f"modeling_lowrank.{PREFIX}{host}" for name, host in sorted(heads.items())}
     return {"AutoConfig": f"configuration_lowrank.{config_class.__name__}", **entries}
 
@@ -75,8 +75,7 @@ class LowRankMixin:
     @classmethod
     def _can_set_experts_implementation(cls) -> bool:
         # The host looks for its own words in the file a class was made in, which for ours is none of its files.
-        host: Any = next(base for base in cls.__mro__ if base.__module__.startswith("transformers.models."))
-        return bool(host._can_set_experts_implementation())
+        return bool(stock_class(cls)._can_set_experts_implementation())
 
     @torch.no_grad()
     def initialize_weights(self: Any) -> None:

@@ -40,13 +40,25 @@ def check_loaded(model: Any, info: dict[str, Any]) -> None:
     _refuse(f"The weights of {model.config.name_or_path or 'this model'}", problems)
 
 
-def check_saved(model: Any, state: dict[str, torch.Tensor], subject: str = "The weights to be saved") -> None:
-    """Refuse weights that could not be loaded by the configuration that is saved with them.
+def check_saved(model: Any, state: dict[str, torch.Tensor]) -> None:
+    """Refuse to save weights that could not be loaded by the configuration that is saved with them.
 
     Raises:
         PlanError: Naming a weight.
     """
-    saved = skeleton(type(model), model.config)
+    check_state("The weights to be saved", state, model, skeleton(type(model), model.config))
+
+
+def check_state(subject: str, state: dict[str, torch.Tensor], model: Any, saved: Any) -> None:
+    """Refuse weights that a skeleton could not load.
+
+    Args:
+        subject: What they are, for the message.
+        model: Whose weights they are.
+
+    Raises:
+        PlanError: Naming a weight.
+    """
     expected = {name: value.shape for name, value in saved.state_dict().items()}
     tied = saved.all_tied_weights_keys
     problems = {

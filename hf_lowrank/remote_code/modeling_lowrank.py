@@ -15,11 +15,6 @@ from .configuration_lowrank import PREFIX, compressed_config_class
 from .lowrank_model import LowRankMixin
 
 
-def dense_model_class(model_class: type) -> type:
-    """The transformers class a `LowRank...` class was made from."""
-    return next(base for base in model_class.__mro__ if base.__module__.startswith("transformers.models."))
-
-
 def compressed_model_class(host: type[PreTrainedModel]) -> type:
     """`LowRankX` for `X`."""
     return __getattr__(PREFIX + host.__name__)

@@ -10,7 +10,7 @@ from hf_lowrank.errors import InputError, one_line
 from hf_lowrank.hosts.folder_contents import saved_shapes
 from hf_lowrank.records.report import CompressionReport, make_report
 from hf_lowrank.remote_code.lowrank_plan import PlanError
-from hf_lowrank.remote_code.lowrank_weights import check_saved
+from hf_lowrank.remote_code.lowrank_weights import check_state
 from hf_lowrank.sharing.record import read_record
 from hf_lowrank.sharing.saving import load_skeleton_config
 
@@ -50,7 +50,7 @@ def check_weights(folder: Path, skeleton: Any) -> int:
         raise InputError(f"The weights of {folder} are damaged: {one_line(error)}. Save the model again.") from error
     # The empty tensor in the place of a dense weight is for classes that know nothing of the plan.
     state = {name: torch.empty(shape, device="meta") for name, shape in shapes.items() if shape != (0,)}
-    check_saved(skeleton, state, f"The weights of {folder}")
+    check_state(f"The weights of {folder}", state, skeleton, skeleton)
     return len(shapes)
 
 

@@ -253,9 +253,9 @@ def load_compressed(path: str | Path) -> Any:
         PlanError: If its plan does not fit.
     """
     model_class, config = load_skeleton_config(path)
-    if Path(path).is_dir():
-        weight_files(Path(path))
     try:
+        if Path(path).is_dir():
+            weight_files(Path(path))
         model, info = model_class.from_pretrained(path, config=config, dtype="auto", output_loading_info=True)
     except PlanError:
         raise

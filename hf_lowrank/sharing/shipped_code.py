@@ -5,7 +5,6 @@ list.
 """
 
 import hashlib
-import json
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,8 +22,14 @@ def foreign_code(folder: Path) -> list[str]:
     known = {*known_digests(), *shipped_digests()}
     files = sorted(path for path in folder.rglob("*") if path.suffix == ".py" and path.is_file())
     foreign = [path.relative_to(folder).as_posix() for path in files if not _is_known(path, known)]
-    configs = [read_config(folder), _json(folder / "tokenizer_config.json")]
+    configs = [read_config(folder), read_config(folder, "tokenizer_config.json")]
     return foreign + [entry for config in configs for entry in _entries(config.get("auto_map")) if "--" in entry]
+
+
+def missing_code(folder: Path) -> list[str]:
+    """Names of the files that the classes of a folder are named to be in, and that are not there."""
+    named = {f"{entry.partition('.')[0]}.py" for entry in _entries(read_config(folder).get("auto_map") or [])}
+    return sorted(name for name in named if not (folder / name).is_file())
 
 
 def _is_known(path: Path, known: set[str]) -> bool:
@@ -43,13 +48,6 @@ def _entries(value: object) -> list[str]:
     if isinstance(value, dict):
         value = list(value.values())
     return [text for one in value for text in _entries(one)] if isinstance(value, list) else [str(value)]
-
-
-def _json(file: Path) -> dict[str, object]:
-    try:
-        return dict(json.loads(file.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError):
-        return {}
 
 
 def shipped_digests() -> set[str]:

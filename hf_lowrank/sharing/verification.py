@@ -24,7 +24,7 @@ from hf_lowrank.hosts.loading import vocabulary_size
 from hf_lowrank.remote_code.lowrank_plan import PlanError
 from hf_lowrank.sharing import verification_child
 from hf_lowrank.sharing.saving import compressed_class, load_compressed
-from hf_lowrank.sharing.shipped_code import foreign_code
+from hf_lowrank.sharing.shipped_code import foreign_code, missing_code
 
 _BATCH, _TOKENS = 2, 12
 # Environment variables that decide where libraries are found and how they compute.
@@ -219,8 +219,6 @@ def _max_difference(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tenso
 
 def _explain(folder: Path, error: str) -> str:
     """The other process's error, led by the shipped file that is missing or damaged, if that is why."""
-    shipped = sorted({entry.partition(".")[0] for entry in read_config(folder).get("auto_map", {}).values()})
-    for name in shipped:
-        if not (folder / f"{name}.py").is_file():
-            return f"{folder / name}.py, which the shipped code needs, is missing. Save the model again. ({error})"
+    if missing := missing_code(folder):
+        return f"{folder / missing[0]}, which the shipped code needs, is missing. Save the model again. ({error})"
     return f"{folder} does not load without this library: {error}"

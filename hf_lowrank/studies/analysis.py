@@ -15,7 +15,7 @@ from hf_lowrank.compression.settings import ANALYZED
 from hf_lowrank.errors import InputError
 from hf_lowrank.hosts.gradients import with_gradients
 from hf_lowrank.hosts.multiply_adds import count_multiply_adds
-from hf_lowrank.hosts.targets import DenseMatrix, JointMatrix, Matrix, dense_weight, find_matrices
+from hf_lowrank.hosts.targets import DenseMatrix, JointMatrix, Matrix, find_matrices
 from hf_lowrank.methods.matrix.method import MatrixMethod
 from hf_lowrank.methods.matrix.svd import SVD, Truncations
 from hf_lowrank.planning.allocation import ALLOCATIONS
@@ -146,9 +146,6 @@ class _Study:
     def _matrix(
         self, matrix: DenseMatrix, reports: Sequence[CompressionReport], times: LayerTimes | None
     ) -> MatrixAnalysis:
-        weight = dense_weight(matrix.module)
-        if not bool(torch.isfinite(weight).all()):
-            raise InputError(f"The weight of {matrix.path!r} holds NaN or Inf. Repair it.")
         plain: Truncations = SVD().decompose(self._first.weight(matrix))
         found = plain
         is_target = matrix in self._targets

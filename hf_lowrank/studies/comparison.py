@@ -1,7 +1,5 @@
 """Methods side by side at equal bytes of the replaced matrices, on held-out text and on text of another kind."""
 
-import hashlib
-import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -19,7 +17,7 @@ from hf_lowrank.data.rows import source_name
 from hf_lowrank.errors import InputError
 from hf_lowrank.evaluation import make_task
 from hf_lowrank.evaluation.base import Step, Task, metric_of
-from hf_lowrank.files.digests import fingerprint, model_digest
+from hf_lowrank.files.digests import digest_of, fingerprint, model_digest
 from hf_lowrank.files.scratch import temporary_folder
 from hf_lowrank.hosts.loading import find_tokenizer, load_dense
 from hf_lowrank.hosts.multiply_adds import count_multiply_adds
@@ -198,7 +196,7 @@ class _Bench:
         return self._cell(entry.method, entry.budget, about, make)
 
     def _cell(self, method: str, budget: float, about: list[Any], make: Callable[[], Any]) -> Cell:
-        keys = {text: _digest([*self._about[text], *about]) for text in self._steps}
+        keys = {text: digest_of([*self._about[text], *about]) for text in self._steps}
         missing = [text for text, key in keys.items() if key not in self._done]
         model = make() if missing else None
         for text in missing:
@@ -243,8 +241,4 @@ def _sizes(model: Any) -> dict[str, int | None]:
 
 def _fingerprint(steps: Sequence[Step]) -> str:
     targets = [step.targets.tolist() if isinstance(step.targets, torch.Tensor) else step.targets for step in steps]
-    return _digest([fingerprint([step.inputs for step in steps]), targets])
-
-
-def _digest(about: list[Any]) -> str:
-    return hashlib.sha256(json.dumps(about, sort_keys=True, default=str).encode()).hexdigest()
+    return digest_of([fingerprint([step.inputs for step in steps]), targets])

@@ -25,7 +25,7 @@ from hf_lowrank.records.wording import megabytes
 from hf_lowrank.remote_code.lowrank_plan import PlanError
 from hf_lowrank.sharing.inspection import check_weights, make_skeleton
 from hf_lowrank.sharing.record import read_record
-from hf_lowrank.sharing.shipped_code import foreign_code
+from hf_lowrank.sharing.shipped_code import foreign_code, missing_code
 
 OK, HINT, PROBLEM = "ok", "hint", "problem"
 _DISTRIBUTION = "hf-lowrank"
@@ -201,9 +201,7 @@ def _weights(folder: Path, config: dict[str, Any]) -> Finding:
 
 
 def _shipped_code(folder: Path, config: dict[str, Any]) -> Finding:
-    shipped = sorted({entry.partition(".")[0] for entry in config.get("auto_map", {}).values()})
-    missing = [f"{name}.py" for name in shipped if not (folder / f"{name}.py").is_file()]
-    if missing or not shipped:
+    if (missing := missing_code(folder)) or not config.get("auto_map"):
         found = f"{', '.join(missing) or 'auto_map'} is missing, so it loads only where hf_lowrank is"
         return Finding("shipped code", PROBLEM, found, "save the model again with save_pretrained")
     if foreign := foreign_code(folder):

@@ -1,7 +1,5 @@
 """What a model is trained on and towards, and one training of it; every verb that trains goes through here."""
 
-import hashlib
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,7 +10,7 @@ from transformers import PreTrainedModel, PrinterCallback, TrainerCallback, Trai
 from transformers.trainer_utils import get_last_checkpoint
 
 from hf_lowrank.errors import InputError
-from hf_lowrank.files.digests import fingerprint
+from hf_lowrank.files.digests import digest_of, fingerprint
 from hf_lowrank.files.scratch import temporary_folder, write_text
 from hf_lowrank.hosts.gradients import leave_inference_mode_
 from hf_lowrank.hosts.loading import require_runs
@@ -137,7 +135,7 @@ def claim_(work_dir: str | Path, model: PreTrainedModel, lesson: Lesson, options
     tensors = [dict(one.state_dict()) for one in (model, lesson.teacher)]
     told = {name: value for name, value in options.items() if name not in ("work_dir", "cache_dir", "callbacks")}
     about = [fingerprint([*tensors, *lesson.features, *lesson.held_out]), model.config.to_dict(), told]
-    identity = hashlib.sha256(json.dumps(about, sort_keys=True, default=str).encode()).hexdigest()
+    identity = digest_of(about)
     file = Path(work_dir) / _IDENTITY
     file.parent.mkdir(parents=True, exist_ok=True)
     if file.is_file() and file.read_text() != identity:

@@ -12,7 +12,7 @@ from hf_lowrank.methods.problem import Problem
 from hf_lowrank.planning.accounts import Account
 from hf_lowrank.planning.allocation import ALLOCATIONS, settled, uniform
 from hf_lowrank.planning.curves import Curve, make_curve, most_useful_weights
-from hf_lowrank.planning.plans import as_plan, check_finite, out_of_reach
+from hf_lowrank.planning.plans import as_plan, out_of_reach, require_in_memory
 from hf_lowrank.planning.prices import FloatArray, Price
 from hf_lowrank.remote_code.lowrank_plan import Plan, Spec, sizes_of
 from hf_lowrank.remote_code.lowrank_table import STRUCTURES
@@ -28,12 +28,12 @@ def make_plan(problem: Problem, source: RankErrors) -> tuple[Plan, list[Matrix]]
         source: Asked for the errors of ranks where the allocation looks at them.
 
     Raises:
-        InputError: If a weight is not finite, or the budget is out of reach.
+        InputError: If a weight is not in memory, or the budget is out of reach.
     """
     fixed_specs = _specs_for_pattern(problem)
     fixed = [matrix for matrix in problem.matrices if matrix.name in fixed_specs]
     free = [matrix for matrix in problem.matrices if matrix.name not in fixed_specs]
-    check_finite(problem.matrices)
+    require_in_memory(problem.matrices)
     if problem.budget.kind == "rank":
         chosen = _ranks_for_rank(free, problem)
     else:
