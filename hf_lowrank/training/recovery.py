@@ -93,10 +93,10 @@ def recover(
         raise InputError(f"{min(both)} does not go with args, which have their own. Give one of the two.")
     small = _compressed(model)
     dense = load_dense(teacher)
-    own_tokenizer = find_tokenizer(small, tokenizer)
-    _check_tokenizers(own_tokenizer, find_tokenizer(dense))
+    own_tokenizer, teachers = find_tokenizer(small, tokenizer), find_tokenizer(dense)
+    _check_tokenizers(own_tokenizer, teachers)
     check_teacher(small, dense)
-    lesson = make_lesson(small, dense, own_tokenizer or find_tokenizer(dense), dataset, eval_dataset, settings)
+    lesson = make_lesson(small, dense, own_tokenizer or teachers, dataset, eval_dataset, settings)
     if settings.work_dir is not None:
         claim_(settings.work_dir, small, lesson, vars(settings))
     if args is None:
