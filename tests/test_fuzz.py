@@ -56,12 +56,15 @@ def world(tmp_path_factory):
     folder = tmp_path_factory.mktemp("fuzz") / "world"
     folder.mkdir()
     write_world(folder)
-    with pytest.MonkeyPatch.context() as patch:
-        # Another process takes seconds, and what is drawn here ends before it.
-        patch.setattr(verification, "_ask_child", lambda *_: ({"error": "left out here"}, {}))
-        patch.setattr(cli, "build_parser", cache(build_parser))
-        patch.setattr(doctor, "_LARGE_PAGES", folder / "none")  # its look at memory takes long as well
-        yield folder
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def spared(monkeypatch, tmp_path):
+    """What takes seconds for each line, and what is drawn here ends before it, is left out."""
+    monkeypatch.setattr(verification, "_ask_child", lambda *_: ({"error": "left out here"}, {}))
+    monkeypatch.setattr(cli, "build_parser", cache(build_parser))
+    monkeypatch.setattr(doctor, "_LARGE_PAGES", tmp_path / "none")
 
 
 def check(world, words, spoil=lambda folder: None):
