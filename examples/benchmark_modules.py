@@ -25,7 +25,8 @@ from transformers.pytorch_utils import Conv1D
 from hf_lowrank import compress
 from hf_lowrank.evaluation import make_task
 from hf_lowrank.evaluation.base import Step
-from hf_lowrank.hosts.targets import DenseMatrix, find_matrices, matching
+from hf_lowrank.hosts.matrices import DenseMatrix
+from hf_lowrank.hosts.targets import find_matrices, matching
 from hf_lowrank.methods.matrix.svd import SVD
 from hf_lowrank.methods.tucker.ranks import tucker_ranks
 from hf_lowrank.methods.tucker.tucker import tucker

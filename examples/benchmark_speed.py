@@ -22,7 +22,8 @@ from torch import nn
 from transformers import BertConfig, BertModel
 
 from hf_lowrank import compress, make_report
-from hf_lowrank.hosts.targets import dense_weight, find_matrices
+from hf_lowrank.hosts.matrices import dense_weight
+from hf_lowrank.hosts.targets import find_matrices
 from hf_lowrank.remote_code.lowrank_linear import LowRankLinear
 from hf_lowrank.remote_code.lowrank_pivoted import PivotedLinear
 

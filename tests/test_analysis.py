@@ -10,7 +10,8 @@ from tiny_tokenizers import LETTERS, encoder_tokenizer
 
 from hf_lowrank import InputError, compress, make_report
 from hf_lowrank.cli import main
-from hf_lowrank.hosts.targets import dense_weight, find_matrices
+from hf_lowrank.hosts.matrices import dense_weight
+from hf_lowrank.hosts.targets import find_matrices
 from hf_lowrank.planning import timing
 from hf_lowrank.planning.timing import NUM_TOKENS
 from hf_lowrank.studies.analysis import analyze

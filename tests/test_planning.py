@@ -13,7 +13,8 @@ from torch import nn
 
 from hf_lowrank import InputError, compress, make_report
 from hf_lowrank.hosts.latency import Latency
-from hf_lowrank.hosts.targets import DenseMatrix, JointMatrix, find_matrices
+from hf_lowrank.hosts.matrices import DenseMatrix, JointMatrix
+from hf_lowrank.hosts.targets import find_matrices
 from hf_lowrank.planning import accounts, timing
 from hf_lowrank.planning.allocation import ALLOCATIONS
 from hf_lowrank.planning.budgets import BUDGETS, make_budget, parse_size

@@ -5,7 +5,8 @@ import torch
 from tiny_models import INNER, WIDTH, build
 
 from hf_lowrank.errors import InputError
-from hf_lowrank.hosts.targets import dense_weight, find_matrices
+from hf_lowrank.hosts.matrices import dense_weight
+from hf_lowrank.hosts.targets import find_matrices
 from hf_lowrank.methods.matrix.svd import SVD
 from hf_lowrank.methods.metric import DiagonalMetric, identity, moment_metric
 from hf_lowrank.methods.stacking import (

@@ -15,8 +15,8 @@ from transformers import PreTrainedModel
 from hf_lowrank.data.calibration import Calibration
 from hf_lowrank.files.checkpoint import NOT_KEPT, Checkpoint
 from hf_lowrank.hosts.blocks import Walk, block_name, calls_in_order, frozen
+from hf_lowrank.hosts.matrices import DenseMatrix, JointMatrix, Matrix
 from hf_lowrank.hosts.outputs import mean_distance, real_tokens
-from hf_lowrank.hosts.targets import DenseMatrix, JointMatrix, Matrix
 from hf_lowrank.methods.encoding import ENCODERS
 from hf_lowrank.methods.factors import Factors
 from hf_lowrank.methods.matrix.anchored import AnchoredMoments, AnchoredTarget

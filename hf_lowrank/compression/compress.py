@@ -20,7 +20,7 @@ from hf_lowrank.compression.job import Job, prepare, settle_compression
 from hf_lowrank.compression.refinement import refine_
 from hf_lowrank.hosts.gradients import with_gradients
 from hf_lowrank.hosts.loading import held_compressed_model
-from hf_lowrank.hosts.targets import Matrix
+from hf_lowrank.hosts.matrices import Matrix
 from hf_lowrank.methods.encoding import DECODERS
 from hf_lowrank.progress import Progress, no_progress
 from hf_lowrank.remote_code.configuration_lowrank import compressed_config_class, stock_class

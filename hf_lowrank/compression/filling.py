@@ -9,7 +9,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from hf_lowrank.compression.job import Job
-from hf_lowrank.hosts.targets import DenseMatrix, Matrix
+from hf_lowrank.hosts.matrices import DenseMatrix, Matrix
 from hf_lowrank.methods.encoding import StateDict, sizes_beside_rank
 from hf_lowrank.planning.plans import specs_of
 from hf_lowrank.remote_code.lowrank_plan import Plan, Spec

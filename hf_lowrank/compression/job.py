@@ -14,7 +14,8 @@ from hf_lowrank.data.calibration import Text
 from hf_lowrank.errors import InputError
 from hf_lowrank.files.redaction import without_tokens_inside
 from hf_lowrank.hosts.loading import find_tokenizer, load_dense
-from hf_lowrank.hosts.targets import Matrix, Targets, candidate_matrices
+from hf_lowrank.hosts.matrices import Matrix
+from hf_lowrank.hosts.targets import Targets, candidate_matrices
 from hf_lowrank.methods.problem import Problem, Storage
 from hf_lowrank.methods.tables.token_tables import TABLE_NEEDS
 from hf_lowrank.options import settle

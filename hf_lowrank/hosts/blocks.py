@@ -9,8 +9,8 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from hf_lowrank.hosts.matrices import DenseMatrix
 from hf_lowrank.hosts.outputs import Batch, run
-from hf_lowrank.hosts.targets import DenseMatrix
 
 
 def block_name(path: str) -> str:

@@ -8,7 +8,8 @@ import torch
 from transformers import PreTrainedModel
 
 from hf_lowrank.files.checkpoint import Checkpoint
-from hf_lowrank.hosts.targets import DenseMatrix, Matrix, Targets
+from hf_lowrank.hosts.matrices import DenseMatrix, Matrix
+from hf_lowrank.hosts.targets import Targets
 from hf_lowrank.methods.encoding import StateDict
 from hf_lowrank.planning.accounts import Account, make_account
 from hf_lowrank.planning.budgets import Budget

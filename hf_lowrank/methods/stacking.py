@@ -7,7 +7,7 @@ import torch
 from torch.nn import functional as F
 
 from hf_lowrank.errors import InputError
-from hf_lowrank.hosts.targets import DenseMatrix
+from hf_lowrank.hosts.matrices import DenseMatrix
 
 GROUPS = ("attention", "feed_forward", "both")
 INPUT_SIDES = ("left", "right")

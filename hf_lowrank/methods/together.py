@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 from typing import ClassVar
 
 from hf_lowrank.errors import InputError
-from hf_lowrank.hosts.targets import DenseMatrix, Matrix
+from hf_lowrank.hosts.matrices import DenseMatrix, Matrix
 from hf_lowrank.methods.problem import Problem, Solved
 from hf_lowrank.methods.stacking import in_group
 from hf_lowrank.planning.plans import as_plan, out_of_reach, require_in_memory

@@ -8,7 +8,7 @@ import torch
 from transformers import PreTrainedModel
 
 from hf_lowrank.hosts.latency import measure_latency, typical_length
-from hf_lowrank.hosts.targets import DenseMatrix
+from hf_lowrank.hosts.matrices import DenseMatrix
 from hf_lowrank.planning.budgets import Budget
 from hf_lowrank.planning.prices import FilePrice, Price, WeightPrice
 from hf_lowrank.planning.sizes import overhead_bytes, parameter_bytes

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from hf_lowrank.hosts.targets import Matrix
+from hf_lowrank.hosts.matrices import Matrix
 from hf_lowrank.planning.prices import FloatArray, Price
 from hf_lowrank.remote_code.lowrank_table import STRUCTURES
 

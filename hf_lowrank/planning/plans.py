@@ -5,7 +5,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from hf_lowrank.errors import InputError
-from hf_lowrank.hosts.targets import OUTPUT_EMBEDDINGS, DenseMatrix
+from hf_lowrank.hosts.matrices import DenseMatrix
+from hf_lowrank.hosts.targets import OUTPUT_EMBEDDINGS
 from hf_lowrank.planning.accounts import Account
 from hf_lowrank.planning.budgets import Budget
 from hf_lowrank.remote_code.lowrank_plan import FORMAT_VERSION, Plan, Spec

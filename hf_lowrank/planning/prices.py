@@ -6,7 +6,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from hf_lowrank.hosts.targets import Matrix
+from hf_lowrank.hosts.matrices import Matrix
 from hf_lowrank.planning.sizes import entry_bytes
 from hf_lowrank.remote_code.lowrank_table import STRUCTURES
 

@@ -17,8 +17,8 @@ from hf_lowrank.hosts.blocks import (
     replayed_outputs,
     weight_replaced,
 )
+from hf_lowrank.hosts.matrices import DenseMatrix
 from hf_lowrank.hosts.outputs import Batch, Said, run
-from hf_lowrank.hosts.targets import DenseMatrix
 
 # What makes the weight (O, I) that takes the place of a matrix' own.
 Changes = Mapping[DenseMatrix, Callable[[], torch.Tensor]]

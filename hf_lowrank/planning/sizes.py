@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from torch import nn
 from transformers import PreTrainedModel
 
-from hf_lowrank.hosts.targets import Matrix
+from hf_lowrank.hosts.matrices import Matrix
 from hf_lowrank.remote_code.lowrank_code import code_files
 
 # A tensor's entry in the header of a safetensors file, without its name: type, shape and two offsets.

@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from hf_lowrank.hosts.targets import DenseMatrix, Matrix
+from hf_lowrank.hosts.matrices import DenseMatrix, Matrix
 from hf_lowrank.planning.prices import FloatArray
 from hf_lowrank.progress import Progress, no_progress
 from hf_lowrank.remote_code.lowrank_structures import build_structure

@@ -12,8 +12,9 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from hf_lowrank.hosts.blocks import frozen
+from hf_lowrank.hosts.matrices import DenseMatrix
 from hf_lowrank.hosts.outputs import Batch, real_tokens, run, speaking_places
-from hf_lowrank.hosts.targets import DenseMatrix, is_tied
+from hf_lowrank.hosts.targets import is_tied
 from hf_lowrank.progress import Progress, no_progress
 from hf_lowrank.statistics.moments import FORMAT, Statistics, make_metadata
 from hf_lowrank.statistics.panels import gram_panels

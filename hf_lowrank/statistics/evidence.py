@@ -15,7 +15,7 @@ from hf_lowrank.data.calibration import Calibration, Text, described_text, make_
 from hf_lowrank.files.checkpoint import NOT_KEPT, Checkpoint
 from hf_lowrank.files.digests import fingerprint, model_digest, weights_digest
 from hf_lowrank.files.scratch import scratch_folder
-from hf_lowrank.hosts.targets import DenseMatrix
+from hf_lowrank.hosts.matrices import DenseMatrix
 from hf_lowrank.planning.probes import Probe
 from hf_lowrank.progress import Progress, no_progress
 from hf_lowrank.statistics.collection import collect_statistics

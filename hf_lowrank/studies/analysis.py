@@ -14,8 +14,9 @@ from hf_lowrank.compression.job import Job, prepare, settle_compression
 from hf_lowrank.compression.settings import ANALYZED
 from hf_lowrank.errors import InputError
 from hf_lowrank.hosts.gradients import with_gradients
+from hf_lowrank.hosts.matrices import DenseMatrix, JointMatrix, Matrix
 from hf_lowrank.hosts.multiply_adds import count_multiply_adds
-from hf_lowrank.hosts.targets import DenseMatrix, JointMatrix, Matrix, find_matrices
+from hf_lowrank.hosts.targets import find_matrices
 from hf_lowrank.methods.matrix.method import MatrixMethod
 from hf_lowrank.methods.matrix.svd import SVD, Truncations
 from hf_lowrank.planning.allocation import ALLOCATIONS

@@ -6,7 +6,7 @@ from functools import partial
 
 import torch
 
-from hf_lowrank.hosts.targets import JointMatrix, Matrix
+from hf_lowrank.hosts.matrices import JointMatrix, Matrix
 from hf_lowrank.methods.matrix.stored import StoredDecomposition, store_decomposition
 from hf_lowrank.methods.matrix.svd import Decomposition, MetricSVD, Truncations
 from hf_lowrank.methods.problem import Problem

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from hf_lowrank.hosts.targets import DenseMatrix, JointMatrix, Matrix
+from hf_lowrank.hosts.matrices import DenseMatrix, JointMatrix, Matrix
 from hf_lowrank.methods.encoding import ENCODERS
 from hf_lowrank.methods.factors import Factors
 from hf_lowrank.methods.matrix.decompositions import Decompositions

@@ -6,7 +6,8 @@ from functools import partial
 import numpy as np
 
 from hf_lowrank.errors import InputError
-from hf_lowrank.hosts.targets import DenseMatrix, JointMatrix, Matrix, matching
+from hf_lowrank.hosts.matrices import DenseMatrix, JointMatrix, Matrix
+from hf_lowrank.hosts.targets import matching
 from hf_lowrank.methods.matrix.ranks import RankErrors
 from hf_lowrank.methods.problem import Problem
 from hf_lowrank.planning.accounts import Account

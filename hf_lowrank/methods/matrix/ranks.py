@@ -7,7 +7,8 @@ from pathlib import Path
 import numpy as np
 
 from hf_lowrank.files.scratch import write_text
-from hf_lowrank.hosts.targets import DenseMatrix, JointMatrix, Matrix, joint_matrices
+from hf_lowrank.hosts.matrices import DenseMatrix, JointMatrix, Matrix
+from hf_lowrank.hosts.targets import joint_matrices
 from hf_lowrank.methods.matrix.decompositions import Decompositions
 from hf_lowrank.methods.problem import Problem
 from hf_lowrank.planning.allocation import ALLOCATIONS

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from hf_lowrank.errors import InputError
-from hf_lowrank.hosts.targets import DenseMatrix
+from hf_lowrank.hosts.matrices import DenseMatrix
 from hf_lowrank.methods.encoding import StateDict
 from hf_lowrank.methods.matrix.data_aware_svd import TwoSidedSVD, WeightedSVD
 from hf_lowrank.methods.matrix.svd import MetricSVD

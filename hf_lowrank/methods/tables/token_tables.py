@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from hf_lowrank.hosts.targets import Matrix
+from hf_lowrank.hosts.matrices import Matrix
 from hf_lowrank.methods.metric import moment_metric
 from hf_lowrank.methods.problem import Problem
 from hf_lowrank.methods.tables.banded import CLOSED_FORM, BandedTable

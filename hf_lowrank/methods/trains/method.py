@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 
 from hf_lowrank.errors import InputError
-from hf_lowrank.hosts.targets import DenseMatrix
+from hf_lowrank.hosts.matrices import DenseMatrix
 from hf_lowrank.methods.problem import Problem, Solved
 from hf_lowrank.methods.stacking import by_kind
 from hf_lowrank.methods.tensor_ranks import Ranks, ranks_within

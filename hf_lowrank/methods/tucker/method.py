@@ -8,7 +8,7 @@ import torch
 from torch.nn import functional as F
 
 from hf_lowrank.errors import InputError
-from hf_lowrank.hosts.targets import DenseMatrix
+from hf_lowrank.hosts.matrices import DenseMatrix
 from hf_lowrank.methods.metric import moment_metric
 from hf_lowrank.methods.problem import Problem, Solved
 from hf_lowrank.methods.stacking import INPUT_SIDES, BlockLayout, block_layout, stack_blocks

@@ -12,8 +12,8 @@ from transformers import PreTrainedModel, TrainerCallback, TrainerControl, Train
 
 from hf_lowrank.errors import InputError
 from hf_lowrank.hosts.loading import load_dense
+from hf_lowrank.hosts.matrices import dense_weight
 from hf_lowrank.hosts.outputs import said
-from hf_lowrank.hosts.targets import dense_weight
 from hf_lowrank.remote_code.lowrank_structures import named_structures
 from hf_lowrank.training.callbacks.schedules import Span, compressed_model
 

@@ -13,7 +13,8 @@ from torch.nn.utils import parametrize
 from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from hf_lowrank.errors import InputError
-from hf_lowrank.hosts.targets import DenseMatrix, Patterns, dense_weight, find_matrices, select_matrices
+from hf_lowrank.hosts.matrices import DenseMatrix, dense_weight
+from hf_lowrank.hosts.targets import Patterns, find_matrices, select_matrices
 from hf_lowrank.training.callbacks.schedules import Span, cubic
 from hf_lowrank.training.options import IMPORTANCES
 

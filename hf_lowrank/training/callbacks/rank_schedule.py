@@ -8,7 +8,8 @@ import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from hf_lowrank.errors import InputError
-from hf_lowrank.hosts.targets import DenseMatrix, Patterns, dense_weight, find_matrices, select_matrices
+from hf_lowrank.hosts.matrices import DenseMatrix, dense_weight
+from hf_lowrank.hosts.targets import Patterns, find_matrices, select_matrices
 from hf_lowrank.methods.factors import truncated
 from hf_lowrank.remote_code.lowrank_linear import LowRankLinear
 from hf_lowrank.remote_code.lowrank_structures import named_structures, replace_
