@@ -18,7 +18,8 @@ from hf_lowrank.compression.compress import compress
 from hf_lowrank.hosts.latency import mean_cosine
 from hf_lowrank.hosts.loading import load_dense
 from hf_lowrank.progress import progress_bar
-from hf_lowrank.records.report import compare_latency, make_report
+from hf_lowrank.records.latency import compare_latency
+from hf_lowrank.records.report import make_report
 from hf_lowrank.records.wording import megabytes
 from hf_lowrank.sharing.saving import save_folder
 from hf_lowrank.sharing.verification import verify

@@ -16,7 +16,8 @@ from hf_lowrank import compress
 from hf_lowrank.cli.tables import print_comparison
 from hf_lowrank.hosts.loading import load_dense
 from hf_lowrank.progress import progress_bar
-from hf_lowrank.records.report import compare_latency, make_report
+from hf_lowrank.records.latency import compare_latency
+from hf_lowrank.records.report import make_report
 from hf_lowrank.sharing.saving import save_folder
 from hf_lowrank.sharing.verification import verify
 

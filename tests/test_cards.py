@@ -19,9 +19,10 @@ from hf_lowrank.hosts.latency import Latency
 from hf_lowrank.hosts.loading import load_dense
 from hf_lowrank.methods import papers
 from hf_lowrank.methods.table import paper_of
+from hf_lowrank.records.latency import LatencyReport
 from hf_lowrank.records.machine import machine_name
 from hf_lowrank.records.origin import Origin, find_origin
-from hf_lowrank.records.report import CompressionReport, LatencyReport, ModuleReport, QualityReport, make_report
+from hf_lowrank.records.report import CompressionReport, ModuleReport, QualityReport, make_report
 from hf_lowrank.sharing.cards.card import KEPT_LINE, REPORT_FILE, make_card, shown_command
 from hf_lowrank.sharing.cards.metadata import RESULTS_FILE, results_file
 from hf_lowrank.sharing.cards.pictures import rank_picture

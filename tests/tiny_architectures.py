@@ -80,7 +80,7 @@ ARCHITECTURES = {
     "Gemma3ForCausalLM": {**_GROUPED, "sliding_window": 8},
     "MambaForCausalLM": {"vocab_size": 61, "hidden_size": 16, "num_hidden_layers": 2, "state_size": 4},
     "RwkvForCausalLM": {
-        "vocab_size": 61, "hidden_size": 16, "num_hidden_layers": 2, "attention_hidden_size": 16, "rescale_every": 1,
+        "vocab_size": 61, "hidden_size": 16, "num_hidden_layers": 2, "attention_hidden_size": 16, "rescale_every": 0,
     },
     "Wav2Vec2ForCTC": {
         "vocab_size": 32, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2,

@@ -20,7 +20,8 @@ from hf_lowrank.hosts.targets import ALL_LINEAR
 from hf_lowrank.options import given, settle
 from hf_lowrank.planning.budgets import parse_size
 from hf_lowrank.progress import progress_bar
-from hf_lowrank.records.report import CompressionReport, compare_latency, make_report
+from hf_lowrank.records.latency import compare_latency
+from hf_lowrank.records.report import CompressionReport, make_report
 from hf_lowrank.records.wording import megabytes
 from hf_lowrank.sharing.cards.card import shown_command
 from hf_lowrank.sharing.record import record_bytes, write_record

@@ -34,7 +34,9 @@ def print_steps(steps: Sequence[str]) -> None:
 
 
 def print_comparison(report: CompressionReport) -> None:
-    """Print the before/after table."""
+    """Print the before/after table, and first of all if most of the model was never looked at."""
+    if report.warning:
+        print_line(report.warning)
     table = Table(box=None, pad_edge=False, header_style="bold")
     table.add_column("")
     for column in ("dense", "compressed", ""):
@@ -81,6 +83,9 @@ def print_matrices(report: CompressionReport) -> None:
     print_line(f"matrices: {num_replaced} replaced{parts}, {len(dense)} left dense")
     for note, count in Counter(module.note for module in dense).items():
         print_line(f"          {count} dense: {note}")
+    for reason, count in Counter(one.reason for one in report.untouched).items():
+        size = sum(one.parameters for one in report.untouched if one.reason == reason)
+        print_line(f"          {count} not looked at, {size:,} parameters: {reason}")
     if worst := worst_modules(report):
         named = ", ".join(f"{module.name} {module.relative_error:.3f}" for module in worst)
         print_line(f"largest relative errors: {named}")

@@ -21,6 +21,7 @@ from hf_lowrank.compression.refinement import refine_
 from hf_lowrank.hosts.gradients import with_gradients
 from hf_lowrank.hosts.loading import held_compressed_model
 from hf_lowrank.hosts.matrices import Matrix
+from hf_lowrank.hosts.rehearsal import require_same_inputs
 from hf_lowrank.methods.encoding import DECODERS
 from hf_lowrank.progress import Progress, no_progress
 from hf_lowrank.remote_code.configuration_lowrank import compressed_config_class, stock_class
@@ -69,17 +70,21 @@ def compress(
     dense, dtype = job.model, job.problem.dtype
     plan, replaced = job.plan()
     modules = [member.module for matrix in replaced for member in matrix.members]
-    if settings.learning:
-        return _retyped_(_compress_and_learn_(_copy_sharing(dense, modules), plan, replaced, job), dtype)
-    is_ours = inplace or job.is_ours
+    is_ours = (inplace or job.is_ours) and not settings.learning
     small: Any = dense if is_ours else _copy_sharing(dense, modules)
     is_retyped = small.dtype != dtype  # asked now: the first parameter may be a factor soon, already of that type
-    replace_matrices_(small, replaced, plan, job, dtype, frees=is_ours)
-    _become_compressed_(small, plan)
-    return _retyped_(small, dtype) if is_retyped else small
+    if settings.learning:
+        _compress_and_learn_(small, plan, replaced, job)
+    else:
+        replace_matrices_(small, replaced, plan, job, dtype, frees=is_ours)
+        _become_compressed_(small, plan)
+    if is_retyped or settings.learning:
+        _cast_(small, dtype)
+    require_same_inputs(small, job.rehearsal.inputs)
+    return small
 
 
-def _compress_and_learn_(small: PreTrainedModel, plan: Plan, matrices: Sequence[Matrix], job: Job) -> Any:
+def _compress_and_learn_(small: PreTrainedModel, plan: Plan, matrices: Sequence[Matrix], job: Job) -> None:
     """Replace the matrices by pairs of factors, better those, and only then store them as the plan says."""
     pairs = copy.deepcopy(plan)
     for spec in pairs["modules"].values():
@@ -95,7 +100,6 @@ def _compress_and_learn_(small: PreTrainedModel, plan: Plan, matrices: Sequence[
     }
     small.config.compression = plan
     convert_storage_(small, job.settings.storage.linear, job.problem.dtype)
-    return small
 
 
 def _learn_(small: PreTrainedModel, matrices: Sequence[Matrix], job: Job) -> dict[str, Any]:
@@ -150,8 +154,8 @@ def _copy_sharing(model: PreTrainedModel, modules: Iterable[nn.Module]) -> PreTr
     return copy.deepcopy(model, {id(module): module for module in modules})
 
 
-def _retyped_(small: Any, dtype: torch.dtype) -> Any:
-    """The model as it would be loaded in that type: what a constructor makes keeps the type it is made in."""
+def _cast_(small: Any, dtype: torch.dtype) -> None:
+    """Make it what it would be loaded as in that type: what a constructor makes keeps the type it is made in."""
     before = dict(small.named_buffers())
     usual = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
@@ -165,7 +169,6 @@ def _retyped_(small: Any, dtype: torch.dtype) -> Any:
         if name in made and name not in saved:
             parent, _, leaf = name.rpartition(".")
             setattr(small.get_submodule(parent), leaf, buffer.to(made[name].dtype))
-    return small
 
 
 def _become_compressed_(model: PreTrainedModel, plan: Plan) -> None:

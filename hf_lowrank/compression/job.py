@@ -15,7 +15,9 @@ from hf_lowrank.errors import InputError
 from hf_lowrank.files.redaction import without_tokens_inside
 from hf_lowrank.hosts.loading import find_tokenizer, load_dense
 from hf_lowrank.hosts.matrices import Matrix
-from hf_lowrank.hosts.targets import Targets, candidate_matrices
+from hf_lowrank.hosts.rehearsal import Rehearsal, rehearse
+from hf_lowrank.hosts.targets import Targets, candidate_matrices, find_matrices
+from hf_lowrank.hosts.untouched import Untouched, find_untouched
 from hf_lowrank.methods.problem import Problem, Storage
 from hf_lowrank.methods.tables.token_tables import TABLE_NEEDS
 from hf_lowrank.options import settle
@@ -138,6 +140,7 @@ class Job:
         tokenizer: For the text; None where there is none.
         dense_bytes: Of the model's parameters, in the type they came in.
         is_ours: Whether nobody else holds the model.
+        untouched: What of the blocks is no candidate.
     """
 
     settings: Settings
@@ -145,6 +148,8 @@ class Job:
     tokenizer: Any
     dense_bytes: int
     is_ours: bool
+    rehearsal: Rehearsal
+    untouched: Sequence[Untouched]
 
     @property
     def model(self) -> PreTrainedModel:
@@ -172,6 +177,7 @@ class Job:
             "versions": versions(),
             "origin": origin.to_dict(),
             "dense_size_bytes": self.dense_bytes,
+            "untouched": {one.name: [list(one.shape), one.reason] for one in self.untouched},
         }
         plan["provenance"] |= without_tokens_inside(said)
         return plan, matrices
@@ -201,11 +207,14 @@ def prepare(
         dense, is_ours = copy.deepcopy(dense).float(), True  # gradients leave the range of 16 bits
     elif any(parameter.is_inference() for parameter in dense.parameters()) and not inplace:
         dense, is_ours = copy.deepcopy(dense), True  # made in inference mode, and never to be learned from
-    matrices, storage = candidate_matrices(dense, settings.targets), settings.storage
+    every, storage = find_matrices(dense), settings.storage
+    rehearsal = rehearse(dense, every)
+    matrices = candidate_matrices(every, settings.targets, rehearsal.read)
     looks_at_all = bool(settings.method.needs) or storage.bias_correction
     watched = matrices if looks_at_all else [matrix for matrix in matrices if storage.autoencodes(matrix)]
     kept = (settings.kinds, watched, options.cache_dir, progress)
     evidence = Evidence(dense, matrices, settings.text, calibration, tokenizer, *kept)
     what = (settings.budget, settings.targets, storage, settings.allocation)
     problem = Problem(dense, matrices, evidence, options.method, *what, dtype, device, options.own)
-    return Job(settings, problem, tokenizer, dense_bytes, is_ours)
+    untouched = find_untouched(dense, every, matrices, rehearsal.read)
+    return Job(settings, problem, tokenizer, dense_bytes, is_ours, rehearsal, untouched)

@@ -200,7 +200,8 @@ def real_tokens(batch: Batch) -> torch.Tensor:
 
 def longest_input(model: Any) -> int:
     """The most tokens a model reads at once; two of its positions are left out, which RoBERTa keeps for padding."""
-    return int(getattr(model.config.get_text_config(), "max_position_embeddings", None) or _UNBOUNDED) - 2
+    most = getattr(model.config.get_text_config(), "max_position_embeddings", None) or _UNBOUNDED
+    return (int(most) if most > 0 else _UNBOUNDED) - 2  # XLNet says -1
 
 
 def speaking_places(batch: Batch) -> torch.Tensor:

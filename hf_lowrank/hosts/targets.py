@@ -4,19 +4,23 @@ from collections.abc import Iterable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
 from itertools import takewhile
+from typing import Any
 
 import regex
+import torch
 from torch import nn
+from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from hf_lowrank.errors import InputError
 from hf_lowrank.hosts.matrices import DenseMatrix, JointMatrix
-from hf_lowrank.remote_code.lowrank_dense import dense_kind, dense_shape
+from hf_lowrank.remote_code.lowrank_dense import DENSE_LINEARS, dense_kind, dense_shape
 from hf_lowrank.remote_code.lowrank_plan import closest_name
 from hf_lowrank.remote_code.lowrank_structures import module_name, named_structures, token_table
 
 OUTPUT_EMBEDDINGS = "output_embeddings"
 ALL_LINEAR = "all-linear"
+READ_ELSEWHERE = "the model computes with its weight outside of its layer"
 _MATCHING_SECONDS = 1.0  # of one name; re itself has no limit, and some patterns need years
 
 Patterns = str | Sequence[str]
@@ -53,7 +57,7 @@ def find_matrices(model: PreTrainedModel) -> list[DenseMatrix]:
     prefix = "" if base is model else f"{module_name(model, base)}."
     found = []
     for name, module in base.named_modules():
-        if dense_kind(module) == "linear" and any(part.isdigit() for part in name.split(".")):
+        if is_in_block(name) and computes_as_linear(module):
             found.append(DenseMatrix(name, prefix + name, "block", module, dense_shape(module)))
     if not found:
         raise InputError(
@@ -68,6 +72,25 @@ def find_matrices(model: PreTrainedModel) -> list[DenseMatrix]:
         path = module_name(model, head) or OUTPUT_EMBEDDINGS
         found.append(DenseMatrix(OUTPUT_EMBEDDINGS, path, "head", head, dense_shape(head)))
     return found
+
+
+def is_in_block(name: str) -> bool:
+    """Whether a module or parameter is inside a repeated block: its name has a number in it."""
+    return any(part.isdigit() for part in name.split("."))
+
+
+@torch.no_grad()
+def computes_as_linear(module: Any) -> bool:
+    """Whether a module is a linear layer: a subclass is where it gives what `nn.Linear` gives."""
+    if dense_kind(module) != "linear" or type(module) in DENSE_LINEARS or type(module).forward is nn.Linear.forward:
+        return dense_kind(module) == "linear"
+    inputs = torch.ones(2, module.in_features, dtype=module.weight.dtype, device=module.weight.device)
+    inputs[1] = torch.linspace(-1, 1, module.in_features)
+    try:
+        found = module.forward(inputs)
+        return bool(torch.allclose(found, F.linear(inputs, module.weight, module.bias), rtol=1e-3, atol=1e-5))
+    except Exception:  # it takes other inputs, gives more than one output, or is not in memory
+        return False
 
 
 def _is_replaceable(model: PreTrainedModel, embedding: nn.Module, head: nn.Module | None) -> bool:
@@ -106,16 +129,25 @@ def is_tied(model: PreTrainedModel) -> bool:
     return bool(getattr(model.config, "tie_word_embeddings", False))
 
 
-def candidate_matrices(model: PreTrainedModel, targets: Targets) -> list[DenseMatrix]:
+def candidate_matrices(
+    every: Sequence[DenseMatrix], targets: Targets, read: AbstractSet[str] = frozenset()
+) -> list[DenseMatrix]:
     """The matrices the targets speak of: those to share the budget, and those whose rank is given by name.
 
+    Args:
+        every: Those of `find_matrices`.
+        read: Paths of those that cannot be replaced; see `hf_lowrank.hosts.rehearsal.Rehearsal`.
+
     Raises:
-        InputError: If nothing matches.
+        InputError: If nothing matches, or nothing that can be replaced.
     """
-    every = find_matrices(model)
     chosen = select_matrices(every, targets.roles, targets.target_modules, targets.exclude_modules)
     named = [m for pattern in targets.rank_pattern for m in matching(every, [pattern], "rank_pattern")]
-    return [matrix for matrix in every if matrix in chosen or matrix in named]
+    wanted = [matrix for matrix in every if matrix in chosen or matrix in named]
+    found = [matrix for matrix in wanted if matrix.path not in read]
+    if not found:
+        raise InputError(f"{wanted[0].name!r} cannot be replaced: {READ_ELSEWHERE}. Let others be compressed.")
+    return found
 
 
 def select_matrices(

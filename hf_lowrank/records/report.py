@@ -7,16 +7,20 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
-from hf_lowrank.hosts.latency import Latency, measure_latency, typical_length
 from hf_lowrank.hosts.multiply_adds import count_multiply_adds, multiplying
-from hf_lowrank.records.machine import machine_name
+from hf_lowrank.hosts.targets import is_in_block
+from hf_lowrank.hosts.untouched import Untouched
+from hf_lowrank.records.latency import LatencyReport
 from hf_lowrank.records.origin import Origin
 from hf_lowrank.remote_code.lowrank_materialize import Materializing
 from hf_lowrank.remote_code.lowrank_structures import is_bias, structure_name, token_table
 
 # Parts of the provenance that have a place of their own in the report; trainings of ours with what did them.
 _TRAININGS = {"recovery": "recover", "lpaf": "lpaf"}
-_ELSEWHERE = ("relative_errors", "kept_dense", "training", *_TRAININGS, "origin")
+_ELSEWHERE = ("relative_errors", "kept_dense", "untouched", "training", *_TRAININGS, "origin")
+
+# Of the blocks' parameters: where less is looked at, that is said first.
+_ENOUGH = 0.5
 
 
 @dataclass(frozen=True)
@@ -43,21 +47,6 @@ class ModuleReport:
     multiply_adds: int
     relative_error: float | None
     note: str = ""
-
-
-@dataclass(frozen=True)
-class LatencyReport:
-    """How long one forward pass took, both models measured side by side.
-
-    Args:
-        machine: What it was measured on.
-    """
-
-    batch_size: int
-    sequence_length: int
-    machine: str
-    dense: Latency
-    compressed: Latency
 
 
 @dataclass(frozen=True)
@@ -100,6 +89,8 @@ class CompressionReport:
         materialized_bytes: What memory holds beside that where they decode once; see `set_materialize_`.
         embedding_parameters: Of them those of the token embedding; `dense_embedding_parameters` is what they were.
         multiply_adds: Of all matrix products with weights, for one token; attention scores not counted.
+        modules: The candidates, replaced or not.
+        untouched: What of the blocks was none, empty for a folder of an older version.
         provenance: Method, budget, text and versions, as stored in `config.json`.
         training: What was trained after compression, one entry a run; empty if nothing was. `by` names ours.
         origin: The dense model.
@@ -125,6 +116,7 @@ class CompressionReport:
     materialized_bytes: int = 0
     dense_embedding_parameters: int = 0
     embedding_parameters: int = 0
+    untouched: tuple[Untouched, ...] = ()
 
     @property
     def method(self) -> str:
@@ -142,6 +134,23 @@ class CompressionReport:
     def kept_targets_fraction(self) -> float:
         """Parameters that stayed, as a fraction of those of the matrices that were candidates."""
         return sum(m.parameters for m in self.modules) / max(sum(m.dense_parameters for m in self.modules), 1)
+
+    @property
+    def looked_at_fraction(self) -> float:
+        """Parameters of the candidates in the blocks, as a fraction of all of two and more dimensions there."""
+        looked_at = sum(m.dense_parameters for m in self.modules if is_in_block(m.name))
+        return looked_at / max(looked_at + sum(one.parameters for one in self.untouched if is_in_block(one.name)), 1)
+
+    @property
+    def warning(self) -> str:
+        """A line where less than half of the blocks was looked at, else empty."""
+        if self.looked_at_fraction >= _ENOUGH:
+            return ""
+        largest = max((one for one in self.untouched if is_in_block(one.name)), key=lambda one: one.parameters)
+        return (
+            f"warning: only {self.looked_at_fraction:.0%} of the parameters in the blocks were looked at; the others "
+            f"stay dense, such as {largest.name} ({largest.reason})"
+        )
 
     @property
     def kept_encoder_fraction(self) -> float:
@@ -162,7 +171,7 @@ class CompressionReport:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON."""
-        fractions = ("kept_fraction", "kept_encoder_fraction", "kept_targets_fraction")
+        fractions = ("kept_fraction", "kept_encoder_fraction", "kept_targets_fraction", "looked_at_fraction")
         return {**asdict(self), **{name: getattr(self, name) for name in fractions}}
 
     @classmethod
@@ -178,17 +187,16 @@ class CompressionReport:
             "modules": tuple(
                 ModuleReport(**{**module, "shape": tuple(module["shape"])}) for module in stored["modules"]
             ),
+            "untouched": tuple(
+                Untouched(**{**one, "shape": tuple(one["shape"])}) for one in stored.get("untouched", ())
+            ),
             "training": tuple(stored["training"]),
             "origin": Origin.from_dict(stored["origin"]),
             "tags": tuple(stored["tags"]),
-            "latency": None if latency is None else _latency(latency),
+            "latency": None if latency is None else LatencyReport.from_dict(latency),
             "quality": tuple(QualityReport(**entry) for entry in stored["quality"]),
         }
         return cls(**known)
-
-
-def _latency(stored: dict[str, Any]) -> LatencyReport:
-    return LatencyReport(**{**stored, **{name: Latency(**stored[name]) for name in ("dense", "compressed")}})
 
 
 def make_report(model: PreTrainedModel) -> CompressionReport:
@@ -223,6 +231,9 @@ def make_report(model: PreTrainedModel) -> CompressionReport:
         tags=tuple(model.model_tags or ()),
         dense_embedding_parameters=embedding.num_embeddings * embedding.embedding_dim,
         embedding_parameters=sum(p.numel() for p in embedding.parameters()),
+        untouched=tuple(
+            Untouched(name, tuple(shape), why) for name, (shape, why) in provenance.get("untouched", {}).items()
+        ),
     )
 
 
@@ -235,13 +246,6 @@ def _training(provenance: dict[str, Any]) -> tuple[dict[str, Any], ...]:
 
 def _is_nested(value: Any) -> bool:
     return isinstance(value, dict) and any(isinstance(inner, dict) for inner in value.values())
-
-
-def compare_latency(dense: Any, compressed: Any, batch_size: int = 8) -> LatencyReport:
-    """Time two models against each other on this machine."""
-    shape = (batch_size, typical_length(dense))
-    times = measure_latency({"dense": dense, "compressed": compressed}, *shape)
-    return LatencyReport(*shape, machine_name(dense.device), times["dense"], times["compressed"])
 
 
 def _replaced(model: PreTrainedModel, provenance: dict[str, Any]) -> list[ModuleReport]:

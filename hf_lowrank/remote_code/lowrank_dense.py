@@ -20,8 +20,13 @@ def dense_shape(module: nn.Module) -> tuple[int, int]:
 
 
 def dense_kind(module: nn.Module) -> str | None:
-    """`"linear"` or `"embedding"`, or None for a module without such a matrix, or a subclass with its own rules."""
-    if type(module) in DENSE_LINEARS:
+    """`"linear"` or `"embedding"`, or None for a module without such a matrix, or an embedding with its own rules.
+
+    A subclass of `nn.Linear` counts where its weight is one of that shape, which packed numbers are not.
+    """
+    if isinstance(module, nn.Linear):
+        return "linear" if module.weight.shape == (module.out_features, module.in_features) else None
+    if type(module) is Conv1D:
         return "linear"
     return "embedding" if type(module) is nn.Embedding else None
 

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from hf_lowrank.evaluation.evaluation import Evaluation
-from hf_lowrank.records.report import CompressionReport, LatencyReport, QualityReport
+from hf_lowrank.records.latency import LatencyReport
+from hf_lowrank.records.report import CompressionReport, QualityReport
 from hf_lowrank.sharing.inspection import saved_report
 from hf_lowrank.sharing.record import write_record
 
