@@ -25,8 +25,10 @@ import numbers
 import re
 import reprlib
 import types
-from collections.abc import Collection, Iterable, Mapping, Sequence
-from typing import Any, TypeVar, Union, get_args, get_origin
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from functools import wraps
+from typing import Any, ParamSpec, TypeVar, Union, get_args, get_origin
 
 from hf_lowrank.errors import InputError
 from hf_lowrank.remote_code.lowrank_plan import closest_name
@@ -41,6 +43,8 @@ _METAVARS = {int: "N", float: "F"}
 # `name: What it means` in a docstring, to the next of them or an empty line.
 _ENTRY = re.compile(r"^ {4}(\w+): (.+?)(?=^ {4}\w+: |^ *$|\Z)", re.MULTILINE | re.DOTALL)
 
+P = ParamSpec("P")
+R = TypeVar("R")
 T = TypeVar("T")
 
 
@@ -119,6 +123,24 @@ def split(classes: Sequence[type[Any]], options: Mapping[str, Any], verb: str) -
             if name not in options and dataclasses.MISSING is field.default is field.default_factory:
                 raise InputError(f"{verb} needs {name}: {_uncapitalized(_sentences(cls)[name][0])}.")
     return [{name: options[name] for name in own if name in options} for own in fields]
+
+
+def checked(verb: Callable[P, R]) -> Callable[P, R]:
+    """A function or constructor that refuses arguments of other types than it says, as a class of options does.
+
+    Models are left to it: much holds one.
+    """
+    signature = inspect.signature(verb)
+
+    @wraps(verb)
+    def called(*args: P.args, **kwargs: P.kwargs) -> R:
+        for name, value in signature.bind(*args, **kwargs).arguments.items():
+            kind = signature.parameters[name].annotation
+            if kind is not signature.empty and "PreTrainedModel" not in str(kind) and not _fits(value, kind):
+                raise InputError(f"{name} must be {_in_words(kind)}, got {reprlib.repr(value)}.")
+        return verb(*args, **kwargs)
+
+    return called
 
 
 def _check(field: dataclasses.Field[Any], value: Any) -> None:
@@ -245,7 +267,10 @@ class _Checked(argparse.Action):
     def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
         before = getattr(namespace, self.dest)
         if self.nargs is not None and isinstance(values[0], tuple):
-            values = {**(before or {}), **dict(values)}
+            pairs = [*(before or {}).items(), *values]
+            values = dict(pairs)
+            if twice := [name for name, count in Counter(name for name, _ in pairs).items() if count > 1]:
+                raise InputError(f"{self.dest} names {twice[0]!r} twice. Give each name one value.")
         elif self.nargs is not None:
             values = [*(before or []), *values]
         _check(self._field, values)

@@ -1,7 +1,7 @@
 """How long work tells where it is: a wrapper around what it iterates over, as `tqdm` has made customary."""
 
 from collections.abc import Iterable, Sequence
-from typing import Protocol, TypeVar
+from typing import Protocol, TypeVar, runtime_checkable
 
 from rich.console import Console
 from rich.progress import track
@@ -9,6 +9,7 @@ from rich.progress import track
 T = TypeVar("T")
 
 
+@runtime_checkable
 class Progress(Protocol):
     """Passes on the items of `work`, showing how many are done."""
 

@@ -165,3 +165,16 @@ def test_what_a_folder_lacks_is_a_problem(folder, capsys, lost, name, expected):
     assert found.verdict == doctor.PROBLEM
     assert expected in found.found
     assert main(["doctor", str(folder)]) == 1
+
+
+@pytest.mark.parametrize(
+    "odd", [5, "x", [], {}, None, {"AutoModel": 5}, {"AutoModel": "lost.Model"}, [[]], [{"a": 1}]]
+)
+def test_an_odd_map_of_classes_is_a_problem_by_its_own_name(folder, odd):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"auto_map": odd}))
+
+    found = finding("shipped code", folder)
+
+    assert found.verdict == doctor.PROBLEM
+    assert found.found.startswith("lost.py is" if "lost" in str(odd) else "auto_map is")

@@ -90,19 +90,46 @@ def test_a_byte_order_mark_is_no_part_of_the_first_column(tmp_path):
     assert load_texts(tmp_path / "x.csv", "text") == load_texts(tmp_path / "x.json") == ["a b"]
 
 
-@pytest.mark.parametrize("ids", [[5, 97], [5, -1]])
-def test_a_token_id_the_model_has_no_row_for_is_named(ids):
-    dense = build("BertForMaskedLM")
-    rows = [{"input_ids": ids}] * 40
-    verbs = {
-        "compress": lambda: compress(dense, rank=2, calibration=rows),
-        "evaluate": lambda: evaluate(dense, rows, "agreement", dense=dense),
-        "features": lambda: make_features(dense, None, rows),
-    }
+VERBS = {
+    "compress": lambda dense, rows: compress(dense, rank=2, calibration=rows),
+    "evaluate": lambda dense, rows: evaluate(dense, rows, "agreement", dense=dense),
+    "features": lambda dense, rows: make_features(dense, None, rows),
+}
+each_verb = pytest.mark.parametrize("verb", VERBS.values(), ids=VERBS)
 
-    for verb in verbs.values():
-        with pytest.raises(InputError, match=rf"Token id {ids[1]} must be below 97, the size of the model's vocab"):
-            verb()
+
+@each_verb
+@pytest.mark.parametrize("ids", [[5, 97], [5, -1]])
+def test_a_token_id_the_model_has_no_row_for_is_named(verb, ids):
+    with pytest.raises(InputError, match=rf"Token id {ids[1]} must be below 97, the size of the model's vocab"):
+        verb(build("BertForMaskedLM"), [{"input_ids": ids}] * 40)
+
+
+NO_IDS = {
+    "text": {"input_ids": "x"},
+    "nothing": {"input_ids": None},
+    "fractions": {"input_ids": [5.5, 6.0]},
+    "truth values": {"input_ids": [True, False]},
+    "words": {"input_ids": ["a", "b"]},
+    "no ids": {"input_ids": []},
+    "one number": {"input_ids": 5},
+    "rows of several lengths": {"input_ids": [[5, 6], [5]]},
+    "a cube": {"input_ids": [[[5, 6]]]},
+    "another row without": {"other": [5]},
+    "a shorter mask": {"input_ids": [5, 6], "attention_mask": [1]},
+    "a mask of text": {"input_ids": [5, 6], "attention_mask": "x"},
+}
+
+
+@each_verb
+@pytest.mark.parametrize("row", NO_IDS.values(), ids=NO_IDS)
+def test_rows_that_hold_no_token_ids_are_one_line(verb, row):
+    rows = [row] * 40 if "input_ids" in row else [{"input_ids": [5, 6]}, row] * 20
+
+    with pytest.raises(InputError, match=r"input_ids") as caught:
+        verb(build("BertForMaskedLM"), rows)
+
+    assert "\n" not in str(caught.value)
 
 
 def test_a_tokenizer_with_more_tokens_than_the_model_is_named():

@@ -1,16 +1,22 @@
 """Every known way to be given something bad ends in one line: the table of what was once met otherwise."""
 
+import inspect
 import json
 import re
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from examining import complaint
 from fuzzing import LINES, copy_world, write_world
 
+import hf_lowrank
 from hf_lowrank import cli, compress, evaluate, recover
 from hf_lowrank.cli import main
 from hf_lowrank.errors import InputError
+from hf_lowrank.files.scratch import claimed
 from hf_lowrank.hosts.loading import load_dense, load_tokenizer
 
 
@@ -49,6 +55,12 @@ OPTIONS = {
     "passes without end": (f"{RECOVER} --epochs inf", r"epochs"),
     "negative passes": (f"{LPAF} --prune-epochs -1", r"prune.epochs"),
     "1e20 passes of refinement": (f"{AWARE} texts.txt --refine-passes {HUGE}", r"refine.passes"),
+    "a rank given twice": (f"{COMPRESS} --rank-pattern query=2 query=3", r"rank_pattern names 'query' twice"),
+    "a rank in two flags": (
+        f"{COMPRESS} --rank-pattern key=2 --rank-pattern key=2",
+        r"rank_pattern names 'key' twice",
+    ),
+    "a loss given twice": (f"{RECOVER} --losses logits=1 logits=2", r"losses names 'logits' twice"),
     "a loss of no weight": (f"{RECOVER} --losses logits=nan", r"losses?.*nan"),
     "an expression that takes forever": (f"{COMPRESS} --target-modules {FOREVER}", r"target_modules"),
     "no such folder": (COMPRESS.replace("dense", "nowhere/at-all"), r"nowhere/at-all"),
@@ -135,6 +147,54 @@ def test_a_bad_file_gets_one_line(world, capsys, name, spoil, line, message):
         assert_one_line(line, world, capsys, message)
 
 
+WRITERS = {name: line for name, line in LINES.items() if " out" in line}
+
+
+@pytest.fixture
+def no_work(monkeypatch):
+    """Whatever a command that writes a folder would do first."""
+    for command in WRITERS:
+        monkeypatch.setattr(f"hf_lowrank.cli.{command}.run", lambda _: pytest.fail("work was begun"))
+
+
+@pytest.mark.parametrize("overwrite", ["", " --overwrite"])
+@pytest.mark.parametrize("command", WRITERS)
+def test_an_output_that_another_run_writes_is_refused_before_any_work(world, capsys, no_work, command, overwrite):
+    with claimed(world / "out"):
+        assert_one_line(WRITERS[command] + overwrite, world, capsys, r"out is being written by another run")
+
+    assert not list(world.glob(".hf_lowrank-*"))
+
+
+@pytest.mark.parametrize("command", WRITERS)
+def test_an_output_that_cannot_be_written_is_refused_before_any_work(world, capsys, no_work, command, monkeypatch):
+    def refuse(*_, **__):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "mkdir", refuse)
+
+    assert_one_line(WRITERS[command], world, capsys, r"out cannot be written: Permission denied\. Choose another")
+
+
+@pytest.mark.parametrize("command", LINES)
+def test_where_the_folder_a_command_runs_in_is_gone_it_says_so(world, capsys, command, monkeypatch):
+    (world / "gone").mkdir()
+    monkeypatch.chdir(world / "gone")
+    (world / "gone").rmdir()
+
+    assert main(LINES[command].split()) == 2
+    assert re.fullmatch(r"hf-lowrank: .*folder .* gone.*\n", capsys.readouterr().err)
+
+
+@pytest.mark.parametrize("command", LINES)
+def test_a_name_that_the_locale_cannot_read_is_told_as_that(capsys, command, monkeypatch):
+    name = "f\u00e9".encode().decode("ascii", "surrogateescape")  # as Python has it where LC_ALL=C
+    monkeypatch.setattr("sys.getfilesystemencoding", lambda: "ascii")
+
+    assert main([*LINES[command].split(), name]) == 2
+    assert "is not ASCII text, as names are here. Set LC_ALL=C.UTF-8" in capsys.readouterr().err
+
+
 def test_foreign_lines_in_the_work_of_a_comparison_get_one_line(world, capsys):
     line = f"{LINES['compare']} --work-dir work"
     assert main(line.split()) == 0
@@ -168,6 +228,66 @@ WRONG_TYPES = {
 def test_a_wrong_type_in_python_is_an_input_error(world, call):
     with pytest.raises(InputError):
         call()
+
+
+# public name -> arguments that it takes, as functions of a dense and a compressed model
+ARGUMENTS = {
+    "compress": lambda dense, small: {"model": dense, "rank": 2, "method": "svd"},
+    "decompress": lambda dense, small: {"model": small},
+    "convert_storage_": lambda dense, small: {"model": small, "storage": "low_rank"},
+    "reduce_vocabulary": lambda dense, small: {"model": dense, "tokenizer": tokenizer(), "vocabulary": "texts.txt"},
+    "evaluate": lambda dense, small: scored(small),
+    "make_report": lambda dense, small: {"model": small},
+    "analyze": lambda dense, small: {"model_or_id": dense, "method": "svd", "keep_targets": 0.5},
+    "compare": lambda dense, small: {"model_or_id": dense, "methods": "svd", **scored(None)},
+    "push_to_hub": lambda dense, small: {"model": small, "repo_id": "me/small", "dry_run": True},
+    "recover": lambda dense, small: {"model": small, "teacher": dense, "dataset": "train.tsv"},
+    "lpaf": lambda dense, small: {"model": dense, "dataset": "train.tsv", "keep_targets": 0.5},
+    "record_evaluation": lambda dense, small: {"folder": "small", "evaluation": None, "dataset": "dev.tsv"},
+    "saved_report": lambda dense, small: {"path": "small"},
+    "register_method": lambda dense, small: {"name": "x", "row": None},
+    "CardCallback": lambda dense, small: {"dataset": "x"},
+    "DistillationTrainer": lambda dense, small: {"model": small, "teacher": dense, "losses": {"logits": 1.0}},
+    "FirstOrderPruningCallback": lambda dense, small: {"keep": 0.5},
+    "MixedRank": lambda dense, small: {"model": small, "dense": dense, "max_steps": 5},
+    "MixedRankCallback": lambda dense, small: {"dense": dense},
+    "RankScheduleCallback": lambda dense, small: {"target": 0.5},
+    "StableRankPenaltyCallback": lambda dense, small: {"strength": 0.1},
+}  # fmt: skip
+# What is looked at when the training begins.
+NOT_YET = {"MixedRankCallback": ["dense"]}
+NOT_CALLED = {"__version__", "InputError", "PlanError"}
+
+
+def tokenizer():
+    return load_tokenizer("dense")
+
+
+def scored(model):
+    about = {"dataset": "dev.tsv", "task": "text-classification", "tokenizer": tokenizer()}
+    return about if model is None else {"model": model, "cost": False, **about}
+
+
+def named_arguments(name):
+    """Those that are not options, which their own table checks; whether a value of any type may be right."""
+    every = inspect.signature(getattr(hf_lowrank, name)).parameters.values()
+    return {one.name: one.annotation is Any for one in every if one.kind not in (one.VAR_KEYWORD, one.VAR_POSITIONAL)}
+
+
+@pytest.mark.parametrize("name", ARGUMENTS)
+def test_no_argument_of_a_wrong_type_is_another_error(world, name):
+    dense = load_dense("dense")
+    arguments = ARGUMENTS[name](dense, compress(dense, rank=2, method="svd"))
+
+    for argument, is_any in named_arguments(name).items():
+        refused = pytest.raises(InputError, match=r"^.+$")
+        is_looked_at = not is_any and argument not in NOT_YET.get(name, ())
+        with refused if is_looked_at else suppress(InputError):
+            getattr(hf_lowrank, name)(**{**arguments, argument: object()})
+
+
+def test_every_public_name_has_its_arguments_tried():
+    assert set(ARGUMENTS) == set(hf_lowrank.__all__) - NOT_CALLED
 
 
 def failing(error):

@@ -22,7 +22,7 @@ from tiny_tokenizers import encoder_tokenizer
 import hf_lowrank
 from hf_lowrank import InputError, compress
 from hf_lowrank.files.checkpoint import Checkpoint
-from hf_lowrank.files.scratch import REPLACED, scratch_folder, temporary_folder, workshop, write_text
+from hf_lowrank.files.scratch import REPLACED, claimed, scratch_folder, temporary_folder, workshop, write_text
 from hf_lowrank.methods.matrix.stored import store_decomposition
 from hf_lowrank.methods.matrix.svd import SVD
 from hf_lowrank.records.report import QualityReport, make_report
@@ -255,6 +255,29 @@ def test_of_two_runs_that_began_before_either_ended_the_second_refuses(small, tm
 
     assert (out / "config.json").is_file()
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def claim(target):
+    with claimed(target):
+        (target.parent / "claimed").touch()
+        time.sleep(60)
+
+
+def test_a_claim_is_of_one_run_and_ends_with_it(tmp_path):
+    target = tmp_path / "new" / "out"
+    with claimed(target):
+        with pytest.raises(InputError, match="is being written by another run"), claimed(target):
+            pass
+        with claimed(tmp_path / "new" / "other"), temporary_folder():
+            pass
+    with claimed(target):
+        pass
+    assert not list(target.parent.iterdir())
+
+    killed(claim, target, wait_for=(target.parent / "claimed").exists)
+    with claimed(target):
+        pass
+    assert [path.name for path in target.parent.iterdir()] == ["claimed"]
 
 
 TERMINATED = """

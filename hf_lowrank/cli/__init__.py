@@ -1,5 +1,6 @@
 """The command `hf-lowrank`. Reading its arguments imports neither torch nor transformers; each command does."""
 
+import argparse
 import importlib
 import os
 import signal
@@ -8,11 +9,12 @@ import threading
 import traceback
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 from hf_lowrank.cli.flags.parser import build_parser
 from hf_lowrank.errors import InputError, Note
+from hf_lowrank.files.scratch import claimed
 
 FAULT = 1
 CHECK_FAILED = 1
@@ -43,6 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         with _ended_by_sigterm():
             given = list(sys.argv[1:] if argv is None else argv)
+            _require_folder()
             for one in given:
                 _require_text(one)
             arguments = build_parser().parse_args(given)
@@ -64,12 +67,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _explain(error)
 
 
+def _require_folder() -> None:
+    try:
+        Path.cwd()
+    except OSError as error:
+        raise InputError("The folder this is run in is gone. Change to one that is there.") from error
+
+
 def _require_text(argument: str) -> None:
     """Refuse an empty argument, which as a path is the current folder, and one that no file of ours can hold."""
     if not argument:
         raise InputError("An argument is empty. Leave it out, or give a value (is a variable of your shell unset?).")
     if "\0" in argument or argument.encode(errors="ignore").decode() != argument:
-        raise InputError(f"{argument!r} is not UTF-8 text. Rename what it names.")
+        encoding = sys.getfilesystemencoding()
+        remedy = "Rename what it names" if encoding == "utf-8" else "Set LC_ALL=C.UTF-8, and leave PYTHONUTF8 out"
+        raise InputError(f"{argument!r} is not {encoding.upper()} text, as names are here. {remedy}.")
 
 
 @contextmanager
@@ -88,7 +100,7 @@ def _ended_by_sigterm() -> Iterator[None]:
             signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
 
 
-def _run(command: str, arguments: object) -> int:
+def _run(command: str, arguments: argparse.Namespace) -> int:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         warnings.simplefilter("always", Note)
@@ -97,10 +109,24 @@ def _run(command: str, arguments: object) -> int:
         for library in ("transformers.utils.logging", "huggingface_hub.utils.logging"):
             importlib.import_module(library).set_verbosity_error()
         importlib.import_module("transformers.utils.logging").disable_progress_bar()
-        status = int(importlib.import_module(f"hf_lowrank.cli.{command}").run(arguments))
+        with _output_of(arguments):
+            status = int(importlib.import_module(f"hf_lowrank.cli.{command}").run(arguments))
         if sys.stdout is not None:  # it is closed
             sys.stdout.flush()  # here whoever stopped reading is told of
         return status
+
+
+@contextmanager
+def _output_of(arguments: argparse.Namespace) -> Iterator[None]:
+    """Within, the output folder of a command, if it has one, is there to be written by this run and no other."""
+    if not hasattr(arguments, "out") or getattr(arguments, "dry_run", False):
+        yield
+        return
+    source = arguments.model if hasattr(arguments, "model") else arguments.path
+    importlib.import_module("hf_lowrank.sharing.saving").check_output(arguments.out, arguments.overwrite, source)
+    # Of the processes of one launch, the first writes.
+    with claimed(Path(arguments.out).resolve()) if os.environ.get("RANK", "0") == "0" else nullcontext():
+        yield
 
 
 def _explain(error: Exception) -> int:

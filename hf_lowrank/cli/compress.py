@@ -25,7 +25,7 @@ from hf_lowrank.records.report import CompressionReport, make_report
 from hf_lowrank.records.wording import megabytes
 from hf_lowrank.sharing.cards.card import shown_command
 from hf_lowrank.sharing.record import record_bytes, write_record
-from hf_lowrank.sharing.saving import check_output, save_folder, side_file_bytes
+from hf_lowrank.sharing.saving import save_folder, side_file_bytes
 from hf_lowrank.studies.analysis import planned_report
 
 # What no module name holds, but a pattern does.
@@ -34,8 +34,6 @@ _IS_PATTERN = re.compile(r"[\\^$*+?()\[\]{}|]")
 
 def run(arguments: argparse.Namespace) -> int:
     """Compress, save, measure and print."""
-    if not arguments.dry_run:
-        check_output(arguments.out, arguments.overwrite, arguments.model)
     options = _options(arguments)
     asked = settle(CompressOptions, options, "compress")
     dense, tokenizer = load_dense(arguments.model), None

@@ -4,12 +4,11 @@ import argparse
 
 from hf_lowrank.cli import tables
 from hf_lowrank.compression.compress import decompress
-from hf_lowrank.sharing.saving import check_output, load_compressed, save_folder
+from hf_lowrank.sharing.saving import load_compressed, save_folder
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Turn a compressed model into the stock model it stands for, and save that."""
-    check_output(arguments.out, arguments.overwrite, arguments.path)
     dense = decompress(load_compressed(arguments.path))
     folder = save_folder(dense, arguments.out, arguments.path, arguments.overwrite)
     name, parameters = type(dense).__name__, sum(p.numel() for p in dense.parameters())

@@ -8,7 +8,7 @@ from hf_lowrank.hosts.loading import load_dense
 from hf_lowrank.options import given
 from hf_lowrank.records.report import make_report
 from hf_lowrank.sharing.cards.card import shown_command
-from hf_lowrank.sharing.saving import check_output, save_folder
+from hf_lowrank.sharing.saving import save_folder
 from hf_lowrank.training.lpaf import lpaf
 from hf_lowrank.training.options import LPAFOptions
 from hf_lowrank.training.processes import end_as_first
@@ -16,7 +16,6 @@ from hf_lowrank.training.processes import end_as_first
 
 def run(arguments: argparse.Namespace) -> int:
     """Prune, factorize, train, save and print."""
-    check_output(arguments.out, arguments.overwrite, arguments.model)
     options = given(arguments, LPAFOptions) | given(arguments, CompressOptions)
     small = lpaf(load_dense(arguments.model), dataset=arguments.dataset, **options)
     if not end_as_first():

@@ -5,7 +5,7 @@ import argparse
 from hf_lowrank.cli import tables
 from hf_lowrank.options import given
 from hf_lowrank.sharing.cards.card import shown_command
-from hf_lowrank.sharing.saving import check_output, save_folder
+from hf_lowrank.sharing.saving import save_folder
 from hf_lowrank.training.options import RecoveryOptions
 from hf_lowrank.training.processes import end_as_first
 from hf_lowrank.training.recovery import recover
@@ -13,7 +13,6 @@ from hf_lowrank.training.recovery import recover
 
 def run(arguments: argparse.Namespace) -> int:
     """Recover, save and print the loss before and after."""
-    check_output(arguments.out, arguments.overwrite, arguments.path)
     options = given(arguments, RecoveryOptions)
     model = recover(arguments.path, teacher=arguments.teacher, dataset=arguments.dataset, **options)
     if not end_as_first():

@@ -23,6 +23,7 @@ from hf_lowrank.hosts.loading import held_compressed_model
 from hf_lowrank.hosts.matrices import Matrix
 from hf_lowrank.hosts.rehearsal import require_same_inputs
 from hf_lowrank.methods.encoding import DECODERS
+from hf_lowrank.options import checked
 from hf_lowrank.progress import Progress, no_progress
 from hf_lowrank.remote_code.configuration_lowrank import compressed_config_class, stock_class
 from hf_lowrank.remote_code.lowrank_plan import Plan
@@ -37,6 +38,7 @@ from hf_lowrank.remote_code.lowrank_weights import skeleton
 from hf_lowrank.remote_code.modeling_lowrank import compressed_model_class
 
 
+@checked
 @with_gradients
 def compress(
     model: PreTrainedModel | str | Path,

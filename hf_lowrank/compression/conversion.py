@@ -8,14 +8,17 @@ import torch
 from transformers import PreTrainedModel
 
 from hf_lowrank.errors import InputError
+from hf_lowrank.hosts.loading import held_compressed_model
 from hf_lowrank.methods.encoding import DECODERS, ENCODERS, sizes_beside_rank
 from hf_lowrank.methods.factors import Factors, truncated
+from hf_lowrank.options import checked
 from hf_lowrank.remote_code.lowrank_structures import replace_, structure_name
 from hf_lowrank.remote_code.lowrank_table import STRUCTURES
 
 _TWO_FACTORS = "low_rank"
 
 
+@checked
 def convert_storage_(model: PreTrainedModel, storage: str, dtype: torch.dtype | None = None) -> None:
     """Turn every low-rank linear layer of a compressed model into another storage of the same matrix and rank.
 
@@ -27,8 +30,9 @@ def convert_storage_(model: PreTrainedModel, storage: str, dtype: torch.dtype | 
         dtype: Type to store the numbers in; None keeps each layer's.
 
     Raises:
-        InputError: If there is no such storage.
+        InputError: If there is no such storage, or the model is not compressed.
     """
+    model = held_compressed_model(model, "store otherwise")
     if storage not in DECODERS:
         raise InputError(f"storage must be one of {', '.join(DECODERS)}, got {storage!r}.")
     for name in model.config.plan["modules"]:

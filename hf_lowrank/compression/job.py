@@ -210,6 +210,7 @@ def prepare(
     every, storage = find_matrices(dense), settings.storage
     rehearsal = rehearse(dense, every)
     matrices = candidate_matrices(every, settings.targets, rehearsal.read)
+    _require_tables(dense, matrices, options.embeddings)
     looks_at_all = bool(settings.method.needs) or storage.bias_correction
     watched = matrices if looks_at_all else [matrix for matrix in matrices if storage.autoencodes(matrix)]
     kept = (settings.kinds, watched, options.cache_dir, progress)
@@ -218,3 +219,12 @@ def prepare(
     problem = Problem(dense, matrices, evidence, options.method, *what, dtype, device, options.own)
     untouched = find_untouched(dense, every, matrices, rehearsal.read)
     return Job(settings, problem, tokenizer, dense_bytes, is_ours, rehearsal, untouched)
+
+
+def _require_tables(model: PreTrainedModel, matrices: Sequence[Matrix], embeddings: str | None) -> None:
+    """Refuse to leave dense what was asked for by name."""
+    if embeddings not in (None, "dense") and all(matrix.role == "block" for matrix in matrices):
+        raise InputError(
+            f"embeddings={embeddings!r} finds no table to replace: {type(model).__name__} has none, shares it among "
+            "more than an embedding and its head, or the modules named leave it out. Leave embeddings out."
+        )

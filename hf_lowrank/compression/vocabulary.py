@@ -16,6 +16,7 @@ from hf_lowrank.data.rows import load_texts
 from hf_lowrank.errors import InputError
 from hf_lowrank.hosts.loading import load_dense
 from hf_lowrank.hosts.targets import is_tied
+from hf_lowrank.options import checked
 from hf_lowrank.remote_code.lowrank_dense import dense_kind
 from hf_lowrank.remote_code.lowrank_structures import module_name, token_table
 
@@ -25,6 +26,7 @@ TOKENIZER_MODELS = ("WordPiece", "BPE", "Unigram", "WordLevel")
 _ID_LISTS = ("suppress_tokens", "begin_suppress_tokens")
 
 
+@checked
 def reduce_vocabulary(
     model: Any, tokenizer: Any, vocabulary: Any, *, text_column: str | None = None
 ) -> tuple[Any, Any]:

@@ -1,16 +1,18 @@
 """Batches of token ids from anything: texts, rows of ids, a `DataLoader`."""
 
 import random
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import islice
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from hf_lowrank.data.rows import Row, holds_token_ids, load_texts
-from hf_lowrank.errors import InputError
+from hf_lowrank.errors import InputError, one_line
 from hf_lowrank.hosts.outputs import IGNORED_LABEL, Batch, real_tokens
+
+T = TypeVar("T")
 
 # Texts tokenized at a time: enough to be fast, few enough to stop early.
 _CHUNK = 64
@@ -47,7 +49,7 @@ def make_batches(
         raise InputError("num_calibration_samples, max_seq_length and batch_size must be at least 1.")
     source = list(source) if isinstance(source, Iterator) else source
     if holds_token_ids(source):
-        return _take(_collate(iter(source), batch_size), num_calibration_samples)
+        return as_token_ids(lambda: _take(_collate(iter(source), batch_size), num_calibration_samples))
     if tokenizer is None:
         raise InputError("Text needs a tokenizer, and there is none. Give tokenizer=, or batches of input_ids.")
     texts = load_texts(source, text_column)
@@ -58,6 +60,21 @@ def make_batches(
     if not sequences:
         raise InputError(_UNKNOWN)
     return list(_collate(iter(sequences), batch_size, tokenizer.pad_token_id or 0))
+
+
+def as_token_ids(read: Callable[[], T]) -> T:
+    """Rows or batches of token ids, as some function reads them out of what a user gave.
+
+    Raises:
+        InputError: If they hold something else; see `as_tensors`.
+    """
+    try:
+        return read()
+    except (KeyError, IndexError, TypeError, ValueError, RuntimeError) as error:  # of torch, whatever a row holds
+        rule = "must hold input_ids of whole numbers, and where they have a mask, one as long"
+        raise InputError(
+            f"Rows of token ids {rule}. Mend them. ({type(error).__name__}: {one_line(error)})"
+        ) from error
 
 
 def require_tokens(batches: Sequence[Batch], min_tokens: int) -> None:
@@ -154,8 +171,7 @@ def _collate(items: Iterator[Row], batch_size: int, padding: int = 0) -> Iterato
     """Batches as they are; single sequences padded together."""
     waiting: list[dict[str, torch.Tensor]] = []
     for item in items:
-        tensors = {name: torch.as_tensor(value) for name, value in item.items() if not _is_text(value)}
-        tensors.setdefault("attention_mask", torch.ones_like(tensors["input_ids"]))
+        tensors = as_tensors(item)
         if tensors["input_ids"].dim() > 1:
             yield tensors
             continue
@@ -165,6 +181,22 @@ def _collate(items: Iterator[Row], batch_size: int, padding: int = 0) -> Iterato
             waiting = []
     if waiting:
         yield padded(waiting, padding)
+
+
+def as_tensors(row: Row) -> dict[str, torch.Tensor]:
+    """The columns of a row (T) or batch (B, T) of token ids that are no text, and a mask where it has none.
+
+    Raises:
+        ValueError: If there are no token ids, or the mask is of another shape; torch raises others of its own.
+    """
+    needed = ("input_ids", "attention_mask")
+    tensors = {name: torch.as_tensor(value) for name, value in row.items() if name in needed or not _is_text(value)}
+    ids = tensors["input_ids"]
+    tensors.setdefault("attention_mask", torch.ones_like(ids))
+    is_whole = not ids.is_floating_point() and ids.dtype != torch.bool
+    if not is_whole or ids.dim() not in (1, 2) or not ids.numel() or tensors["attention_mask"].shape != ids.shape:
+        raise ValueError(f"{tuple(ids.shape)} of {ids.dtype}")
+    return tensors
 
 
 def padded(rows: Sequence[Mapping[str, torch.Tensor]], padding: int) -> Batch:

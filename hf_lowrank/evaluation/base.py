@@ -9,6 +9,7 @@ import torch
 
 from hf_lowrank.data.batches import require_known_tokens
 from hf_lowrank.errors import InputError
+from hf_lowrank.hosts.loading import require_tokenizer
 from hf_lowrank.hosts.outputs import Batch, Said, run
 from hf_lowrank.options import LARGEST_SEED, Options, option
 from hf_lowrank.progress import Progress, no_progress
@@ -98,6 +99,8 @@ class Task(Options, ABC):
         """
         if tokenizer is None and self.reads_text:
             raise InputError("Text needs a tokenizer, and there is none. Give tokenizer=.")
+        if tokenizer is not None:
+            require_tokenizer(tokenizer)
         if batch_size < 1:
             raise InputError(f"batch_size must be at least 1, got {batch_size}.")
         steps = self._steps(tokenizer, examples, batch_size, model)

@@ -15,6 +15,7 @@ from hf_lowrank.evaluation.memory import peak_memory
 from hf_lowrank.hosts.latency import Latency, measure_latency, typical_length
 from hf_lowrank.hosts.loading import held_model
 from hf_lowrank.hosts.targets import is_tied
+from hf_lowrank.options import checked
 from hf_lowrank.progress import Progress, no_progress
 from hf_lowrank.records.machine import machine_name
 from hf_lowrank.records.wording import change_in_words, megabytes, milliseconds, verdict
@@ -102,6 +103,7 @@ class Evaluation:
         return table
 
 
+@checked
 def evaluate(
     model: PreTrainedModel,
     dataset: Any,

@@ -7,11 +7,14 @@ process that was killed left of one is removed by the next that makes one in the
 import os
 import shutil
 import tempfile
+import time
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
+
+from hf_lowrank.errors import InputError
 
 try:
     import fcntl
@@ -21,23 +24,50 @@ except ImportError:  # on Windows nothing is locked, and so nothing cleared
 _PREFIX = ".hf_lowrank-"
 REPLACED = "replaced"  # where a workshop keeps what its output takes the place of
 _SCRATCH = "scratch"
+_CLAIM = "claim"
+_TRIES, _PAUSE = 20, 0.05  # seconds; who looks whether a claim is a dead process's holds it for less
 
 
 @contextmanager
 def workshop(target: Path) -> Iterator[Path]:
     """A folder on the file system of `target`, gone afterwards; on failure so are the parents made for it."""
+    with _parents_of(target):
+        folder, held = _new_folder(target.parent, target.name)
+        try:
+            yield folder
+        finally:
+            _remove(folder, held)
+
+
+@contextmanager
+def claimed(target: Path) -> Iterator[None]:
+    """Within, no other process can claim the same target; nothing else hinders any from writing it.
+
+    Raises:
+        InputError: If another process has claimed it, or nothing can be written beside it.
+    """
+    folder = target.with_name(f"{_PREFIX}{target.name}-{_CLAIM}")
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(_parents_of(target))
+            stack.callback(_remove, folder, _claim(folder, target))
+        except OSError as error:
+            raise InputError(f"{target} cannot be written: {error.strerror}. Choose another output.") from error
+        yield
+
+
+@contextmanager
+def _parents_of(target: Path) -> Iterator[None]:
+    """Make the folders that `target` will be in; on failure they are gone again."""
     made = [parent for parent in target.parents if not parent.exists()]
     target.parent.mkdir(parents=True, exist_ok=True)
-    folder, held = _new_folder(target.parent, target.name)
     try:
-        yield folder
+        yield
     except BaseException:
-        _remove(folder, held)
         for parent in made:
             with suppress(OSError):
                 parent.rmdir()
         raise
-    _remove(folder, held)
 
 
 @contextmanager
@@ -77,6 +107,16 @@ def _new_folder(parent: Path, name: str) -> tuple[Path, int | None]:
         folder = Path(tempfile.mkdtemp(prefix=f"{_PREFIX}{name}-", dir=parent))
         with suppress(BlockingIOError, FileNotFoundError):  # another process took it for a dead one's
             return folder, _lock(folder)
+
+
+def _claim(folder: Path, target: Path) -> int | None:
+    """The descriptor that locks a claim, which is made if it is not there."""
+    for _ in range(_TRIES):
+        with suppress(BlockingIOError, FileNotFoundError):
+            folder.mkdir(exist_ok=True)
+            return _lock(folder)
+        time.sleep(_PAUSE)
+    raise InputError(f"{target} is being written by another run. Wait for its end, or choose another output.")
 
 
 def _lock(folder: Path) -> int | None:

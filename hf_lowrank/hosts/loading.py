@@ -173,9 +173,7 @@ def find_tokenizer(model: PreTrainedModel, given: Any = None) -> Any:
         InputError: If what was given is no tokenizer.
     """
     if given is not None:
-        if not callable(given):
-            raise InputError(f"tokenizer must be a tokenizer of transformers, got {given!r}. Load it first.")
-        return given
+        return require_tokenizer(given)
     source = getattr(model.config, "_name_or_path", "")
     if not source:
         return None
@@ -183,6 +181,17 @@ def find_tokenizer(model: PreTrainedModel, given: Any = None) -> Any:
         return load_tokenizer(source)
     except (OSError, ValueError, KeyError, TypeError, ImportError):  # the last of a package that its kind needs
         return None
+
+
+def require_tokenizer(given: Any) -> Any:
+    """What was given, if it can be one.
+
+    Raises:
+        InputError: If it is none.
+    """
+    if not callable(given):
+        raise InputError(f"tokenizer must be a tokenizer of transformers, got {given!r}. Load it first.")
+    return given
 
 
 def load_tokenizer(source: str) -> Any:

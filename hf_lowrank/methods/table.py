@@ -17,6 +17,7 @@ from typing import Any
 from hf_lowrank.errors import InputError
 from hf_lowrank.methods import papers
 from hf_lowrank.methods.papers import Paper
+from hf_lowrank.options import checked
 from hf_lowrank.remote_code.lowrank_plan import closest_name
 
 ENTRY_POINTS = "hf_lowrank.methods"
@@ -139,6 +140,7 @@ class _Names(Collection[str]):
 METHOD_NAMES = _Names()
 
 
+@checked
 def register_method(name: str, row: MethodRow) -> None:
     """Add a method to `METHODS`, for this process: `compress(model, method=name, ...)` then knows it.
 

@@ -7,6 +7,7 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
+from hf_lowrank.hosts.loading import held_compressed_model
 from hf_lowrank.hosts.multiply_adds import count_multiply_adds, multiplying
 from hf_lowrank.hosts.targets import is_in_block
 from hf_lowrank.hosts.untouched import Untouched
@@ -200,7 +201,12 @@ class CompressionReport:
 
 
 def make_report(model: PreTrainedModel) -> CompressionReport:
-    """The report of a compressed model, from its modules and the provenance in its configuration."""
+    """The report of a compressed model, from its modules and the provenance in its configuration.
+
+    Raises:
+        InputError: If the model is not compressed.
+    """
+    model = held_compressed_model(model, "report")
     plan = model.config.plan
     provenance = dict(plan.get("provenance", {}))
     modules = [*_replaced(model, provenance), *_kept_dense(provenance)]

@@ -17,7 +17,8 @@ from hf_lowrank.errors import InputError, one_line
 from hf_lowrank.files.redaction import config_without_tokens, without_tokens
 from hf_lowrank.files.scratch import temporary_folder
 from hf_lowrank.hosts.folder_contents import file_digest
-from hf_lowrank.options import settle
+from hf_lowrank.hosts.loading import held_compressed_model
+from hf_lowrank.options import checked, settle
 from hf_lowrank.records.report import CompressionReport
 from hf_lowrank.sharing.inspection import saved_report
 from hf_lowrank.sharing.push_options import PushOptions
@@ -65,6 +66,7 @@ class Push:
         return None if self.commit is None else self.commit.pr_url or self.commit.commit_url
 
 
+@checked
 def push_to_hub(model: PreTrainedModel | str | Path, repo_id: str, **options: Any) -> Push:
     """Publish a compressed model: weights, shipped code, tokenizer and other side files, and card, in one commit.
 
@@ -84,6 +86,8 @@ def push_to_hub(model: PreTrainedModel | str | Path, repo_id: str, **options: An
     """
     told = settle(PushOptions, options, "push")
     _check(repo_id, told)
+    if not isinstance(model, (str, Path)):
+        model = held_compressed_model(model, "push")
     with _folder_of(model) as folder:
         report = saved_report(folder)  # complains where there is none
         files, left_out = folder_files(folder, told.include)
@@ -152,7 +156,7 @@ def _check(repo_id: str, told: PushOptions) -> None:
 @contextmanager
 def _folder_of(model: PreTrainedModel | str | Path) -> Iterator[Path]:
     """The folder, or a temporary one that the model is saved to, with the side files of where it came from."""
-    if not isinstance(model, PreTrainedModel):
+    if isinstance(model, (str, Path)):
         if not Path(model).is_dir():
             raise InputError(f"{model} is not a folder. Give the folder of a saved compressed model.")
         yield Path(model)

@@ -8,6 +8,7 @@ from safetensors import SafetensorError
 
 from hf_lowrank.errors import InputError, one_line
 from hf_lowrank.hosts.folder_contents import saved_shapes
+from hf_lowrank.options import checked
 from hf_lowrank.records.report import CompressionReport, make_report
 from hf_lowrank.remote_code.lowrank_plan import PlanError
 from hf_lowrank.remote_code.lowrank_weights import check_state
@@ -15,6 +16,7 @@ from hf_lowrank.sharing.record import read_record
 from hf_lowrank.sharing.saving import load_skeleton_config
 
 
+@checked
 def saved_report(path: str | Path) -> CompressionReport:
     """The report of a compressed model: the one beside its weights, or one made from its configuration.
 

@@ -8,12 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from hf_lowrank.evaluation.evaluation import Evaluation
+from hf_lowrank.options import checked
 from hf_lowrank.records.latency import LatencyReport
 from hf_lowrank.records.report import CompressionReport, QualityReport
 from hf_lowrank.sharing.inspection import saved_report
 from hf_lowrank.sharing.record import write_record
 
 
+@checked
 def record_evaluation(folder: str | Path, evaluation: Evaluation, dataset: str) -> CompressionReport:
     """Append an evaluation to the report and the card of a saved model, and its speed if none is recorded there.
 

@@ -5,6 +5,7 @@ list.
 """
 
 import hashlib
+import re
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +16,7 @@ from hf_lowrank.hosts.config_file import read_config
 _DIGESTS = Path(__file__).with_name("shipped_code.txt")
 _SHIPPED = Path(remote_code.__path__[0])
 _TABLE = "lowrank_table.py"
+_CLASS = re.compile(r"[^\W\d].*\.\w+")  # in an `auto_map`: `file.Class`
 
 
 def foreign_code(folder: Path) -> list[str]:
@@ -27,8 +29,12 @@ def foreign_code(folder: Path) -> list[str]:
 
 
 def missing_code(folder: Path) -> list[str]:
-    """Names of the files that the classes of a folder are named to be in, and that are not there."""
-    named = {f"{entry.partition('.')[0]}.py" for entry in _entries(read_config(folder).get("auto_map") or [])}
+    """Names of the files that the classes of a folder are named to be in, and that are not there.
+
+    `auto_map` itself is among them where it names no class, or something that cannot be one.
+    """
+    entries = _entries(read_config(folder).get("auto_map")) or ["nothing"]
+    named = {f"{entry.partition('.')[0]}.py" if _CLASS.fullmatch(entry) else "auto_map" for entry in entries}
     return sorted(name for name in named if not (folder / name).is_file())
 
 

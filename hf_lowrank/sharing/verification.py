@@ -220,5 +220,7 @@ def _max_difference(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tenso
 def _explain(folder: Path, error: str) -> str:
     """The other process's error, led by the shipped file that is missing or damaged, if that is why."""
     if missing := missing_code(folder):
-        return f"{folder / missing[0]}, which the shipped code needs, is missing. Save the model again. ({error})"
+        return (
+            f"{folder / missing[0]}, which the shipped code needs, is missing or odd. Save the model again. ({error})"
+        )
     return f"{folder} does not load without this library: {error}"

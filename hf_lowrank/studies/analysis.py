@@ -19,6 +19,7 @@ from hf_lowrank.hosts.multiply_adds import count_multiply_adds
 from hf_lowrank.hosts.targets import find_matrices
 from hf_lowrank.methods.matrix.method import MatrixMethod
 from hf_lowrank.methods.matrix.svd import SVD, Truncations
+from hf_lowrank.options import checked
 from hf_lowrank.planning.allocation import ALLOCATIONS
 from hf_lowrank.planning.timing import LayerTimes
 from hf_lowrank.progress import Progress, no_progress
@@ -38,6 +39,7 @@ JOINT = "joint_low_rank"
 _KINDS = ("keep_targets", "keep_params")
 
 
+@checked
 @with_gradients
 def analyze(
     model_or_id: PreTrainedModel | str | Path,

@@ -21,7 +21,7 @@ from hf_lowrank.files.digests import digest_of, fingerprint, model_digest
 from hf_lowrank.files.scratch import temporary_folder
 from hf_lowrank.hosts.loading import find_tokenizer, load_dense
 from hf_lowrank.hosts.multiply_adds import count_multiply_adds
-from hf_lowrank.options import split
+from hf_lowrank.options import checked, split
 from hf_lowrank.planning.sizes import parameter_bytes
 from hf_lowrank.progress import Progress, no_progress
 from hf_lowrank.records.report import make_report
@@ -41,6 +41,7 @@ _PARTS = ("method", "allocation", "storage", "refine_passes")
 T = TypeVar("T")
 
 
+@checked
 def compare(
     model_or_id: PreTrainedModel | str | Path,
     dataset: Any,

@@ -183,7 +183,7 @@ def _folder(folder: Path) -> Iterator[Finding]:
         remedy = "AutoTokenizer.from_pretrained(BASE).save_pretrained(FOLDER)"
         yield Finding("tokenizer", PROBLEM, "missing, so pipelines do not load", remedy)
     if config.get("compression") is not None:
-        yield _shipped_code(folder, config)
+        yield _shipped_code(folder)
 
 
 def _weights(folder: Path, config: dict[str, Any]) -> Finding:
@@ -200,9 +200,9 @@ def _weights(folder: Path, config: dict[str, Any]) -> Finding:
     return Finding("weights", OK, f"{count} tensors in safetensors files")
 
 
-def _shipped_code(folder: Path, config: dict[str, Any]) -> Finding:
-    if (missing := missing_code(folder)) or not config.get("auto_map"):
-        found = f"{', '.join(missing) or 'auto_map'} is missing, so it loads only where hf_lowrank is"
+def _shipped_code(folder: Path) -> Finding:
+    if missing := missing_code(folder):
+        found = f"{', '.join(missing)} is missing or odd, so it loads only where hf_lowrank is"
         return Finding("shipped code", PROBLEM, found, "save the model again with save_pretrained")
     if foreign := foreign_code(folder):
         return Finding("shipped code", PROBLEM, f"{foreign[0]} is not of hf_lowrank", "read it before you load it")

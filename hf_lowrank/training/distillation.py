@@ -14,6 +14,7 @@ from transformers import PreTrainedModel, Trainer
 from hf_lowrank.errors import InputError
 from hf_lowrank.hosts.blocks import block_name, recorded_outputs
 from hf_lowrank.hosts.loading import vocabulary_size
+from hf_lowrank.options import checked
 from hf_lowrank.remote_code.lowrank_structures import named_structures
 from hf_lowrank.training.attention import recorded_attention
 from hf_lowrank.training.features import Features, has_labels
@@ -53,6 +54,7 @@ class DistillationTrainer(Trainer):
 
     loss_is_scaled_for_ga = False
 
+    @checked
     def __init__(
         self,
         *args: Any,
@@ -175,6 +177,8 @@ def check_teacher(student: PreTrainedModel, teacher: PreTrainedModel, compares_l
     Raises:
         InputError: If its vocabulary or its number of classes is another.
     """
+    if not isinstance(teacher, nn.Module):
+        raise InputError(f"teacher must be a transformers model, got {teacher!r}. Load it first.")
     ours, theirs = (vocabulary_size(model) for model in (student, teacher))
     if ours != theirs:
         raise InputError(f"The teacher has another vocabulary: {theirs} tokens, the model {ours}. Give its own.")

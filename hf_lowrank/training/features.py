@@ -11,7 +11,7 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
 )
 
-from hf_lowrank.data.batches import make_batches, padded, require_known_tokens
+from hf_lowrank.data.batches import as_tensors, as_token_ids, make_batches, padded, require_known_tokens
 from hf_lowrank.data.calibration import is_causal, is_masked_lm, mask_tokens
 from hf_lowrank.data.rows import Row, drawn_places, holds_token_ids, load_rows, require_columns
 from hf_lowrank.errors import InputError
@@ -69,7 +69,7 @@ def make_features(
     """
     length = block_length_of(model, max_seq_length)
     if holds_token_ids(source):
-        features = _unbatched(source)
+        features = as_token_ids(lambda: _unbatched(source))
         require_known_tokens(features, model)
         return [features[place] for place in drawn_places(len(features), max_examples, seed)]
     if tokenizer is None:
@@ -178,7 +178,7 @@ def has_labels(features: Features) -> bool:
 def _unbatched(source: Any) -> Features:
     features: Features = []
     for item in source:
-        tensors = {name: torch.as_tensor(value) for name, value in item.items() if not isinstance(value, str)}
+        tensors = as_tensors(item)
         is_row = tensors["input_ids"].dim() == 1
         features += [tensors] if is_row else [_row(tensors, index) for index in range(len(tensors["input_ids"]))]
     return features

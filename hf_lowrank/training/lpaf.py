@@ -13,7 +13,7 @@ from hf_lowrank.compression.settings import CompressOptions
 from hf_lowrank.errors import InputError
 from hf_lowrank.hosts.gradients import with_gradients
 from hf_lowrank.hosts.loading import find_tokenizer, load_dense
-from hf_lowrank.options import settle_parts
+from hf_lowrank.options import checked, settle_parts
 from hf_lowrank.training.callbacks.mixed_rank import MixedRankCallback
 from hf_lowrank.training.callbacks.pruning import FirstOrderPruningCallback
 from hf_lowrank.training.features import has_labels
@@ -26,6 +26,7 @@ _KEEP = 0.5
 _DEFAULTS = {"method": "two_sided_svd", "storage": "low_rank", "refine_passes": 0}
 
 
+@checked
 @with_gradients
 def lpaf(
     model: PreTrainedModel | str | Path,

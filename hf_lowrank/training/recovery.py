@@ -14,7 +14,7 @@ from hf_lowrank.errors import InputError
 from hf_lowrank.hosts.gradients import with_gradients
 from hf_lowrank.hosts.loading import find_tokenizer, held_compressed_model, load_dense
 from hf_lowrank.methods.table import known_method
-from hf_lowrank.options import settle
+from hf_lowrank.options import checked, settle
 from hf_lowrank.sharing.saving import load_compressed
 from hf_lowrank.training.callbacks.best import BestStateCallback
 from hf_lowrank.training.distillation import check_teacher
@@ -50,6 +50,7 @@ class Recovery:
     losses: dict[str, float]
 
 
+@checked
 @with_gradients
 def recover(
     model: PreTrainedModel | str | Path,

@@ -7,6 +7,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from hf_lowrank.errors import InputError
 from hf_lowrank.files.redaction import without_tokens_inside
+from hf_lowrank.options import checked
 from hf_lowrank.records.report import make_report
 from hf_lowrank.remote_code.lowrank_model import LowRankMixin
 from hf_lowrank.sharing.record import write_record
@@ -22,6 +23,7 @@ class CardCallback(TrainerCallback):
         dataset: What is trained on: a Hub id, or a name.
     """
 
+    @checked
     def __init__(self, dataset: str | None = None) -> None:
         self.dataset = dataset
         self._earlier: list[dict[str, Any]] = []

@@ -14,6 +14,7 @@ from hf_lowrank.errors import InputError
 from hf_lowrank.hosts.loading import load_dense
 from hf_lowrank.hosts.matrices import dense_weight
 from hf_lowrank.hosts.outputs import said
+from hf_lowrank.options import checked
 from hf_lowrank.remote_code.lowrank_structures import named_structures
 from hf_lowrank.training.callbacks.schedules import Span, compressed_model
 
@@ -74,6 +75,7 @@ class MixedRank:
         InputError: If the model is not factorized, or the dense one is another.
     """
 
+    @checked
     def __init__(
         self,
         model: PreTrainedModel,
@@ -226,6 +228,7 @@ class MixedRankCallback(TrainerCallback):
         InputError: If an option is out of its range, the model is not factorized, or the schedule is too long.
     """
 
+    @checked
     def __init__(
         self,
         dense: PreTrainedModel | str | Path,

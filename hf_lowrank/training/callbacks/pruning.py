@@ -15,6 +15,7 @@ from transformers import PreTrainedModel, TrainerCallback, TrainerControl, Train
 from hf_lowrank.errors import InputError
 from hf_lowrank.hosts.matrices import DenseMatrix, dense_weight
 from hf_lowrank.hosts.targets import Patterns, find_matrices, select_matrices
+from hf_lowrank.options import checked
 from hf_lowrank.training.callbacks.schedules import Span, cubic
 from hf_lowrank.training.options import IMPORTANCES
 
@@ -195,6 +196,7 @@ class FirstOrderPruningCallback(TrainerCallback):
         InputError: If an option is out of its range.
     """
 
+    @checked
     def __init__(
         self,
         keep: float,

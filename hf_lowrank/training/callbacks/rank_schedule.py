@@ -11,6 +11,7 @@ from hf_lowrank.errors import InputError
 from hf_lowrank.hosts.matrices import DenseMatrix, dense_weight
 from hf_lowrank.hosts.targets import Patterns, find_matrices, select_matrices
 from hf_lowrank.methods.factors import truncated
+from hf_lowrank.options import checked
 from hf_lowrank.remote_code.lowrank_linear import LowRankLinear
 from hf_lowrank.remote_code.lowrank_structures import named_structures, replace_
 from hf_lowrank.training.callbacks.schedules import Span, compressed_model, cubic
@@ -37,6 +38,7 @@ class RankScheduleCallback(TrainerCallback):
         InputError: If the model has no such layers, or a target is no lower rank.
     """
 
+    @checked
     def __init__(
         self, target: float | Mapping[str, int], *, start: float = 0.0, end: float = 0.6, cuts: int = 10
     ) -> None:
@@ -132,6 +134,7 @@ class StableRankPenaltyCallback(TrainerCallback):
         InputError: If the strength is not positive, or there is no such matrix.
     """
 
+    @checked
     def __init__(self, strength: float, *, target_modules: Patterns | None = None) -> None:
         if not 0 < strength < math.inf:
             raise InputError(f"strength must be positive, got {strength:g}.")

@@ -3,6 +3,7 @@
 import math
 from dataclasses import dataclass
 
+from torch import nn
 from transformers import PreTrainedModel
 
 from hf_lowrank.errors import InputError
@@ -48,4 +49,5 @@ def cubic(first: float, last: float, progress: float) -> float:
 
 def compressed_model(model: PreTrainedModel) -> LowRankMixin | None:
     """The compressed model in a model or in what wraps one (PEFT); None if there is none."""
-    return next((module for module in model.modules() if isinstance(module, LowRankMixin)), None)
+    modules = model.modules() if isinstance(model, nn.Module) else ()
+    return next((module for module in modules if isinstance(module, LowRankMixin)), None)
