@@ -30,7 +30,7 @@ BORROWED = {
     *("_hf_peft_config_loaded", "_is_hf_initialized", "_tied_weights_keys", "_weight_conversions"),  # models
     *("_get_resized_embeddings", "_get_resized_lm_head"),  # their methods
     *("_extra_content", "_model_mapping"),  # auto classes
-    *("_prepare_inputs",),  # Trainer
+    *("_prepare_inputs", "_tokenizer"),  # Trainer, fast tokenizers
     *("_buffers", "_forward_hooks", "_forward_pre_hooks", "_modules", "_orig_mod"),  # torch modules
     *("_cdata", "_checkpointing", "_disabled_torch_function_impl", "_DropoutNd"),  # torch
     *("_make_wrapper_subclass", "_python_dispatch", "_pytree"),

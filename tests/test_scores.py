@@ -9,6 +9,8 @@ from itertools import pairwise
 import pytest
 import torch
 from rich.console import Console
+from tiny_architectures import build_architecture
+from tiny_media import IMAGES, image_processor
 from tiny_models import build
 from tiny_tokenizers import LETTERS, encoder_tokenizer
 
@@ -24,6 +26,7 @@ TEXTS = [" ".join(LETTERS[number:]) for number in range(25)]
 PAIRS = [{"sentence1": one, "sentence2": two, "score": i % 7} for i, (one, two) in enumerate(pairwise(TEXTS))]
 LABELLED = [{"text": text, "label": number % 2} for number, text in enumerate(TEXTS)]
 NUMBERED = [{"text": text, "label": number / 3} for number, text in enumerate(TEXTS)]
+TRANSLATED = [{"source": one, "target": two} for one, two in pairwise(TEXTS)]
 QUESTIONS = [{"question": "b", "context": text, "answers": {"text": [text.split()[0]]}} for text in TEXTS]
 CLASSIFIER = "BertForSequenceClassification"
 
@@ -35,6 +38,13 @@ CASES = {
     "text-regression": (lambda: build(CLASSIFIER, num_labels=1), NUMBERED, {}, 25),
     "question-answering": (lambda: build("BertForQuestionAnswering"), QUESTIONS, {"max_seq_length": 16}, 25),
     "similarity": (lambda: build("BertModel"), PAIRS, {}, 24),
+    "seq2seq-lm": (lambda: build_architecture("BartForConditionalGeneration"), TRANSLATED, {}, 24),
+    "image-classification": (
+        lambda: build_architecture("ViTForImageClassification"),
+        IMAGES,
+        {"tokenizer": image_processor()},
+        20,
+    ),
     "agreement": (lambda: build(CLASSIFIER), TEXTS, {}, 25),
 }
 
@@ -48,9 +58,8 @@ def case(request):
         data,
         request.param,
         dense=dense,
-        tokenizer=encoder_tokenizer(),
         cost=False,
-        **options,
+        **{"tokenizer": encoder_tokenizer(), **options},
     )
     return found, number
 

@@ -15,7 +15,7 @@ from hf_lowrank.errors import InputError, one_line
 from hf_lowrank.evaluation import make_task
 from hf_lowrank.evaluation.evaluation import evaluate
 from hf_lowrank.hosts.config_file import read_config
-from hf_lowrank.hosts.loading import load_dense, load_tokenizer
+from hf_lowrank.hosts.loading import load_dense, load_processor
 from hf_lowrank.options import given
 from hf_lowrank.progress import progress_bar
 from hf_lowrank.records.machine import usable_device
@@ -36,7 +36,7 @@ def run(arguments: argparse.Namespace) -> int:
         arguments.dataset,
         task,
         dense=_load(arguments.dense, device) if arguments.dense else None,
-        tokenizer=_tokenizer(arguments.path, arguments.dense),
+        tokenizer=_processor(model, arguments.path, arguments.dense),
         cost=not arguments.no_cost,
         progress=progress_bar,
     )
@@ -68,12 +68,12 @@ def _is_compressed(path: str) -> bool:
         return False  # load_dense says what is wrong with it
 
 
-def _tokenizer(path: str, dense: str | None) -> Any:
-    """The tokenizer beside the model, or beside the dense one."""
+def _processor(model: Any, path: str, dense: str | None) -> Any:
+    """The tokenizer, or the processor of images or sounds, beside the model, or beside the dense one."""
     reasons = []
     for source in [path, dense] if dense else [path]:
         try:
-            return load_tokenizer(source)
+            return load_processor(source, model)
         except (OSError, ValueError, KeyError, ImportError) as error:
             reasons.append(f"{source}: {one_line(error, 200)}")
     raise InputError(f"There is no tokenizer beside the model ({'; '.join(reasons)}). Save it there.")

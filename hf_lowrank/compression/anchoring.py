@@ -16,7 +16,7 @@ from hf_lowrank.data.calibration import Calibration
 from hf_lowrank.files.checkpoint import NOT_KEPT, Checkpoint
 from hf_lowrank.hosts.blocks import Walk, block_name, calls_in_order, frozen
 from hf_lowrank.hosts.matrices import DenseMatrix, JointMatrix, Matrix
-from hf_lowrank.hosts.outputs import mean_distance, real_tokens
+from hf_lowrank.hosts.outputs import mean_distance, real_rows, sees_all
 from hf_lowrank.methods.encoding import ENCODERS
 from hf_lowrank.methods.factors import Factors
 from hf_lowrank.methods.matrix.anchored import AnchoredMoments, AnchoredTarget
@@ -168,20 +168,18 @@ class _Pair:
                 if path in wanted.addends and path in found.addends:
                     part += (wanted.addends[path] - found.addends[path]).reshape(part.shape)
             missing *= _SHARE
-            real = real_tokens(batch)
-            moments.add(*(values.reshape(*real.shape, -1)[real] for values in (inputs, missing)))
+            moments.add(real_rows(inputs, batch), real_rows(missing, batch))
         return moments
 
 
 def _groups(walk: Walk, paths: Sequence[str]) -> list[list[str]]:
-    """The modules of the present block that see every token, together those with the very same input."""
+    """The modules of the present block that see all there is, together those with the very same input."""
     with _watched(walk.model, paths) as watch:
         walk.run(0)
-    num_tokens = walk.batches[0]["input_ids"].numel()
     groups: list[list[str]] = []
     previous: torch.Tensor | None = None
     for path, inputs in watch.inputs.items():
-        if inputs.numel() != num_tokens * inputs.shape[-1]:
+        if not sees_all(inputs, walk.batches[0]):
             continue
         if inputs is not previous:
             groups.append([])

@@ -10,7 +10,7 @@ from hf_lowrank.compression.refinement import Refinement, Training
 from hf_lowrank.data.calibration import Calibration
 from hf_lowrank.files.checkpoint import NOT_KEPT, Checkpoint
 from hf_lowrank.hosts.blocks import Walk, block_name, calls_in_order, frozen, hidden_states
-from hf_lowrank.hosts.outputs import mean_distance, real_tokens
+from hf_lowrank.hosts.outputs import mean_distance, real_rows
 from hf_lowrank.progress import Progress, no_progress
 from hf_lowrank.remote_code.lowrank_structures import named_structures
 
@@ -81,4 +81,4 @@ class _BlockLoss:
         return F.mse_loss(found, self._rows(index, self._wanted[index])) / self._variance
 
     def _rows(self, index: int, hidden: torch.Tensor) -> torch.Tensor:
-        return hidden[real_tokens(self._walk.batches[index])]
+        return real_rows(hidden, self._walk.batches[index])

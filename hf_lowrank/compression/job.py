@@ -180,6 +180,10 @@ class Job:
             "untouched": {one.name: [list(one.shape), one.reason] for one in self.untouched},
         }
         plan["provenance"] |= without_tokens_inside(said)
+        plan["provenance"]["kept_dense"] |= {
+            matrix.name: [list(matrix.shape), matrix.role, "nothing that was looked at reaches it"]
+            for matrix in self.problem.evidence.unreached
+        }
         return plan, matrices
 
 
@@ -215,8 +219,10 @@ def prepare(
     watched = matrices if looks_at_all else [matrix for matrix in matrices if storage.autoencodes(matrix)]
     kept = (settings.kinds, watched, options.cache_dir, progress)
     evidence = Evidence(dense, matrices, settings.text, calibration, tokenizer, *kept)
+    if settings.runs_model:
+        evidence.leave_out_unreached()
     what = (settings.budget, settings.targets, storage, settings.allocation)
-    problem = Problem(dense, matrices, evidence, options.method, *what, dtype, device, options.own)
+    problem = Problem(dense, evidence.matrices, evidence, options.method, *what, dtype, device, options.own)
     untouched = find_untouched(dense, every, matrices, rehearsal.read)
     return Job(settings, problem, tokenizer, dense_bytes, is_ours, rehearsal, untouched)
 

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from hf_lowrank.data.calibration import Calibration
 from hf_lowrank.files.checkpoint import NOT_KEPT, Checkpoint
 from hf_lowrank.hosts.blocks import block_name, frozen, hidden_states, recorded_outputs
-from hf_lowrank.hosts.outputs import Batch, mean_distance, real_tokens, run
+from hf_lowrank.hosts.outputs import Batch, mean_distance, real_rows, run
 from hf_lowrank.progress import Progress, no_progress
 from hf_lowrank.remote_code.lowrank_structures import named_structures
 
@@ -185,10 +185,10 @@ def _loss(small: PreTrainedModel, dense: PreTrainedModel, batch: Batch, names: S
         reference = run(dense, placed)
     with recorded_outputs(small, names) as found:
         loss = run(small, placed).distance(reference).mean()
-    real = real_tokens(placed)
     for name in names:
-        target = hidden_states(wanted[name])[real]
-        loss = loss + F.mse_loss(hidden_states(found[name])[real], target) / target.var() / len(names)
+        target = real_rows(hidden_states(wanted[name]), placed)
+        rows = real_rows(hidden_states(found[name]), placed)
+        loss = loss + F.mse_loss(rows, target) / target.var() / len(names)
     return loss
 
 

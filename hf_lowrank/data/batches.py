@@ -1,4 +1,4 @@
-"""Batches of token ids from anything: texts, rows of ids, a `DataLoader`."""
+"""Batches of what models read from anything: texts, images, sounds, rows of ids, a `DataLoader`."""
 
 import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -7,10 +7,12 @@ from typing import Any, TypeVar
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
+from transformers import FeatureExtractionMixin, ImageProcessingMixin, ProcessorMixin
 
-from hf_lowrank.data.rows import Row, holds_token_ids, load_texts
+from hf_lowrank.data.rows import READY, Row, is_ready, load_rows, load_texts
 from hf_lowrank.errors import InputError, one_line
-from hf_lowrank.hosts.outputs import IGNORED_LABEL, Batch, real_tokens
+from hf_lowrank.extras import load_part
+from hf_lowrank.hosts.outputs import IGNORED_LABEL, Batch, real_tokens, token_masks
 
 T = TypeVar("T")
 
@@ -29,7 +31,7 @@ def make_batches(
     text_column: str | None = None,
     pack: bool | None = None,
 ) -> list[Batch]:
-    """Batches of token ids and attention masks, the same for the same arguments.
+    """Batches of token ids and attention masks, of images or of sounds, the same for the same arguments.
 
     Packed, the texts are shuffled, joined with the end-of-sequence token after each, and cut into windows that are all
     `max_seq_length` long. Otherwise a sequence is the beginning of one text, with the tokenizer's special tokens and
@@ -37,8 +39,10 @@ def make_batches(
     later parts used too.
 
     Args:
-        source: See `load_rows`; or a `DataLoader` or other iterable of batches (`input_ids` in rows), or rows of
-            `input_ids`, whose order and other tensors, labels among them, are kept.
+        source: See `load_rows`; or a `DataLoader` or other iterable of batches (`input_ids`, `pixel_values` and their
+            like), or rows of those, whose order and other tensors, labels among them, are kept.
+        tokenizer: Or an image processor, a feature extractor or a processor of several, which read images and sounds
+            as `hf_lowrank.data.media.media_batch` says.
         num_calibration_samples: Sequences at most.
         pack: Whether to pack; None does so for a tokenizer without a mask token, that is for causal models.
 
@@ -48,8 +52,12 @@ def make_batches(
     if num_calibration_samples < 1 or max_seq_length < 1 or batch_size < 1:
         raise InputError("num_calibration_samples, max_seq_length and batch_size must be at least 1.")
     source = list(source) if isinstance(source, Iterator) else source
-    if holds_token_ids(source):
+    if is_ready(source):
         return as_token_ids(lambda: _take(_collate(iter(source), batch_size), num_calibration_samples))
+    if reads_media(tokenizer):
+        rows = load_rows(source, num_calibration_samples, seed)
+        make_one = load_part("hf_lowrank.data.media", "train").media_batch
+        return [make_one(rows[start : start + batch_size], tokenizer) for start in range(0, len(rows), batch_size)]
     if tokenizer is None:
         raise InputError("Text needs a tokenizer, and there is none. Give tokenizer=, or batches of input_ids.")
     texts = load_texts(source, text_column)
@@ -60,6 +68,11 @@ def make_batches(
     if not sequences:
         raise InputError(_UNKNOWN)
     return list(_collate(iter(sequences), batch_size, tokenizer.pad_token_id or 0))
+
+
+def reads_media(processor: Any) -> bool:
+    """Whether what is called a tokenizer reads images or sounds."""
+    return isinstance(processor, (ImageProcessingMixin, FeatureExtractionMixin, ProcessorMixin))
 
 
 def as_token_ids(read: Callable[[], T]) -> T:
@@ -78,14 +91,19 @@ def as_token_ids(read: Callable[[], T]) -> T:
 
 
 def require_tokens(batches: Sequence[Batch], min_tokens: int) -> None:
-    """Check that there is enough text.
+    """Check that there is enough text, if it is text.
 
     Raises:
         InputError: With the number of tokens there and the number needed.
     """
-    there = sum(int(real_tokens(batch).sum()) for batch in batches)
-    if there < min_tokens:
+    there = num_tokens(batches)
+    if "input_ids" in batches[0] and there < min_tokens:
         raise InputError(f"The text has {there} tokens, and at least {min_tokens} are needed. Give more text.")
+
+
+def num_tokens(batches: Iterable[Batch]) -> int:
+    """How many tokens are read that are no padding."""
+    return sum(int(mask.sum()) for batch in batches if (mask := real_tokens(batch)) is not None)
 
 
 def require_padding(tokenizer: Any) -> None:
@@ -106,12 +124,13 @@ def require_known_tokens(batches: Iterable[Mapping[str, Any]], model: Any, token
     """
     vocab_size = getattr(model.config.get_text_config(), "vocab_size", None)
     is_known = tokenizer is None
-    for ids in (batch["input_ids"] for batch in batches):
+    every = [batch["input_ids"] for batch in batches if "input_ids" in batch]
+    for ids in every:
         if vocab_size is not None and bool((bad := (ids < 0) | (ids >= vocab_size)).any()):
             rule = f"must be below {vocab_size}, the size of the model's vocabulary"
             raise InputError(f"Token id {int(ids[bad][0])} {rule}. Give the ids, or the tokenizer, of this model.")
         is_known = is_known or any_known(ids, tokenizer) or bool(ids.eq(tokenizer.mask_token_id or -1).any())
-    if not is_known:
+    if every and not is_known:
         raise InputError(_UNKNOWN)
 
 
@@ -172,7 +191,7 @@ def _collate(items: Iterator[Row], batch_size: int, padding: int = 0) -> Iterato
     waiting: list[dict[str, torch.Tensor]] = []
     for item in items:
         tensors = as_tensors(item)
-        if tensors["input_ids"].dim() > 1:
+        if is_batch(tensors):
             yield tensors
             continue
         waiting.append(tensors)
@@ -184,13 +203,17 @@ def _collate(items: Iterator[Row], batch_size: int, padding: int = 0) -> Iterato
 
 
 def as_tensors(row: Row) -> dict[str, torch.Tensor]:
-    """The columns of a row (T) or batch (B, T) of token ids that are no text, and a mask where it has none.
+    """The columns of a row or batch that are no text, and a mask where token ids, (T) or (B, T), have none.
 
     Raises:
-        ValueError: If there are no token ids, or the mask is of another shape; torch raises others of its own.
+        ValueError: If there is nothing a model reads, or the mask is of another shape; torch raises others of its own.
     """
-    needed = ("input_ids", "attention_mask")
+    needed = (*READY, "attention_mask")
     tensors = {name: torch.as_tensor(value) for name, value in row.items() if name in needed or not _is_text(value)}
+    if "input_ids" not in tensors:
+        if not READY.keys() & tensors.keys():
+            raise ValueError("nothing that models read")
+        return tensors
     ids = tensors["input_ids"]
     tensors.setdefault("attention_mask", torch.ones_like(ids))
     is_whole = not ids.is_floating_point() and ids.dtype != torch.bool
@@ -201,7 +224,7 @@ def as_tensors(row: Row) -> dict[str, torch.Tensor]:
 
 def padded(rows: Sequence[Mapping[str, torch.Tensor]], padding: int) -> Batch:
     """Sequences of unequal lengths as one batch; labels of tokens are filled up with the ignored one."""
-    fill = {"input_ids": padding, "labels": IGNORED_LABEL}
+    fill = {"input_ids": padding, "decoder_input_ids": padding, "labels": IGNORED_LABEL}
     columns = {name: [row[name] for row in rows] for name in rows[0]}
     return {
         name: pad_sequence(values, batch_first=True, padding_value=fill.get(name, 0))
@@ -211,12 +234,31 @@ def padded(rows: Sequence[Mapping[str, torch.Tensor]], padding: int) -> Batch:
     }
 
 
+def is_batch(tensors: Batch) -> bool:
+    """Whether tensors hold several rows rather than one."""
+    return any(tensors[name].dim() > READY[name] for name in READY if name in tensors)
+
+
+def rows_of(batch: Batch) -> list[dict[str, torch.Tensor]]:
+    """The rows of a batch without their padding, where that is on the right."""
+    masks = {mask.shape: mask for mask in token_masks(batch)}  # of both sides of an encoder-decoder
+    return [
+        {name: value[row][_kept(masks.get(value.shape), row)] for name, value in batch.items()}
+        for row in range(len(next(iter(batch.values()))))
+    ]
+
+
+def _kept(mask: torch.Tensor | None, row: int) -> Any:
+    length = 0 if mask is None else int(mask[row].sum())
+    return slice(length) if mask is not None and bool(mask[row, :length].all()) else ...
+
+
 def _take(batches: Iterable[Batch], num_sequences: int) -> list[Batch]:
     """The first batches that hold that many sequences, the last one cut."""
     taken: list[Batch] = []
     for batch in batches:
         taken.append({name: tensor[:num_sequences] for name, tensor in batch.items()})
-        num_sequences -= len(batch["input_ids"])
+        num_sequences -= len(next(iter(batch.values())))
         if num_sequences <= 0:
             break
     return taken

@@ -1,4 +1,4 @@
-"""The text a model is watched on: real text where there is some, else tokens drawn by the law of Zipf."""
+"""What a model is watched on: real text, images or sounds where there are some, else such as are made up."""
 
 import math
 import random
@@ -13,12 +13,20 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_PRETRAINING_MAPPING_NAMES,
 )
 
-from hf_lowrank.data.batches import make_batches, require_known_tokens, require_tokens, special_frame
-from hf_lowrank.data.rows import holds_token_ids, load_texts, source_name
+from hf_lowrank.data.batches import (
+    make_batches,
+    num_tokens,
+    reads_media,
+    require_known_tokens,
+    require_tokens,
+    special_frame,
+)
+from hf_lowrank.data.rows import is_ready, load_rows, load_texts, source_name
+from hf_lowrank.data.target_texts import pair_batches, reads_targets, target_column, with_targets
 from hf_lowrank.errors import InputError
 from hf_lowrank.files.digests import fingerprint
 from hf_lowrank.hosts.loading import require_runs, vocabulary_size
-from hf_lowrank.hosts.outputs import IGNORED_LABEL, Batch, inputs_of, longest_input, real_tokens
+from hf_lowrank.hosts.outputs import IGNORED_LABEL, Batch, inputs_of, longest_input
 from hf_lowrank.remote_code.configuration_lowrank import PREFIX
 
 # Of all batches, the share that ranks are measured on; the others make the statistics.
@@ -61,7 +69,8 @@ class Calibration:
 def make_calibration(model: PreTrainedModel, source: Any, tokenizer: Any, text: Text) -> Calibration:
     """Batches from `source` (see `hf_lowrank.data.batches.make_batches`), or synthetic ones if it is None.
 
-    A masked-language-model head is given inputs with 15 % of the tokens masked, as it was trained on.
+    A masked-language-model head is given inputs with 15 % of the tokens masked, as it was trained on; the decoder of
+    an encoder-decoder what it is to write (see `with_targets`).
 
     Raises:
         InputError: If the source is empty, or too little for statistics.
@@ -69,8 +78,8 @@ def make_calibration(model: PreTrainedModel, source: Any, tokenizer: Any, text: 
     batches = synthetic_batches(model, tokenizer, text) if source is None else _read(model, source, tokenizer, text)
     if is_masked_lm(model) and "labels" not in batches[0]:
         batches = mask_tokens(batches, model, tokenizer, text.seed)
-    if model.config.is_encoder_decoder:
-        batches = [{"decoder_input_ids": batch["input_ids"], **batch} for batch in batches]
+    if reads_targets(model):
+        batches = with_targets(batches, model)
     require_runs(model, inputs_of(model, batches[0]))
     num_probes = max(1, round(len(batches) * _PROBE_SHARE))
     if len(batches) < 2:
@@ -80,17 +89,23 @@ def make_calibration(model: PreTrainedModel, source: Any, tokenizer: Any, text: 
 
 def _read(model: PreTrainedModel, source: Any, tokenizer: Any, text: Text) -> list[Batch]:
     source = list(source) if isinstance(source, Iterator) else source
-    text_column = text.text_column
-    if not holds_token_ids(source) and not is_causal(model):
+    text_column, length = text.text_column, min(text.max_seq_length, longest_input(model))
+    is_text, target = not is_ready(source) and not reads_media(tokenizer), None
+    if is_text and tokenizer is not None and reads_targets(model):
+        rows = load_rows(source, text.num_samples, text.seed)
+        if target := target_column(rows[0]):
+            return pair_batches(rows, tokenizer, text_column, target, length, text.batch_size)
+    if is_text and not is_causal(model):
         source, text_column = varied_lengths(source, text), None
     batches = make_batches(
         source,
         tokenizer,
         num_calibration_samples=text.num_samples,
-        max_seq_length=min(text.max_seq_length, longest_input(model)),
+        max_seq_length=length,
         batch_size=text.batch_size,
         seed=text.seed,
         text_column=text_column,
+        pack=None if is_causal(model) else False,
     )
     require_known_tokens(batches, model, tokenizer)
     require_tokens(batches, model.config.get_text_config().hidden_size)
@@ -103,14 +118,14 @@ def synthetic_batches(model: PreTrainedModel, tokenizer: Any, text: Text) -> lis
     Nothing is known of the language, but the model's own weights decide where such tokens go: that alone finds most of
     what its layers use. With a tokenizer, special and unused tokens are left out and sequences begin and end as usual.
     """
-    num_tokens = vocabulary_size(model)
+    size = vocabulary_size(model)
     generator = torch.Generator().manual_seed(text.seed)
-    weights = 1 / (torch.arange(num_tokens) + _ZIPF_OFFSET)
+    weights = 1 / (torch.arange(size) + _ZIPF_OFFSET)
     start, end = torch.empty(0, dtype=torch.long), torch.empty(0, dtype=torch.long)
-    if tokenizer is not None and len(_usable_tokens(tokenizer, num_tokens)):
+    if tokenizer is not None and len(_usable_tokens(tokenizer, size)):
         # The order of the usable tokens counts, not their ids: WordPiece begins with a thousand unused ones.
-        usable = _usable_tokens(tokenizer, num_tokens)
-        weights = torch.zeros(num_tokens).index_copy(0, usable, 1 / (torch.arange(len(usable)) + _ZIPF_OFFSET))
+        usable = _usable_tokens(tokenizer, size)
+        weights = torch.zeros(size).index_copy(0, usable, 1 / (torch.arange(len(usable)) + _ZIPF_OFFSET))
         start, end = (torch.tensor(part, dtype=torch.long) for part in special_frame(tokenizer))
     length = min(_SYNTHETIC_LENGTH, longest_input(model)) - len(start) - len(end)
     drawn = torch.multinomial(weights, _SYNTHETIC_SAMPLES * length, replacement=True, generator=generator)
@@ -121,7 +136,7 @@ def synthetic_batches(model: PreTrainedModel, tokenizer: Any, text: Text) -> lis
 
 def is_causal(model: PreTrainedModel) -> bool:
     """Whether the model reads from left to right, so that a long text holds every shorter one."""
-    return bool(model.can_generate())
+    return bool(model.can_generate()) and not model.config.is_encoder_decoder
 
 
 def varied_lengths(source: Any, text: Text) -> list[str]:
@@ -148,6 +163,8 @@ def is_masked_lm(model: PreTrainedModel) -> bool:
     family = model.config.model_type.removeprefix("lowrank_")
     masked = {MODEL_FOR_MASKED_LM_MAPPING_NAMES.get(family)}
     pretraining = MODEL_FOR_PRETRAINING_MAPPING_NAMES.get(family)
+    if model.config.is_encoder_decoder:  # BART is listed as one; it is trained to write whole texts
+        return False
     return name in masked or (name == pretraining and name.endswith("ForPreTraining"))
 
 
@@ -188,5 +205,4 @@ def _usable_tokens(tokenizer: Any, vocab_size: int) -> torch.Tensor:
 def described_text(source: Any, batches: Sequence[Batch]) -> dict[str, Any]:
     """What a model was watched on, for the record: where it came from, how much it is, and its hash."""
     name = "synthetic" if source is None else source_name(source)
-    num_tokens = sum(int(real_tokens(batch).sum()) for batch in batches)
-    return {"source": name, "num_tokens": num_tokens, "sha256": fingerprint(batches)}
+    return {"source": name, "num_tokens": num_tokens(batches), "sha256": fingerprint(batches)}

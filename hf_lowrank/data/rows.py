@@ -15,15 +15,18 @@ Row = Mapping[str, Any]
 # Beyond it no file system has a name.
 _LONGEST_NAME = 255
 # What a text is looked for under where no column is named, in this order.
-_TEXT_COLUMNS = ("text", "sentence", "content", "document")
+_TEXT_COLUMNS = ("text", "sentence", "content", "document", "source", "article")
+# What models read, in batches or in rows that are ready, and how many dimensions a row of it has.
+READY = {"input_ids": 1, "pixel_values": 3, "input_values": 1, "input_features": 2}
 
 
 def load_rows(source: Any, limit: int | None = None, seed: int = 0) -> list[Row]:
     """The rows of a data set, a text being a row `{"text": ...}`.
 
     Args:
-        source: A file (see `hf_lowrank.data.data_files`), the Hub name of a data set (`NAME`, `NAME:CONFIG` or
-            `NAME:CONFIG:SPLIT`), a `datasets.Dataset`, or an iterable of texts or of rows.
+        source: A file (see `hf_lowrank.data.data_files`), a folder of images or sounds, those of a class in a folder
+            of its name, the Hub name of a data set (`NAME`, `NAME:CONFIG` or `NAME:CONFIG:SPLIT`), a
+            `datasets.Dataset`, or an iterable of texts or of rows.
         limit: Draw that many at random, their order kept; None takes all.
         seed: Of that draw.
 
@@ -149,7 +152,10 @@ def _read(name: str) -> list[Any]:
     if "\n" in name or len(name) > _LONGEST_NAME:
         raise InputError("Data given as one string must be a file or a data set's name. Give texts as a list.")
     if path.is_dir():
-        raise InputError(f"{name} is a folder. Give a file in it, or the Hub name of a data set.")
+        found: list[Any] = load_part("hf_lowrank.data.media", "train").folder_rows(path)
+        if not found:
+            raise InputError(f"{name} is a folder. Give a file in it, or the Hub name of a data set.")
+        return found
     if path.is_file():
         return read_file(path)
     if path.suffix in FILE_TYPES:
@@ -163,15 +169,15 @@ def source_name(source: Any) -> str:
     if isinstance(source, (str, Path)):
         return Path(source).name if Path(source).exists() else str(source)
     is_texts = isinstance(source, Sequence) and bool(source) and isinstance(source[0], str)
-    return "texts" if is_texts else "batches" if holds_token_ids(source) else "rows"
+    return "texts" if is_texts else "batches" if is_ready(source) else "rows"
 
 
-def holds_token_ids(source: Any) -> bool:
-    """Whether a source that can be read again holds batches or rows of token ids rather than text."""
+def is_ready(source: Any) -> bool:
+    """Whether a source that can be read again holds batches or rows of what models read, such as token ids."""
     if isinstance(source, (str, Path)) or not isinstance(source, Iterable):
         return False
     first = next(iter(source), None)
-    return isinstance(first, Mapping) and "input_ids" in first
+    return isinstance(first, Mapping) and bool(READY.keys() & first.keys())
 
 
 def _named(source: Any) -> str:

@@ -35,6 +35,10 @@ TASKS: dict[str, TaskRow] = {
     "question-answering": TaskRow(
         "hf_lowrank.evaluation.question_answering", "rows or a file as in SQuAD", "question-answering"
     ),
+    "seq2seq-lm": TaskRow("hf_lowrank.evaluation.seq2seq_lm", "a text to read and one to write"),
+    "image-classification": TaskRow(
+        "hf_lowrank.evaluation.image_classification", "an image and a label, or a folder", "image-classification"
+    ),
     "similarity": TaskRow("hf_lowrank.evaluation.similarity", "two sentences and a score", "sentence-similarity"),
     "agreement": TaskRow("hf_lowrank.evaluation.agreement", _TEXT),
 }

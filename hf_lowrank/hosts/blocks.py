@@ -63,7 +63,7 @@ class Walk:
     """One model run block by block on the same batches, each block starting from what the one before it returned.
 
     What stands before the first block is run every time; what follows the present block is not run at all. Of each
-    batch one block's output is held.
+    batch one block's output is held for each stack, of which an encoder-decoder has two.
 
     Args:
         names: Of the blocks, in the order they run, each once a run; see `calls_in_order`.
@@ -74,7 +74,7 @@ class Walk:
         self.batches = [{name: value.to(model.device) for name, value in batch.items()} for batch in batches]
         self._names = names
         self._position = 0
-        self._returned: list[Any] = [None] * len(batches)
+        self._returned: list[dict[str, Any]] = [{} for _ in batches]  # by stack, of its last block that was passed
 
     @property
     def block(self) -> str:
@@ -84,7 +84,7 @@ class Walk:
     def run(self, index: int, before: str | None = None) -> Any:
         """What the present block returns for batch `index`; nothing if it is left as it reaches module `before`."""
         passed = self._names[: self._position]
-        outputs = dict.fromkeys(passed, self._returned[index])
+        outputs = {name: self._returned[index][_stack(name)] for name in passed}
         with replayed_outputs(self.model, passed, outputs), _left_at(self.model, self.block, before):
             try:
                 run(self.model, self.batches[index])
@@ -95,9 +95,15 @@ class Walk:
     @torch.no_grad()
     def advance(self) -> list[Any]:
         """Run the present block on every batch and go to the next; what it returned, batch by batch."""
-        self._returned = [self.run(index) for index in range(len(self.batches))]
+        returned = [self.run(index) for index in range(len(self.batches))]
+        for known, output in zip(self._returned, returned, strict=True):
+            known[_stack(self.block)] = output
         self._position += 1
-        return self._returned
+        return returned
+
+
+def _stack(block: str) -> str:
+    return block.rpartition(".")[0]
 
 
 class _Reached(Exception):
@@ -122,6 +128,12 @@ def _left_at(model: PreTrainedModel, after: str, before: str | None) -> Iterator
 
 def calls_in_order(model: PreTrainedModel, names: Sequence[str], batch: Batch) -> list[str]:
     """The named modules in the order in which one run calls them; those called more than once are left out."""
+    calls = every_call(model, names, batch)
+    return [name for name in calls if calls.count(name) == 1]
+
+
+def every_call(model: PreTrainedModel, names: Sequence[str], batch: Batch) -> list[str]:
+    """Each call of one of the named modules in one run, in order."""
     calls: list[str] = []
 
     def note(name: str) -> Callable[[nn.Module, Any], None]:
@@ -134,7 +146,7 @@ def calls_in_order(model: PreTrainedModel, names: Sequence[str], batch: Batch) -
     finally:
         for hook in hooks:
             hook.remove()
-    return [name for name in calls if calls.count(name) == 1]
+    return calls
 
 
 def hidden_states(output: Any) -> torch.Tensor:

@@ -2,13 +2,23 @@
 
 import copy
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 from torch import nn
-from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoFeatureExtractor,
+    AutoImageProcessor,
+    AutoModel,
+    AutoProcessor,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from hf_lowrank.errors import InputError, one_line
 from hf_lowrank.hosts.config_file import read_config
@@ -16,6 +26,8 @@ from hf_lowrank.remote_code.lowrank_model import LowRankMixin
 
 # Where wrappers keep the model they run: DataParallel and its kin, torch.compile.
 _HELD_AS = ("module", "_orig_mod")
+# What a model reads besides text -> what makes inputs of it.
+_MEDIA: dict[str, Any] = {"image": AutoImageProcessor, "audio": AutoFeatureExtractor}
 _MOST_LAYERS = 10_000
 _MERGE = (
     "Merge it first: PeftModel.from_pretrained(BASE, ADAPTER).merge_and_unload() gives the model to pass "
@@ -169,6 +181,8 @@ def _not_run(model: PreTrainedModel, why: str) -> InputError:
 def find_tokenizer(model: PreTrainedModel, given: Any = None) -> Any:
     """The one given, or that saved with a loaded model; None if there is none, or the model was built in memory.
 
+    Of a model of images or sounds it is what makes inputs of those; see `load_processor`.
+
     Raises:
         InputError: If what was given is no tokenizer.
     """
@@ -178,7 +192,7 @@ def find_tokenizer(model: PreTrainedModel, given: Any = None) -> Any:
     if not source:
         return None
     try:
-        return load_tokenizer(source)
+        return load_processor(source, model)
     except (OSError, ValueError, KeyError, TypeError, ImportError):  # the last of a package that its kind needs
         return None
 
@@ -192,6 +206,22 @@ def require_tokenizer(given: Any) -> Any:
     if not callable(given):
         raise InputError(f"tokenizer must be a tokenizer of transformers, got {given!r}. Load it first.")
     return given
+
+
+def load_processor(source: str, model: PreTrainedModel) -> Any:
+    """What makes inputs of a model at a folder or Hub id: of text a tokenizer, of images or sounds a processor.
+
+    Raises:
+        OSError: If there is none, or it is damaged.
+    """
+    reads = [model.input_modalities] if isinstance(model.input_modalities, str) else model.input_modalities
+    media = [loader for name, loader in _MEDIA.items() if name in reads]
+    for loader in [AutoProcessor, *media] if media and "text" in reads else media:
+        with suppress(OSError, ValueError, KeyError, TypeError, ImportError, AttributeError):
+            found = loader.from_pretrained(source, trust_remote_code=False)
+            if not isinstance(found, PreTrainedTokenizerBase):
+                return found
+    return load_tokenizer(source)
 
 
 def load_tokenizer(source: str) -> Any:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -160,10 +161,24 @@ def said(model: Any, output: Any, batch: Batch) -> Said:
     if logits is None:
         logits = getattr(output, "prediction_logits", None)
     if logits is None:
-        return Said("embedding", pooled(output.last_hidden_state, batch))
+        return Said("embedding", _embeddings(output, batch))
     if logits.dim() == 2:
         return Said(kind_of_head(model), logits)
-    return Said("distribution", logits[speaking_places(batch)])
+    if logits.dim() == 4:  # classes of pixels, (B, V, H, W)
+        return Said("distribution", logits.flatten(2).mT.flatten(0, 1))
+    return Said("distribution", logits[speaking_places(logits, batch)])
+
+
+def _embeddings(output: Any, batch: Batch) -> torch.Tensor:
+    """The unit vectors of a model without logits: of texts and images, of hidden states, or of all it says first."""
+    pairs = [getattr(output, name, None) for name in ("text_embeds", "image_embeds", "audio_embeds")]
+    if any(vectors is not None for vectors in pairs):
+        return torch.cat([F.normalize(vectors, dim=-1) for vectors in pairs if vectors is not None])
+    hidden_states = getattr(output, "last_hidden_state", None)
+    if hidden_states is not None:
+        return pooled(hidden_states, batch)
+    first = next(value for value in output.values() if isinstance(value, torch.Tensor) and value.dim() > 1)
+    return F.normalize(first.flatten(1), dim=-1)
 
 
 def kind_of_head(model: Any) -> str:
@@ -187,15 +202,61 @@ def mean_distance(model: PreTrainedModel, reference: PreTrainedModel, batches: S
 
 
 def pooled(hidden_states: torch.Tensor, batch: Batch) -> torch.Tensor:
-    """Mean of the hidden states (B, T, D) over the tokens that are no padding, as unit vectors (B, D)."""
-    weights = real_tokens(batch).to(hidden_states)[..., None]  # (B, T, 1)
+    """Mean of the hidden states (B, T, D) or (B, D, H, W) where they are of no padding, as unit vectors (B, D)."""
+    if hidden_states.dim() == 4:
+        return F.normalize(hidden_states.mean(dim=(2, 3)), dim=-1)
+    mask = _mask_of(hidden_states, batch)
+    weights = torch.ones_like(hidden_states[..., :1]) if mask is None else mask.to(hidden_states)[..., None]
     return F.normalize((hidden_states * weights).sum(dim=1) / weights.sum(dim=1), dim=-1)
 
 
-def real_tokens(batch: Batch) -> torch.Tensor:
-    """Which tokens are no padding, (B, T), bool."""
-    mask = batch.get("attention_mask")
-    return torch.ones_like(batch["input_ids"], dtype=torch.bool) if mask is None else mask.bool()
+def real_tokens(batch: Batch, side: str = "") -> torch.Tensor | None:
+    """Which tokens, or samples of a sound, are no padding, (B, T), bool; None where there are none, as of images.
+
+    Args:
+        side: `decoder_` asks for what an encoder-decoder is to write instead of what it reads.
+    """
+    mask, ids = batch.get(f"{side}attention_mask"), batch.get(f"{side}input_ids")
+    if mask is None:
+        return None if ids is None else torch.ones_like(ids, dtype=torch.bool)
+    return mask.bool()
+
+
+def token_masks(batch: Batch) -> list[torch.Tensor]:
+    """See `real_tokens`: of what is read and of what is to be written, where there are any."""
+    return [mask for mask in map(partial(real_tokens, batch), ("", "decoder_")) if mask is not None]
+
+
+def real_rows(values: torch.Tensor, batch: Batch) -> torch.Tensor:
+    """The rows of hidden states, (B, T, n) or (B T, n), that are of no padding, (N, n); a copy only if need be.
+
+    What an encoder-decoder reads and what it writes differ in length (`hf_lowrank.data.target_texts`), so that the
+    number of rows tells whose they are.
+    """
+    rows = values.reshape(-1, values.shape[-1])
+    mask = _mask_of(values, batch)
+    return rows if mask is None or bool(mask.all()) else rows[mask.flatten()]
+
+
+def sees_all(values: torch.Tensor, batch: Batch) -> bool:
+    """Whether what a module is given are all tokens, patches or frames, not those that were routed to it."""
+    num_rows = values.numel() // values.shape[-1]
+    return values.dim() > 2 or any(mask.numel() == num_rows for mask in token_masks(batch))
+
+
+def _mask_of(values: torch.Tensor, batch: Batch) -> torch.Tensor | None:
+    """Which of the rows of `values` are real, in their order; None where all are."""
+    num_rows, read = values.numel() // max(values.shape[-1], 1), real_tokens(batch)
+    for mask in token_masks(batch):
+        if mask.numel() == num_rows:
+            return mask.T if values.shape[:2] == mask.T.shape != mask.shape else mask  # (T, B, n) as of XLNet
+    if read is None or values.dim() != 3 or len(values) != len(read) or "pixel_values" in batch:
+        return None
+    length = values.shape[1]
+    if length > read.shape[1]:  # filled up by the host, to whole windows
+        return F.pad(read, (0, length - read.shape[1]))
+    ends = (torch.arange(length, device=read.device) + 1) * read.shape[1] // length - 1
+    return read[:, ends]  # shortened by the host: a row is real if all that went into it is
 
 
 def longest_input(model: Any) -> int:
@@ -204,12 +265,13 @@ def longest_input(model: Any) -> int:
     return (int(most) if most > 0 else _UNBOUNDED) - 2  # XLNet says -1
 
 
-def speaking_places(batch: Batch) -> torch.Tensor:
-    """Where a token head's prediction counts, (B, T), bool: at token labels if there are any, else at real tokens."""
+def speaking_places(logits: torch.Tensor, batch: Batch) -> torch.Tensor:
+    """Where the predictions (B, T, V) count, (B, T), bool: at token labels if there are any, else at real tokens."""
     labels = batch.get("labels")
-    if labels is not None and labels.shape == batch["input_ids"].shape:
+    if labels is not None and labels.shape == logits.shape[:2]:
         return labels != IGNORED_LABEL
-    return real_tokens(batch)
+    mask = _mask_of(logits, batch)
+    return torch.ones(logits.shape[:2], dtype=torch.bool, device=logits.device) if mask is None else mask
 
 
 def _has_cache(model: Any) -> bool:

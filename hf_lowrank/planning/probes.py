@@ -44,6 +44,7 @@ class Probe:
             for index, batch in enumerate(batches):
                 with recorded_outputs(model, self._blocks) as outputs:
                     said = run(model, self._placed(batch))
+                self._blocks = list(outputs)  # as they run; a wrapper of several models may name them otherwise
                 for name, output in [*outputs.items(), (_SAID, (said.kind, said.rows))]:
                     torch.save(output, self._file(index, name))
 

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from hf_lowrank.hosts.blocks import frozen
 from hf_lowrank.hosts.matrices import DenseMatrix
-from hf_lowrank.hosts.outputs import Batch, real_tokens, run, speaking_places
+from hf_lowrank.hosts.outputs import Batch, real_rows, run, speaking_places
 from hf_lowrank.hosts.targets import is_tied
 from hf_lowrank.progress import Progress, no_progress
 from hf_lowrank.statistics.moments import FORMAT, Statistics, make_metadata
@@ -68,7 +68,7 @@ def collect_statistics(
                 draws = torch.Generator().manual_seed(random.Random(f"{seed} {index}").getrandbits(63))
                 collector.see(model, batches[index], draws)
                 sums.commit()
-        sums.save(make_metadata(collector.num_tokens, names, collector.inputs, fingerprint))
+        sums.save(make_metadata(names, collector.inputs, fingerprint))
     return Statistics.load(path)
 
 
@@ -78,13 +78,11 @@ class _Collector:
 
     Args:
         inputs: As in `Statistics`.
-        num_tokens: Of all batches so far.
     """
 
     kinds: frozenset[str]
     sums: RunningSums
     inputs: dict[str, str] = field(default_factory=dict)
-    num_tokens: int = 0
 
     @property
     def needs_gradients(self) -> bool:
@@ -94,15 +92,12 @@ class _Collector:
     @contextmanager
     def watching(self, model: PreTrainedModel, matrices: Sequence[DenseMatrix]) -> Iterator[None]:
         """Within, what the matrices are given and what comes back is added up."""
-        # With frozen weights the gradient flows through the activations alone, from the embedding on.
-        table: Any = model.get_input_embeddings()
-        tables = [module for module in model.modules() if getattr(module, "weight", None) is table.weight]
-        starts = [module for module in tables if isinstance(module, nn.Embedding)]
-        hooks = [
-            start.register_forward_hook(lambda module, inputs, out: out.requires_grad_(self.needs_gradients))
-            for start in starts
+        # A table that is tied to others is looked up in each of them.
+        hooks: list[Any] = [
+            module.register_forward_hook(self._hook(matrix))
+            for matrix in matrices
+            for module in (_lookups(model, matrix) if matrix.role == "embedding" else [matrix.module])
         ]
-        hooks += [matrix.module.register_forward_hook(self._hook(matrix)) for matrix in matrices]
         hooks += self._head_hooks(model, matrices)
         try:
             with torch.set_grad_enabled(self.needs_gradients):
@@ -113,31 +108,32 @@ class _Collector:
 
     def see(self, model: PreTrainedModel, batch: Batch, draws: torch.Generator) -> None:
         """Run one batch; labels for the gradients are drawn by `draws`."""
-        placed = {name: value.to(model.device) for name, value in batch.items()}
-        self._real, self._speaking = real_tokens(placed), speaking_places(placed)
-        self._all_real = bool(self._real.all())
-        self._input_ids = placed["input_ids"]
+        self._batch = {name: value.to(model.device) for name, value in batch.items()}
         self._last_input: tuple[str, torch.Tensor] | None = None
-        said = run(model, placed)
+        said = run(model, self._batch)
         self._last_input = None
         if self.needs_gradients:
             said.random_gradient_loss(draws).backward()
-        self.num_tokens += int(self._real.sum())
-        self.sums.notes = {"inputs": self.inputs, "num_tokens": self.num_tokens}
+        self.sums.notes = {"inputs": self.inputs}
 
     def _hook(self, matrix: DenseMatrix) -> Any:
-        def hook(module: nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
+        def hook(module: nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:
             if matrix.role == "embedding":
-                self._count_rows(matrix)
-            elif "input_moment" in self.kinds:
+                self._count_rows(matrix, inputs[0])
+            else:
+                self.sums.add(f"count/{matrix.name}", torch.tensor([len(real_rows(output.detach(), self._batch))]))
+            if matrix.role != "embedding" and "input_moment" in self.kinds:
                 self._add_input(matrix.name, inputs[0])
-            if not output.requires_grad:
-                return
+            if self.needs_gradients and not output.requires_grad:
+                # With frozen weights gradients flow through activations alone, from the first matrix on. A copy, for
+                # the host may go on in its place.
+                output = output.requires_grad_().clone()
             if "output_moment" in self.kinds and matrix.role != "head":
                 output.register_hook(lambda gradient: self._add_gradient(matrix, gradient))
             if "fisher" in self.kinds and matrix.role != "embedding":
                 hidden_states = inputs[0].detach()  # held until the gradient arrives
                 output.register_hook(lambda gradient: self._add_fisher(matrix.name, hidden_states, gradient))
+            return output
 
         return hook
 
@@ -155,9 +151,8 @@ class _Collector:
 
         A moment of outputs would have as many rows as the vocabulary; of `diag(p) - p p^T` the diagonal is kept.
         """
-        for hidden, scores, counts in zip(
-            hidden_states, logits, self._speaking, strict=True
-        ):  # one sequence at a time
+        places = speaking_places(logits, self._batch)
+        for hidden, scores, counts in zip(hidden_states, logits, places, strict=True):  # one sequence at a time
             chances = scores[counts].float().softmax(dim=-1)  # (T, V)
             weights, rows = chances * (1 - chances), hidden[counts].float()  # (T, V), (T, D)
             if table.role == "head":
@@ -166,10 +161,11 @@ class _Collector:
             self._add_moment(f"input_moment/{table.name}", rows * weights.sum(dim=1, keepdim=True).sqrt())
             self.sums.add(f"head_weights/{table.name}", weights.T @ rows.square().sum(dim=1))
 
-    def _count_rows(self, matrix: DenseMatrix) -> None:
+    def _count_rows(self, matrix: DenseMatrix, input_ids: torch.Tensor) -> None:
+        ids = real_rows(input_ids[..., None], self._batch)[:, 0]
+        self.sums.add(f"count/{matrix.name}", torch.tensor([len(ids)]))
         if "row_weights" in self.kinds:
-            counts = torch.bincount(self._input_ids[self._real], minlength=matrix.shape[0])
-            self.sums.add(f"row_weights/{matrix.name}", counts)
+            self.sums.add(f"row_weights/{matrix.name}", torch.bincount(ids, minlength=matrix.shape[0]))
 
     def _add_input(self, name: str, hidden_states: torch.Tensor) -> None:
         # Query, key and value are called with the very same tensor: their moment and mean are summed once.
@@ -178,12 +174,12 @@ class _Collector:
             return
         self._last_input = (name, hidden_states)
         self.inputs[name] = name
-        rows = self._rows(hidden_states.detach())
+        rows = real_rows(hidden_states.detach(), self._batch).float()
         self._add_moment(f"input_moment/{name}", rows)
         self.sums.add(f"input_mean/{name}", rows.sum(dim=0, dtype=torch.float64))
 
     def _add_gradient(self, matrix: DenseMatrix, gradient: torch.Tensor) -> None:
-        rows = self._rows(gradient)
+        rows = real_rows(gradient, self._batch).float()
         lengths = rows.norm(dim=1, keepdim=True)  # (N, 1)
         limit = _LARGEST_GRADIENT * lengths.mean()
         scales = lengths.clamp(max=limit) / lengths.clamp_min(torch.finfo(rows.dtype).tiny)
@@ -192,16 +188,19 @@ class _Collector:
         self._add_moment(f"{kind}/{matrix.name}", rows, scales.square())
 
     def _add_fisher(self, name: str, hidden_states: torch.Tensor, gradient: torch.Tensor) -> None:
-        gradients, inputs = (values.reshape(*self._real.shape, -1) for values in (gradient, hidden_states))
+        size = len(next(iter(self._batch.values())))
+        gradients, inputs = (values.reshape(size, -1, values.shape[-1]) for values in (gradient, hidden_states))
         squares = torch.zeros(gradients.shape[-1], inputs.shape[-1], device=gradient.device)  # (O, I)
         for outer, inner in zip(gradients, inputs, strict=True):
             squares += (outer.float().T @ inner.float()).square_()  # a sample's dL/dW = sum over its tokens of g x^T
         self.sums.add(f"fisher/{name}", squares)
 
-    def _rows(self, values: torch.Tensor) -> torch.Tensor:
-        rows = values.reshape(self._real.numel(), -1)  # (B, T, n) or (B T, n) -> (B T, n)
-        return (rows if self._all_real else rows[self._real.flatten()]).float()  # (N, n), a copy only if need be
-
     def _add_moment(self, key: str, rows: torch.Tensor, weights: torch.Tensor | None = None) -> None:
         for start, panel in gram_panels(rows, weights):
             self.sums.add(f"{key}/{start}", panel)
+
+
+def _lookups(model: PreTrainedModel, matrix: DenseMatrix) -> list[nn.Module]:
+    """The modules that look up the rows of a table: one, or several that are tied to each other."""
+    weight = matrix.module.weight
+    return [m for m in model.modules() if isinstance(m, nn.Embedding) and m.weight is weight]

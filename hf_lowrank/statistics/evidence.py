@@ -12,9 +12,11 @@ from filelock import FileLock
 from transformers import PreTrainedModel
 
 from hf_lowrank.data.calibration import Calibration, Text, described_text, make_calibration
+from hf_lowrank.errors import InputError
 from hf_lowrank.files.checkpoint import NOT_KEPT, Checkpoint
 from hf_lowrank.files.digests import fingerprint, model_digest, weights_digest
 from hf_lowrank.files.scratch import scratch_folder
+from hf_lowrank.hosts.blocks import every_call
 from hf_lowrank.hosts.matrices import DenseMatrix
 from hf_lowrank.planning.probes import Probe
 from hf_lowrank.progress import Progress, no_progress
@@ -38,6 +40,7 @@ class Evidence:
         source: Calibration text, or None for synthetic tokens; see `make_calibration`.
         kinds: Of statistics; see `hf_lowrank.statistics.collection.STATISTICS`.
         watched: Matrices that they are wanted of.
+        unreached: Matrices that were left out; see `leave_out_unreached`.
     """
 
     model: PreTrainedModel
@@ -49,6 +52,7 @@ class Evidence:
     watched: Sequence[DenseMatrix] = ()
     cache_dir: str | None = None
     progress: Progress = no_progress
+    unreached: Sequence[DenseMatrix] = ()
     _known: dict[str, Any] = field(default_factory=dict)
 
     def known(self, matrix: DenseMatrix, device: torch.device) -> MatrixStatistics | None:
@@ -73,6 +77,20 @@ class Evidence:
     def described_text(self) -> dict[str, Any]:
         """What the model was watched on, for the record."""
         return described_text(self.source, [*self.calibration.batches, *self.calibration.probes])
+
+    def leave_out_unreached(self) -> None:
+        """Keep only matrices that are run: what reads images is not where a model is given text alone.
+
+        Raises:
+            InputError: If none is.
+        """
+        paths = [matrix.path for matrix in self.matrices if matrix.role == "block"]
+        called = set(every_call(self.model, paths, self.calibration.probes[0]))
+        self.unreached = [m for m in self.matrices if m.role == "block" and m.path not in called]
+        self.matrices = [matrix for matrix in self.matrices if matrix not in self.unreached]
+        self.watched = [matrix for matrix in self.watched if matrix not in self.unreached]
+        if not self.matrices:
+            raise InputError("Nothing that was looked at reaches the modules to be compressed. Give data that does.")
 
     @property
     def inputs(self) -> Mapping[str, str] | None:

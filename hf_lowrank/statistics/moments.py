@@ -12,15 +12,16 @@ from safetensors import safe_open
 from hf_lowrank.errors import InputError
 from hf_lowrank.statistics.panels import from_panels
 
-FORMAT = "hf_lowrank statistics 4"
+FORMAT = "hf_lowrank statistics 5"
 
 
 @dataclass(frozen=True)
 class MatrixStatistics:
-    """What one matrix saw, averaged over tokens, in float64; None where it was not asked for.
+    """What one matrix saw, averaged over the tokens it saw, in float64; None where it was not asked for.
 
     Args:
-        num_tokens: How many tokens the averages are over.
+        num_tokens: How many those are: of an encoder-decoder those that are read, or those that are written; patches
+            of an image, frames of a sound.
         input_moment: `E[x x^T]` of its inputs, (I, I).
         input_mean: `E[x]` of its inputs, (I); there wherever `input_moment` is one of inputs. An embedding table's is
             of gradients and, where a head is tied to it, of that head's inputs, and has none.
@@ -54,13 +55,13 @@ class Statistics(Mapping[str, MatrixStatistics]):
 
     Args:
         path: A safetensors file of float64 sums over tokens: `"<kind>/<matrix name>"`, and
-            `"<kind>/<matrix name>/<first row>"` for each panel of a moment; see `hf_lowrank.statistics.panels`.
+            `"<kind>/<matrix name>/<first row>"` for each panel of a moment; see `hf_lowrank.statistics.panels`. How
+            many tokens they are over is `"count/<matrix name>"`.
         inputs: Matrix name -> name of the matrix under which the moment and mean of their common input are kept.
         fingerprint: What model, text and settings they were made with.
     """
 
     path: Path
-    num_tokens: int
     names: tuple[str, ...]
     inputs: Mapping[str, str]
     fingerprint: str
@@ -70,9 +71,9 @@ class Statistics(Mapping[str, MatrixStatistics]):
             raise KeyError(name)
         source = self.inputs.get(name, name)
         with safe_open(self.path, framework="pt") as file:
-            read = _Reader(file, max(self.num_tokens, 1))
+            read = _Reader(file, name)
             return MatrixStatistics(
-                num_tokens=self.num_tokens,
+                num_tokens=read.count,
                 input_moment=read.moment(f"input_moment/{source}"),
                 input_mean=read.mean(f"input_mean/{source}"),
                 output_moment=read.moment(f"output_moment/{name}"),
@@ -100,20 +101,16 @@ class Statistics(Mapping[str, MatrixStatistics]):
             raise InputError(f"{path} holds no statistics of this library. Collect them again.")
         return cls(
             path=path,
-            num_tokens=int(metadata["num_tokens"]),
             names=tuple(json.loads(metadata["names"])),
             inputs=json.loads(metadata["inputs"]),
             fingerprint=metadata["fingerprint"],
         )
 
 
-def make_metadata(
-    num_tokens: int, names: Sequence[str], inputs: Mapping[str, str], fingerprint: str
-) -> dict[str, str]:
+def make_metadata(names: Sequence[str], inputs: Mapping[str, str], fingerprint: str) -> dict[str, str]:
     """What a file of sums says about itself; see `Statistics`."""
     return {
         "format": FORMAT,
-        "num_tokens": str(num_tokens),
         "names": json.dumps(names),
         "inputs": json.dumps(inputs),
         "fingerprint": fingerprint,
@@ -121,18 +118,19 @@ def make_metadata(
 
 
 class _Reader:
-    """Reads averages from an open file of sums."""
+    """Reads the averages of one matrix from an open file of sums."""
 
-    def __init__(self, file: Any, count: int) -> None:
+    def __init__(self, file: Any, name: str) -> None:
         self._file = file
-        self._count = count
         self._keys = set(file.keys())
+        # A matrix that was never reached has no sums.
+        self.count = int(file.get_tensor(f"count/{name}")) if f"count/{name}" in self._keys else 0
 
     def mean(self, key: str) -> torch.Tensor | None:
-        mean: torch.Tensor | None = self._file.get_tensor(key) / self._count if key in self._keys else None
+        mean: torch.Tensor | None = self._file.get_tensor(key) / max(self.count, 1) if key in self._keys else None
         return mean
 
     def moment(self, key: str) -> torch.Tensor | None:
         starts = [int(name.rpartition("/")[2]) for name in self._keys if name.rpartition("/")[0] == key]
         panels = {start: self._file.get_tensor(f"{key}/{start}") for start in starts}
-        return from_panels(panels).div_(self._count) if panels else None
+        return from_panels(panels).div_(max(self.count, 1)) if panels else None

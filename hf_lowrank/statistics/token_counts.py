@@ -5,8 +5,8 @@ from typing import Any
 
 import torch
 
-from hf_lowrank.data.batches import tokenize
-from hf_lowrank.data.rows import holds_token_ids, load_texts
+from hf_lowrank.data.batches import reads_media, tokenize
+from hf_lowrank.data.rows import is_ready, load_texts
 
 _MOST_TEXTS = 20_000
 
@@ -23,7 +23,9 @@ def count_tokens(
         source: See `hf_lowrank.data.rows.load_rows`.
         vocab_size: Rows of the table; tokens beyond it are not counted.
     """
-    if source is None or tokenizer is None or isinstance(source, Iterator) or holds_token_ids(source):
+    if source is None or tokenizer is None or isinstance(source, Iterator) or is_ready(source):
+        return None
+    if reads_media(tokenizer):
         return None
     counts = torch.zeros(max(vocab_size, len(tokenizer)), dtype=torch.float64)
     for ids in tokenize(load_texts(source, text_column, limit=_MOST_TEXTS, seed=seed), tokenizer):

@@ -11,9 +11,9 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel, Trainer
 
+from hf_lowrank.data.calibration import is_causal
 from hf_lowrank.errors import InputError
 from hf_lowrank.hosts.blocks import block_name, recorded_outputs
-from hf_lowrank.hosts.loading import vocabulary_size
 from hf_lowrank.options import checked
 from hf_lowrank.remote_code.lowrank_structures import named_structures
 from hf_lowrank.training.attention import recorded_attention
@@ -77,7 +77,7 @@ class DistillationTrainer(Trainer):
         self.model_accepts_loss_kwargs = False  # the task loss is the mean over the batch
         self.layer_map = _named_layers(student, teacher, layer_map) if "hidden" in self.losses else []
         self._student_blocks, self._teacher_blocks = ([pair[side] for pair in self.layer_map] for side in (0, 1))
-        widths = [model.config.get_text_config().hidden_size for model in (student, teacher)]
+        widths = [_setting(model, "hidden_size") for model in (student, teacher)]
         self._projections = make_projections(self.layer_map, widths[0], widths[1], self.args.device)
         self._sums: dict[str, torch.Tensor] = defaultdict(lambda: torch.zeros((), device=self.args.device))
         self._count = 0
@@ -122,7 +122,7 @@ class DistillationTrainer(Trainer):
         ):
             reference = self.teacher(**_accepted(self.teacher, unlabelled)) if teaches else None
         with (
-            fast_attention(self.accelerator, inputs["input_ids"].shape[1]),
+            fast_attention(self.accelerator, next(iter(inputs.values())).shape[-1]),
             recorded_outputs(student, self._student_blocks) as found,
             recorded_attention(student, attends) as attention,
         ):
@@ -134,7 +134,7 @@ class DistillationTrainer(Trainer):
             temperature=self.temperature,
             layer_map=self.layer_map,
             projections=self._projections,
-            is_causal=bool(student.can_generate()),
+            is_causal=is_causal(student),
             average=self._average,
         )
 
@@ -179,7 +179,7 @@ def check_teacher(student: PreTrainedModel, teacher: PreTrainedModel, compares_l
     """
     if not isinstance(teacher, nn.Module):
         raise InputError(f"teacher must be a transformers model, got {teacher!r}. Load it first.")
-    ours, theirs = (vocabulary_size(model) for model in (student, teacher))
+    ours, theirs = (_setting(model, "vocab_size") for model in (student, teacher))
     if ours != theirs:
         raise InputError(f"The teacher has another vocabulary: {theirs} tokens, the model {ours}. Give its own.")
     classes = [getattr(model.config, "num_labels", None) for model in (student, teacher)]
@@ -191,6 +191,11 @@ def check_teacher(student: PreTrainedModel, teacher: PreTrainedModel, compares_l
             f"The teacher is a {type(teacher).__name__}, the model a {type(student).__name__}: their heads cannot be "
             "compared. Give a teacher with the same head, or leave out the loss 'logits'."
         )
+
+
+def _setting(model: PreTrainedModel, name: str) -> int:
+    """A number of the part that writes text, where a model has several; 0 where it has none."""
+    return int(getattr(model.config.get_text_config(decoder=True), name, 0) or 0)
 
 
 def repeated_blocks(model: PreTrainedModel) -> list[str]:

@@ -11,14 +11,25 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
 )
 
-from hf_lowrank.data.batches import as_tensors, as_token_ids, make_batches, padded, require_known_tokens
+from hf_lowrank.data.batches import (
+    as_tensors,
+    as_token_ids,
+    is_batch,
+    make_batches,
+    padded,
+    reads_media,
+    require_known_tokens,
+    rows_of,
+)
 from hf_lowrank.data.calibration import is_causal, is_masked_lm, mask_tokens
-from hf_lowrank.data.rows import Row, drawn_places, holds_token_ids, load_rows, require_columns
+from hf_lowrank.data.rows import Row, drawn_places, is_ready, load_rows, require_columns
+from hf_lowrank.data.target_texts import pair_batches, reads_targets, target_column, told_apart, with_targets
 from hf_lowrank.errors import InputError
 from hf_lowrank.evaluation import make_task
 from hf_lowrank.evaluation.blocks import block_length_of
+from hf_lowrank.evaluation.image_classification import IMAGE_CLASSIFIERS
 from hf_lowrank.evaluation.question_answering import flat_questions
-from hf_lowrank.hosts.outputs import IGNORED_LABEL, Batch, kind_of_head
+from hf_lowrank.hosts.outputs import IGNORED_LABEL, kind_of_head
 from hf_lowrank.remote_code.configuration_lowrank import PREFIX
 
 Features = list[dict[str, torch.Tensor]]
@@ -38,7 +49,7 @@ class PaddingCollator:
     def __call__(self, features: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
         """Pad ids with the padding token, masks with 0 and labels of tokens with the one that is ignored."""
         rows = [{name: torch.as_tensor(value) for name, value in row.items()} for row in features]
-        return dict(padded(rows, self.padding))
+        return dict(told_apart(padded(rows, self.padding)))
 
 
 def make_features(
@@ -56,19 +67,20 @@ def make_features(
 
     A sequence head gets a class or a number where the data have `label_column`, a question-answering head the first
     and last token of the answer, a masked language model inputs with 15 % of the tokens masked, a causal one its own
-    inputs as labels. Any other head, one of several labels or numbers a text, and data without labels, give inputs
-    alone: enough to learn from a teacher.
+    inputs as labels, an encoder-decoder the text that is to be written, an image classifier a class. Any other head,
+    one of several labels or numbers a text, and data without labels, give inputs alone: enough to learn from a
+    teacher.
 
     Args:
         source: A file, a data set of the Hub, a `datasets.Dataset`, texts or rows (see
-            `hf_lowrank.data.rows.load_rows`); rows or batches that hold `input_ids` are taken as they are.
+            `hf_lowrank.data.rows.load_rows`); rows or batches of what models read are taken as they are.
         max_examples: Rows at most, drawn by `seed`.
 
     Raises:
         InputError: If the data cannot be read or do not fit the model.
     """
     length = block_length_of(model, max_seq_length)
-    if holds_token_ids(source):
+    if is_ready(source):
         features = as_token_ids(lambda: _unbatched(source))
         require_known_tokens(features, model)
         return [features[place] for place in drawn_places(len(features), max_examples, seed)]
@@ -81,24 +93,36 @@ def make_features(
         features = _answer_features(questions, tokenizer, length)
         require_known_tokens(features, model, tokenizer)
         return features
-    is_sequence_head = head in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES.values()
-    if is_sequence_head and label_column in rows[0] and (name := _labelling_task(model)):
+    if label_column in rows[0] and (name := _labelling_task(model, head)):
         options = {"text_column": text_column, "label_column": label_column, "max_seq_length": length}
         task = make_task(name, max_examples=max_examples, seed=seed, **options)
         steps = task.steps(tokenizer, rows, 1, model)
-        return [{**_row(step.inputs, 0), "labels": torch.tensor(step.targets[0])} for step in steps]
-    return _text_features(model, tokenizer, rows, length, max_examples, seed, text_column)
+        return [{**rows_of(step.inputs)[0], "labels": torch.tensor(step.targets[0])} for step in steps]
+    if reads_targets(model) and not reads_media(tokenizer) and (target := target_column(rows[0], label_column)):
+        rows = load_rows(rows, max_examples, seed)
+        return _unbatched(pair_batches(rows, tokenizer, text_column, target, length, _CHUNK))
+    return _features(model, tokenizer, rows, length, max_examples, seed, text_column)
 
 
-def _labelling_task(model: PreTrainedModel) -> str | None:
+def with_target_rows(features: Features, writer: PreTrainedModel, padding: int) -> Features:
+    """The rows with what a decoder is to write, which `writer` does where nobody did; see `with_targets`."""
+    chunks = [padded(features[start : start + _CHUNK], padding) for start in range(0, len(features), _CHUNK)]
+    return _unbatched(with_targets(chunks, writer))
+
+
+def _labelling_task(model: PreTrainedModel, head: str) -> str | None:
     """Whose labels a sequence head learns; there is no common form for several of them in a row."""
+    if head in IMAGE_CLASSIFIERS:
+        return "image-classification"
+    if head not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES.values():
+        return None
     kind = kind_of_head(model)
     if kind == "number" and model.config.num_labels == 1:
         return "text-regression"
     return "text-classification" if kind == "distribution" else None
 
 
-def _text_features(
+def _features(
     model: PreTrainedModel,
     tokenizer: Any,
     rows: Sequence[Row],
@@ -108,11 +132,11 @@ def _text_features(
     text_column: str | None,
 ) -> Features:
     limit = _ALL if max_examples is None else max_examples
-    batches = make_batches(rows, tokenizer, limit, length, _CHUNK, seed, text_column, pack=is_causal(model) or None)
+    batches = make_batches(rows, tokenizer, limit, length, _CHUNK, seed, text_column, pack=is_causal(model))
     require_known_tokens(batches, model, tokenizer)
     if is_masked_lm(model):
         batches = mask_tokens(batches, model, tokenizer, seed)
-    elif is_causal(model):
+    elif is_causal(model) and "input_ids" in batches[0]:
         batches = [
             {**batch, "labels": batch["input_ids"].masked_fill(batch["attention_mask"] == 0, IGNORED_LABEL)}
             for batch in batches
@@ -177,20 +201,6 @@ def has_labels(features: Features) -> bool:
 
 def _unbatched(source: Any) -> Features:
     features: Features = []
-    for item in source:
-        tensors = as_tensors(item)
-        is_row = tensors["input_ids"].dim() == 1
-        features += [tensors] if is_row else [_row(tensors, index) for index in range(len(tensors["input_ids"]))]
+    for item in map(as_tensors, source):
+        features += rows_of(item) if is_batch(item) else [item]
     return features
-
-
-def _row(batch: Batch, index: int) -> dict[str, torch.Tensor]:
-    """One row of a batch without its padding."""
-    mask = batch.get("attention_mask")
-    length = batch["input_ids"].shape[1] if mask is None else int(mask[index].sum())
-    is_right_padded = mask is None or bool(mask[index, :length].all())
-    shape = batch["input_ids"].shape
-    return {
-        name: value[index][:length] if is_right_padded and value.shape == shape else value[index]
-        for name, value in batch.items()
-    }

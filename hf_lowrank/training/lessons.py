@@ -9,6 +9,7 @@ from typing import Any
 from transformers import PreTrainedModel, PrinterCallback, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
+from hf_lowrank.data.target_texts import reads_targets
 from hf_lowrank.errors import InputError
 from hf_lowrank.files.digests import digest_of, fingerprint
 from hf_lowrank.files.scratch import temporary_folder, write_text
@@ -16,7 +17,7 @@ from hf_lowrank.hosts.gradients import leave_inference_mode_
 from hf_lowrank.hosts.loading import require_runs
 from hf_lowrank.training.arguments import make_arguments
 from hf_lowrank.training.distillation import DistillationTrainer, default_losses
-from hf_lowrank.training.features import Features, PaddingCollator, hold_out, make_features
+from hf_lowrank.training.features import Features, PaddingCollator, hold_out, make_features, with_target_rows
 from hf_lowrank.training.options import TrainingOptions
 from hf_lowrank.training.preparation import prepared
 
@@ -60,16 +61,16 @@ def make_lesson(
     """
     for one in (model, teacher):
         leave_inference_mode_(one)
-    features = make_features(model, tokenizer, dataset, **options.of_data)
-    if eval_dataset is None:
-        features, held_out = hold_out(features, options.seed)
-    else:
-        held_out = make_features(model, tokenizer, eval_dataset, **options.of_data)
+    padding = getattr(tokenizer, "pad_token_id", None) or 0
+    sets = [
+        make_features(model, tokenizer, one, **options.of_data) for one in (dataset, eval_dataset) if one is not None
+    ]
+    if reads_targets(model):
+        sets = [with_target_rows(features, teacher, padding) for features in sets]
+    features, held_out = sets if len(sets) > 1 else hold_out(sets[0], options.seed)
     require_runs(model, PaddingCollator()(features[:1]))
     losses = dict(options.losses or default_losses(features))
-    return Lesson(
-        teacher, losses, features, held_out, getattr(tokenizer, "pad_token_id", None) or 0, options.temperature
-    )
+    return Lesson(teacher, losses, features, held_out, padding, options.temperature)
 
 
 def train(
@@ -122,6 +123,8 @@ def train_in(
         arguments: Of `make_arguments`.
     """
     keeps = "no" if options.work_dir is None else "epoch"
+    if "input_ids" not in lesson.features[0]:  # images and sounds have no lengths to sort by
+        arguments["train_sampling_strategy"] = "random"
     args = make_arguments(folder, batch_size=options.batch_size, seed=options.seed, save_strategy=keeps, **arguments)
     return train(model, lesson, args, callbacks, get_last_checkpoint(folder) if Path(folder).is_dir() else None)
 

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from hf_lowrank.errors import InputError
 from hf_lowrank.hosts.blocks import hidden_states
-from hf_lowrank.hosts.outputs import OUTPUTS, Said, real_tokens, said, speaking_places
+from hf_lowrank.hosts.outputs import IGNORED_LABEL, OUTPUTS, Said, real_rows, said, token_masks
 from hf_lowrank.training.attention import AttentionRecord
 
 # What averages a number over all processes; every term is a local sum over a mean count, so that the mean of the
@@ -62,8 +62,10 @@ def task_loss(compared: Compared) -> torch.Tensor:
     if loss is None:
         raise InputError("The loss 'task' needs labels, and the data has none. Give labels, or leave 'task' out.")
     labels = compared.batch.get("labels")
-    places = speaking_places(compared.batch) if labels is not None and labels.dim() > 1 else None
-    count = len(compared.batch["input_ids"]) if places is None else int(places.sum())
+    if labels is None or labels.dim() < 2:
+        count = len(next(iter(compared.batch.values())))
+    else:
+        count = int(labels.ne(IGNORED_LABEL).sum())
     mean: torch.Tensor = loss * (count / _average_count(count, compared))
     return mean
 
@@ -83,11 +85,12 @@ def logits_loss(compared: Compared) -> torch.Tensor:
 
 def hidden_loss(compared: Compared) -> torch.Tensor:
     """Mean over the mapped blocks of `||h - t||^2 / (N D var(t))` at the `N` tokens that are no padding."""
-    real = real_tokens(compared.batch)
     terms = []
     for ours, theirs in compared.layer_map:
-        target = hidden_states(compared.teacher.blocks[theirs])[real].float()  # (N, D)
-        found = hidden_states(compared.student.blocks[ours])[real]
+        if ours not in compared.student.blocks or theirs not in compared.teacher.blocks:
+            continue  # what reads images is not run on text alone
+        target = real_rows(hidden_states(compared.teacher.blocks[theirs]), compared.batch).float()  # (N, D)
+        found = real_rows(hidden_states(compared.student.blocks[ours]), compared.batch)
         projection = compared.projections.get(ours)
         found = (found if projection is None else projection(found)).float()
         terms.append(_relative_square(found, target, compared))
@@ -103,10 +106,16 @@ def attention_loss(compared: Compared) -> torch.Tensor:
     found, wanted = (side.attention.scores() for side in (compared.student, compared.teacher))  # (B, H, T, T)
     if found.shape[1] != wanted.shape[1]:
         found, wanted = found.mean(dim=1, keepdim=True), wanted.mean(dim=1, keepdim=True)
-    real = real_tokens(compared.batch)
-    allowed = real[:, None, :, None] & real[:, None, None, :]
+    queries, keys = (_real_of(length, compared.batch, found) for length in found.shape[2:])
+    allowed = queries[:, None, :, None] & keys[:, None, None, :]
     allowed = (allowed.tril() if compared.is_causal else allowed).expand_as(found)
     return _relative_square(found.masked_select(allowed), wanted.masked_select(allowed), compared)
+
+
+def _real_of(length: int, batch: Mapping[str, torch.Tensor], scores: torch.Tensor) -> torch.Tensor:
+    """Which of that many queries or keys are no padding, (B, T): the length tells what of a batch they are of."""
+    everything = torch.ones(len(scores), length, dtype=torch.bool, device=scores.device)
+    return next((mask for mask in token_masks(batch) if mask.shape[1] == length), everything)
 
 
 LOSSES: dict[str, Callable[[Compared], torch.Tensor]] = {
@@ -136,5 +145,5 @@ def _relative_square(found: torch.Tensor, target: torch.Tensor, compared: Compar
 
 
 def _average_count(count: int, compared: Compared) -> torch.Tensor:
-    device = compared.batch["input_ids"].device
+    device = next(iter(compared.batch.values())).device
     return compared.average(torch.tensor(float(count), device=device)).clamp_min(_LEAST)
