@@ -1,60 +1,46 @@
 """One architecture through the whole path, as a user goes it: built tiny, saved, loaded, compressed, saved, reloaded.
 
-An outcome of a step is `done`, `refused: one line`, `crash: ...`, or what is wrong with the result.
+The outcome of a step is `done`, `refused: one line`, `crash: ...`, or what is wrong with its result.
 """
 
+import json
 import warnings
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import partial
 
 import torch
 from elsewhere import run_elsewhere
 from safetensors.torch import load_file, save_file
-from shrunk import build_shrunk, head_of
+from shrunk import build_shrunk, head_of, outputs_of
 
-from hf_lowrank import InputError, PlanError, compress, decompress, make_report, push_to_hub, recover
-from hf_lowrank.hosts.dummy_inputs import dummy_inputs, run_quietly
+from hf_lowrank import InputError, compress, decompress, make_report, push_to_hub, recover
+from hf_lowrank.hosts.dummy_inputs import dummy_inputs
 from hf_lowrank.hosts.loading import load_dense
+from hf_lowrank.hosts.targets import is_in_block
+from hf_lowrank.remote_code.lowrank_plan import PlanError
 from hf_lowrank.sharing.verification import verify
-from hf_lowrank.sharing.verification_child import tensors_of
 
 DONE = "done"
-_BATCHES = 6
+_BATCHES = 3
 
-# What is compressed by: the name of a step -> options, and whether it is given inputs.
-WAYS = {
-    "svd": ({"method": "svd"}, False),
-    "synthetic": ({}, False),
-    "inputs": ({}, True),
-}
+# Ways to compress: options, and whether inputs are given to calibrate by.
+WAYS = {"svd": ({"method": "svd"}, False), "synthetic": ({}, False), "inputs": ({}, True)}
 
+# Run where hf_lowrank cannot be imported: loads every folder and keeps what its model returns and goes on with.
 CHILD = """
 from safetensors.torch import load_file, save_file
+from shrunk import outputs_of
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
-def tensors_of(output):
-    found = {}
-    for name, value in output.items():
-        for index, part in enumerate(value if isinstance(value, tuple) else (value,)):
-            if hasattr(part, "detach"):
-                found[f"{name}.{index}"] = part.detach().clone().contiguous()
-    return found
-
 said = {}
-for key, (folder, head, inputs, outputs) in jobs["cases"].items():
+for key, (folder, head, goes_on) in jobs["cases"].items():
     try:
-        load = get_class_from_dynamic_module(f"modeling_lowrank.LowRank{head}", folder).from_pretrained
-        model, info = load(folder, output_loading_info=True)
+        load = get_class_from_dynamic_module(f"modeling_lowrank.LowRank{head}", f"{folder}/model").from_pretrained
+        model, info = load(f"{folder}/model", output_loading_info=True)
         left = {name: sorted(map(str, keys))[:2] for name, keys in info.items() if keys}
         assert not left, left
-        model.eval()
-        for weight in (*model.parameters(), *model.buffers()):
-            weight.data = weight.data.clone()
-        given = load_file(inputs)
-        if given:
-            with torch.no_grad():
-                torch.manual_seed(0)
-                save_file(tensors_of(model(**given)), outputs)
+        if given := load_file(f"{folder}/given"):
+            save_file(outputs_of(model, given, goes_on), f"{folder}/there")
         said[key] = "done"
     except Exception as error:
         said[key] = "crash: " + " ".join(f"{type(error).__name__}: {error}".split())[:300]
@@ -86,175 +72,155 @@ class Outcome:
                 warnings.simplefilter("ignore")
                 found = action()
         except (InputError, PlanError) as error:
-            one_line = "\n" not in str(error).strip()
-            self.steps[step] = f"refused: {error}" if one_line else f"crash: several lines: {error}"
-            return None
+            self.steps[step] = f"refused: {error}" if "\n" not in str(error) else "crash: a refusal of several lines"
         except Exception as error:
             self.steps[step] = f"crash: {type(error).__name__}: {' '.join(str(error).split())[:300]}"
-            return None
-        self.steps[step] = DONE
-        return found
+        else:
+            self.steps[step] = DONE
+            return found
+        return None
+
+    @property
+    def is_built(self):
+        """Whether there is a tiny model, of which this library is asked."""
+        return self.steps.get("build") == DONE
+
+    def is_right(self, way):
+        """Whether it is compressed in that way and computes the same without this library."""
+        return all(said == DONE for step, said in self.steps.items() if step.startswith(f"{way} ")) and (
+            f"{way} reload" in self.steps
+        )
+
+    @property
+    def faults(self):
+        """Steps that are neither done nor refused in one line, with what is wrong."""
+        return {step: said for step, said in self.steps.items() if not said.startswith((DONE, "refused: "))}
 
 
 def batches_like(inputs):
     """Ready batches of other values than those."""
-    generator, batches = torch.Generator().manual_seed(1), []
-    for _ in range(_BATCHES):
-        batch = {}
-        for name, value in inputs.items():
-            if value.is_floating_point():
-                batch[name] = torch.randn(value.shape, generator=generator).to(value)
-            elif name == "attention_mask":
-                batch[name] = value
-            else:
-                order = torch.randperm(value.shape[-1] - 1, generator=generator)
-                batch[name] = torch.cat([value[..., :-1][..., order], value[..., -1:]], dim=-1)
-        batches.append(batch)
-    return batches
+    generator = torch.Generator().manual_seed(1)
+
+    def drawn(name, value):
+        if value.is_floating_point():
+            return torch.randn(value.shape, generator=generator).to(value)
+        if "mask" in name:
+            return value
+        order = torch.randperm(value.shape[-1] - 1, generator=generator)
+        return torch.cat([value[..., :-1][..., order], value[..., -1:]], dim=-1)
+
+    return [{name: drawn(name, value) for name, value in inputs.items()} for _ in range(_BATCHES)]
 
 
-def block_parameters(model):
-    """Parameters of two and more dimensions inside the blocks, counted once."""
-    names = [(name, p) for name, p in model.named_parameters() if p.dim() > 1]
-    return sum(p.numel() for name, p in names if any(part.isdigit() for part in name.split(".")))
+def shares(report, dense):
+    """Of the block parameters of two and more dimensions: what is replaced, and what no row of the report is about."""
+    parameters = [(name, p) for name, p in dense.named_parameters() if p.dim() > 1 and is_in_block(name)]
+    whole = max(sum(p.numel() for _, p in parameters), 1)
+    candidates = [one for one in report.modules if is_in_block(one.name)]
+    replaced = sum(one.dense_parameters for one in candidates if one.structure != "dense")
+    said = sum(one.dense_parameters for one in candidates)
+    said += sum(one.parameters for one in report.untouched if is_in_block(one.name))
+    return replaced / whole, 1 - said / whole
 
 
-def share_replaced(report, dense):
-    """Of the block parameters, how much is replaced, and how much no row of the report speaks of."""
-    whole = block_parameters(dense)
-    in_blocks = [m for m in report.modules if any(part.isdigit() for part in m.name.split("."))]
-    gone = sum(m.dense_parameters for m in in_blocks if m.structure != "dense")
-    said = sum(m.dense_parameters for m in in_blocks)
-    return (gone / whole, (whole - said) / whole) if whole else (0.0, 0.0)
+def try_architecture(model_type, root, ways=tuple(WAYS), proves=True):
+    """Go the path in a folder, up to what another process has to do; see `reloaded_`.
+
+    Args:
+        ways: Those of `WAYS` to compress by; generation, decompression and recovery follow the first.
+        proves: Whether the folder of the first is verified and what would be pushed is told.
+    """
+    outcome = Outcome(model_type, head_of(model_type))
+    dense = outcome.tries("build", lambda: _built(model_type, root / "dense"))
+    if dense is None:
+        return outcome
+    inputs = outcome.tries("inputs", lambda: dummy_inputs(dense)) or {}
+    for way in ways:
+        if inputs or way != "inputs":
+            small = _compressed(outcome, root, way, dense, inputs)
+            if way == ways[0] and small is not None:
+                _go_on(outcome, small, root, inputs)
+                if proves:
+                    _prove(outcome, root / way / "model")
+    return outcome
 
 
-def compressed(outcome, folder, root, way, inputs):
-    """The model compressed in one way, saved; None where that fails."""
+def _built(model_type, folder):
+    build_shrunk(model_type).save_pretrained(folder)
+    return load_dense(folder)
+
+
+def _compressed(outcome, root, way, dense, inputs):
     options, has_inputs = WAYS[way]
-    calibration = batches_like(inputs) if has_inputs else None
-    small = outcome.tries(
-        f"{way} compress", lambda: compress(folder, keep_targets=0.5, calibration=calibration, **options)
-    )
+    options = {**options, "calibration": batches_like(inputs)} if has_inputs else options
+    small = outcome.tries(f"{way} compress", lambda: compress(root / "dense", keep_targets=0.5, **options))
     if small is None:
         return None
     report = outcome.tries(f"{way} report", lambda: make_report(small))
     if report is not None:
-        outcome.replaced[way], unsaid = share_replaced(report, load_dense(folder))
-        if unsaid > 1e-9:
-            outcome.steps[f"{way} report"] = f"silent: nothing is said of {unsaid:.1%} of the block parameters"
+        outcome.looked_at = report.looked_at_fraction
+        outcome.replaced[way], silent = shares(report, dense)
+        if abs(silent) > 1e-9:
+            outcome.steps[f"{way} report"] = f"silent: of {silent:.1%} of the block parameters nothing is said"
     outcome.tries(f"{way} save", lambda: small.save_pretrained(root / way / "model"))
+    save_file(inputs, root / way / "given")
     if inputs:
-        said = outcome.tries(f"{way} run", lambda: outputs_of(small, inputs))
-        if said is not None:
-            save_file(said, root / f"{way}.here")
+        outputs = outcome.tries(f"{way} run", lambda: outputs_of(small, inputs, goes_on=False))
+        if outputs is not None:
+            if small.can_generate():
+                outputs = outcome.tries("generate", lambda: outputs_of(small, inputs, goes_on=True)) or outputs
+            save_file(outputs, root / way / "here")
     return small
 
 
-def outputs_of(model, inputs):
-    """Every tensor that a model returns, by its place."""
-    for weight in (*model.parameters(), *model.buffers()):
-        weight.data = weight.data.clone()
-    torch.manual_seed(0)
-    with torch.no_grad():
-        return tensors_of(model.eval()(**inputs))
-
-
-def generated(model, inputs):
-    """Tokens that a model goes on with."""
-    torch.manual_seed(0)
-    return model.generate(**inputs, max_new_tokens=4, do_sample=False)
-
-
-def try_architecture(model_type, root, ways=tuple(WAYS), beyond=True):
-    """Go the path up to what another process has to do; see `reloaded_`.
-
-    Args:
-        beyond: Whether to go on with generation, recovery, decompression, proof and publication.
-    """
-    outcome = Outcome(model_type, head_of(model_type))
-    dense_folder = root / "dense"
-
-    def build():
-        dense = build_shrunk(model_type)
-        dense.save_pretrained(dense_folder)
-        return load_dense(dense_folder)
-
-    dense = outcome.tries("build", build)
-    if dense is None:
-        return outcome
-    inputs = outcome.tries("inputs", lambda: dummy_inputs(dense)) or {}
-    root.mkdir(parents=True, exist_ok=True)
-    save_file(inputs, root / "given")
-    for way in ways:
-        if way == "inputs" and not inputs:
-            continue
-        small = compressed(outcome, dense_folder, root, way, inputs)
-        if small is not None and beyond and way == "svd":
-            _go_on(outcome, small, dense_folder, root / way, inputs)
-    return outcome
-
-
-def _go_on(outcome, small, dense_folder, root, inputs):
-    if inputs and small.can_generate():
-        outcome.tries("generate", lambda: generated(small, {k: v for k, v in inputs.items() if "decoder" not in k}))
+def _go_on(outcome, small, root, inputs):
     stock = outcome.tries("decompress", lambda: decompress(small))
     if stock is not None:
-        outcome.tries("decompressed", lambda: _loads_again(stock, root / "stock", inputs))
+        outcome.tries("load decompressed", partial(_check_stock, stock, root / "stock"))
     if inputs:
         rows = [{name: value[0] for name, value in batch.items()} for batch in batches_like(inputs)]
-        healing = partial(recover, root / "model", teacher=dense_folder, dataset=rows, epochs=1)
-        outcome.tries("recover", healing)
+        saved = root / next(iter(WAYS)) / "model"
+        outcome.tries("recover", lambda: recover(saved, teacher=root / "dense", dataset=rows, epochs=1))
 
 
-def _loads_again(stock, folder, inputs):
+def _check_stock(stock, folder):
     stock.save_pretrained(folder)
-    again = load_dense(folder)
-    assert all(torch.equal(value, stock.state_dict()[name]) for name, value in again.state_dict().items())
-    if inputs:
-        run_quietly(again, inputs)
+    loaded = load_dense(folder).state_dict()
+    assert all(torch.equal(value, loaded[name]) for name, value in stock.state_dict().items())
 
 
-def reloaded_(outcomes, root):
-    """Load every saved folder in one process without this library, and note which compute the same there."""
-    cases = {}
-    for name, outcome in outcomes.items():
-        for way in WAYS:
-            folder = root / name / way / "model"
-            if (folder / "config.json").is_file():
-                here = root / name / f"{way}.here"
-                given = root / name / "given"
-                cases[f"{name} {way}"] = [
-                    str(folder), outcome.head, str(given), str(here.with_suffix(".there")),
-                ]  # fmt: skip
-    run_elsewhere(CHILD, root, cases=cases)
-    import json
-
-    for key, said in json.loads((root / "said.json").read_text()).items():
-        name, way = key.split(" ")
-        if said == DONE and (root / name / f"{way}.here").is_file():
-            first, second = (load_file(root / name / f"{way}.{end}") for end in ("here", "there"))
-            equal = first.keys() == second.keys() and all(
-                torch.equal(v.nan_to_num(7.5), second[k].nan_to_num(7.5)) for k, v in first.items()
-            )
-            said = DONE if equal else "differs: outputs without this library are others"
-        outcomes[name].steps[f"{way} reload"] = said
-
-
-def proved_(outcome, root):
-    """Verify the folder of the plain SVD, and say what would be pushed."""
-    folder = root / "svd" / "model"
-    if not (folder / "config.json").is_file():
-        return
-
+def _prove(outcome, folder):
     def verified():
         found = verify(folder)
-        if not found.ok:
-            raise AssertionError(found.message)
+        assert found.ok, found.message
 
     outcome.tries("verify", verified)
     outcome.tries("push", lambda: push_to_hub(folder, "me/model", dry_run=True))
 
 
-def as_row(outcome):
-    """For JSON."""
-    return asdict(outcome)
+def reloaded_(outcomes, root):
+    """Load every saved folder in one process without this library, and note which compute the same there.
+
+    Args:
+        outcomes: Name of a folder in `root` -> outcome.
+    """
+    cases = {
+        f"{name} {way}": [str(root / name / way), outcome.head, outcome.steps.get("generate") == DONE]
+        for name, outcome in outcomes.items()
+        for way in WAYS
+        if (root / name / way / "model" / "config.json").is_file()
+    }
+    run_elsewhere(CHILD, root, cases=cases)
+    for key, said in json.loads((root / "said.json").read_text()).items():
+        name, way = key.split()
+        folder = root / name / way
+        if said == DONE and (folder / "here").is_file() and not _are_equal(folder / "here", folder / "there"):
+            said = "differs: outputs without this library are others"
+        outcomes[name].steps[f"{way} reload"] = said
+
+
+def _are_equal(here, there):
+    ours, theirs = load_file(here), load_file(there)
+    return ours.keys() == theirs.keys() and all(
+        torch.equal(value.nan_to_num(), theirs[name].nan_to_num()) for name, value in ours.items()
+    )

@@ -49,6 +49,7 @@ _FIRST_TOKEN = 3  # of those that mean something, where the given one is beyond 
 # Model type -> fields that go before what the rules say; None leaves the default.
 _NO_DEFAULTS = {"hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
 RECIPES = {
+    "encoder-decoder": {"pad_token_id": 0},
     "esm": {"vocab_size": 33, "mask_token_id": 4, "pad_token_id": 1, "position_embedding_type": "rotary"},
     "esmc": {"num_key_value_heads": 4},
     "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
@@ -135,6 +136,8 @@ def _kinds_of_layers(config):
     rope = getattr(config, "rope_parameters", None) or {}
     if "mrope_section" in rope:
         found["rope_parameters"] = {**rope, "mrope_section": [1, 1, 2]}
+    if getattr(config, "is_encoder_decoder", False) and getattr(config, "decoder_start_token_id", None) is None:
+        found["decoder_start_token_id"] = 0
     heads = getattr(config, "num_attention_heads", None)
     if type(heads) is int and heads == getattr(config, "num_key_value_heads", None):
         found["num_key_value_heads"] = min(heads, 4)
@@ -164,3 +167,20 @@ def build_shrunk(model_type):
         raise ValueError(f"{model_type} has {size / 1e6:.1f} million parameters.")
     torch.manual_seed(0)
     return model_class(config).eval()
+
+
+@torch.no_grad()
+def outputs_of(model, inputs, goes_on):
+    """Every tensor that a model returns, by its place, and the tokens it goes on with."""
+    for weight in (*model.parameters(), *model.buffers()):
+        weight.data = weight.data.clone()  # where tensors are made, not in a mapped file: some products depend on that
+    torch.manual_seed(0)
+    found = {}
+    for name, value in model.eval()(**inputs).items():
+        for place, part in enumerate(value if isinstance(value, tuple) else (value,)):
+            if isinstance(part, torch.Tensor):
+                found[f"{name}.{place}"] = part.clone().contiguous()
+    if goes_on:
+        started = {name: value for name, value in inputs.items() if not name.startswith("decoder")}
+        found["generated"] = model.generate(**started, max_new_tokens=3, do_sample=False)
+    return found

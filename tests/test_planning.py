@@ -150,6 +150,13 @@ def test_a_budget_out_of_reach_says_what_is_reachable_and_that_works(medium, kin
     assert 1 in ranks(small).values()
 
 
+def test_a_budget_out_of_reach_names_what_it_cannot_reach(medium):
+    with pytest.raises(InputError, match=r"It cannot reach bert\.embeddings\.word_embeddings \(\d+%\)"):
+        svd(medium, keep_params=0.01, exclude_modules=["word_embeddings"])
+    with pytest.raises(InputError, match=r"smallest model with these targets is [\d.]+\. Raise"):
+        svd(medium, keep_targets=1e-4)
+
+
 def test_a_budget_of_everything_leaves_everything_dense(medium):
     small = svd(medium, keep_params=1.0)
 

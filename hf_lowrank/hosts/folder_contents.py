@@ -19,10 +19,10 @@ _OTHER_WEIGHTS = ("*.bin", "*.pt", "*.pth", "*.h5", "*.msgpack", "*.ot", "*.ckpt
 VOCABULARY_FILES = (
     "vocab.txt", "vocab.json", "merges.txt", "spiece.model", "tokenizer.model", "sentencepiece.bpe.model",
 )  # fmt: skip
-_TOKENIZER_FILES = ("tokenizer_config.json", "tokenizer.json", *VOCABULARY_FILES)
+TOKENIZER_FILES = ("tokenizer_config.json", "tokenizer.json", *VOCABULARY_FILES)
 # What tokenizers, processors and sentence-transformers keep beside weights, and what the law of a model is.
 SIDE_FILES = (
-    *_TOKENIZER_FILES, "*vocab*.json", "*vocab*.txt", "special_tokens_map.json", "added_tokens.json", "*.model",
+    *TOKENIZER_FILES, "*vocab*.json", "*vocab*.txt", "special_tokens_map.json", "added_tokens.json", "*.model",
     "*.spm", "bpe.codes", "dict.txt", "entity_vocab.json", "tokenization_*.py", "chat_template.*",
     "additional_chat_templates/*.jinja", "*processor_config.json", "modules.json", "*sentence*config.json",
     "config_sentence_transformers.json", "LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*",
@@ -125,7 +125,7 @@ def links_out(folder: Path) -> list[str]:
 
 def tokenizer_files(folder: Path) -> list[Path]:
     """The files of a model folder that a tokenizer is loaded from."""
-    return [folder / name for name in _TOKENIZER_FILES if (folder / name).is_file()]
+    return [folder / name for name in TOKENIZER_FILES if (folder / name).is_file()]
 
 
 def all_files(folder: Path) -> Iterator[tuple[str, Path]]:

@@ -22,6 +22,7 @@ from transformers import (
 
 from hf_lowrank.errors import InputError, one_line
 from hf_lowrank.hosts.config_file import read_config
+from hf_lowrank.hosts.folder_contents import TOKENIZER_FILES
 from hf_lowrank.remote_code.lowrank_model import LowRankMixin
 
 # Where wrappers keep the model they run: DataParallel and its kin, torch.compile.
@@ -229,13 +230,15 @@ def load_tokenizer(source: str) -> Any:
 
     Raises:
         OSError: If there is none, or it is damaged. Where there is none, transformers makes up one that knows special
-            tokens alone, to which every text is unknown.
+            tokens alone or little more, to which every text is unknown.
     """
     try:
         found = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+        is_empty = not set(found.get_vocab()) - set(found.all_special_tokens)
     except Exception as error:  # the parsers of all kinds raise anything
         raise OSError(f"the tokenizer of {source} cannot be loaded: {one_line(error)}") from error
-    if not set(found.get_vocab()) - set(found.all_special_tokens):
+    files = {*found.vocab_files_names.values(), *TOKENIZER_FILES} if found.vocab_files_names else set()
+    if is_empty or (files and Path(source).is_dir() and not any((Path(source) / name).is_file() for name in files)):
         raise OSError("it holds no tokenizer.")
     return found
 

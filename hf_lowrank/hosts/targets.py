@@ -60,9 +60,11 @@ def find_matrices(model: PreTrainedModel) -> list[DenseMatrix]:
         if is_in_block(name) and computes_as_linear(module):
             found.append(DenseMatrix(name, prefix + name, "block", module, dense_shape(module)))
     if not found:
+        others = {type(m).__name__ for m in base.modules() if any(p.dim() > 1 for p in m.parameters(recurse=False))}
         raise InputError(
-            f"{type(model).__name__} has no blocks of nn.Linear or Conv1D layers to compress. Supported is every "
-            "transformers model that has: BERT, GPT-2, RoBERTa, DistilBERT, Llama and their like."
+            f"{type(model).__name__} has no blocks of nn.Linear or Conv1D layers to compress, only "
+            f"{', '.join(sorted(others)) or 'vectors'}. Supported is every transformers model that has: BERT, GPT-2, "
+            "RoBERTa, DistilBERT, Llama and their like."
         )
     embedding, head = token_table(model), model.get_output_embeddings()
     name = module_name(base, embedding)

@@ -14,6 +14,7 @@ from hf_lowrank.remote_code.lowrank_dense import dense_kind
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 _NOT_A_TARGET = "not among the targets"
+_FEW, _WORTH_NAMING = 3, 0.05
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,15 @@ def find_untouched(
             shape = shapes.get(key, tuple(parameter.shape))
             found.append(Untouched(name, shape, reasons.get(key) or _kind(module, parameter)))
     return found
+
+
+def largest_others(model: PreTrainedModel, matrices: Sequence[DenseMatrix]) -> list[str]:
+    """The largest parameters besides those of the matrices, with their share of all; small ones are not worth it."""
+    whole = sum(parameter.numel() for parameter in model.parameters())
+    reached = {id(member.module.weight) for one in matrices for member in one.members}
+    sizes = {name.removesuffix(".weight"): p.numel() for name, p in model.named_parameters() if id(p) not in reached}
+    largest = sorted(sizes, key=lambda name: -sizes[name])[:_FEW]
+    return [f"{name} ({sizes[name] / whole:.0%})" for name in largest if sizes[name] >= _WORTH_NAMING * whole]
 
 
 def _parameters(base: nn.Module) -> Iterator[tuple[str, nn.Module, nn.Parameter]]:

@@ -66,7 +66,8 @@ class TensorMethod(ABC):
         per_weight = whole / sum(matrix.num_weights for matrix in matrices)
         found = self.specs_within(problem, (available - entries) / per_weight) if available > entries else None
         if found is None:
-            raise InputError(out_of_reach(problem.budget, account, entries + per_weight * self.least(problem)))
+            least = entries + per_weight * self.least(problem)
+            raise InputError(out_of_reach(problem.budget, account, least, problem.model, problem.matrices))
         return _planned(found, matrices)
 
 

@@ -51,8 +51,11 @@ class LowRankMixin:
     """Mixed in before a host model class; see `modeling_lowrank`."""
 
     def __init__(self: Any, config: LowRankConfigMixin, *args: Any, **kwargs: Any) -> None:
+        own = vars(self)
+        own["config_class"] = stock_class(type(self)).config_class  # some hosts ask whether `config` is one of those
         with as_stock(config):
             super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]  # the host's
+        del own["config_class"]
         install_plan_(self, config.plan)
         set_materialize_(self, config.materialize)
         if (guard := _guard_name(config.plan)) is not None:
@@ -89,7 +92,11 @@ class LowRankMixin:
                 structure.reset_parameters(std)
             for module in structure.modules():
                 module._is_hf_initialized = True
+        # Of code not its own the host skips modules that have no parameters, and some fill their children's buffers.
+        own = vars(self)
+        own["is_remote_code"] = own["is_custom_code"] = lambda: False
         super().initialize_weights()
+        del own["is_remote_code"], own["is_custom_code"]
 
     def save_pretrained(self: Any, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
         """Save a folder that loads anywhere with `trust_remote_code=True`: weights, plan and the code they need.

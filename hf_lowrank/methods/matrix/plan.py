@@ -74,7 +74,7 @@ def _ranks_for_budget(
     curves = curves_of(matrices)
     least = sum(float(curve.costs.min()) for curve in curves)
     if available < least:
-        raise InputError(out_of_reach(problem.budget, account, spent + least))
+        raise InputError(out_of_reach(problem.budget, account, spent + least, problem.model, problem.matrices))
     if allocation.errors == "none":
         return _chosen_ranks(curves, allocation.choose(curves, available))
     units = _joint_or_separate(matrices, available, curves_of, source)
