@@ -21,7 +21,7 @@ from hf_lowrank.remote_code.lowrank_plan import PlanError
 from hf_lowrank.sharing.verification import verify
 
 DONE = "done"
-_BATCHES = 3
+_BATCHES = 2
 
 # Ways to compress: options, and whether inputs are given to calibrate by.
 WAYS = {"svd": ({"method": "svd"}, False), "synthetic": ({}, False), "inputs": ({}, True)}
@@ -123,12 +123,12 @@ def shares(report, dense):
     return replaced / whole, 1 - said / whole
 
 
-def try_architecture(model_type, root, ways=tuple(WAYS), proves=True):
+def try_architecture(model_type, root, ways=tuple(WAYS), is_thorough=True):
     """Go the path in a folder, up to what another process has to do; see `reloaded_`.
 
     Args:
-        ways: Those of `WAYS` to compress by; generation, decompression and recovery follow the first.
-        proves: Whether the folder of the first is verified and what would be pushed is told.
+        ways: Those of `WAYS` to compress by; generation and decompression follow the first.
+        is_thorough: Whether that is also recovered and verified, and what would be pushed is told.
     """
     outcome = Outcome(model_type, head_of(model_type))
     dense = outcome.tries("build", lambda: _built(model_type, root / "dense"))
@@ -139,9 +139,11 @@ def try_architecture(model_type, root, ways=tuple(WAYS), proves=True):
         if inputs or way != "inputs":
             small = _compressed(outcome, root, way, dense, inputs)
             if way == ways[0] and small is not None:
-                _go_on(outcome, small, root, inputs)
-                if proves:
-                    _prove(outcome, root / way / "model")
+                stock = outcome.tries("decompress", partial(decompress, small))
+                if stock is not None:
+                    outcome.tries("load decompressed", partial(_check_stock, stock, root / "stock"))
+                if is_thorough:
+                    _prove(outcome, root, way, inputs)
     return outcome
 
 
@@ -173,27 +175,22 @@ def _compressed(outcome, root, way, dense, inputs):
     return small
 
 
-def _go_on(outcome, small, root, inputs):
-    stock = outcome.tries("decompress", lambda: decompress(small))
-    if stock is not None:
-        outcome.tries("load decompressed", partial(_check_stock, stock, root / "stock"))
-    if inputs:
-        rows = [{name: value[0] for name, value in batch.items()} for batch in batches_like(inputs)]
-        saved = root / next(iter(WAYS)) / "model"
-        outcome.tries("recover", lambda: recover(saved, teacher=root / "dense", dataset=rows, epochs=1))
-
-
 def _check_stock(stock, folder):
     stock.save_pretrained(folder)
     loaded = load_dense(folder).state_dict()
     assert all(torch.equal(value, loaded[name]) for name, value in stock.state_dict().items())
 
 
-def _prove(outcome, folder):
+def _prove(outcome, root, way, inputs):
+    folder = root / way / "model"
+
     def verified():
         found = verify(folder)
         assert found.ok, found.message
 
+    if inputs:
+        rows = [{name: value[0] for name, value in batch.items()} for batch in batches_like(inputs)]
+        outcome.tries("recover", lambda: recover(folder, teacher=root / "dense", dataset=rows, epochs=1))
     outcome.tries("verify", verified)
     outcome.tries("push", lambda: push_to_hub(folder, "me/model", dry_run=True))
 

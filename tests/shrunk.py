@@ -13,7 +13,8 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 # The head of an architecture is the first of these that it has.
 _HEADS = (
     "MASKED_LM", "SEQ_TO_SEQ_CAUSAL_LM", "SPEECH_SEQ_2_SEQ", "IMAGE_TEXT_TO_TEXT", "MULTIMODAL_LM", "CAUSAL_LM", "CTC",
-    "ZERO_SHOT_IMAGE_CLASSIFICATION", "IMAGE_CLASSIFICATION", "AUDIO_CLASSIFICATION", "PRETRAINING",
+    "ZERO_SHOT_IMAGE_CLASSIFICATION", "IMAGE_CLASSIFICATION", "AUDIO_CLASSIFICATION", "VIDEO_CLASSIFICATION",
+    "PRETRAINING",
     "SEQUENCE_CLASSIFICATION",
 )  # fmt: skip
 _LARGEST = 3_000_000  # parameters of what is called tiny
@@ -48,6 +49,10 @@ _FIRST_TOKEN = 3  # of those that mean something, where the given one is beyond 
 
 # Model type -> fields that go before what the rules say; None leaves the default.
 _NO_DEFAULTS = {"hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
+_WINDOWS = {"depths": [1, 1], "num_heads": [2, 4], "window_size": 2, "patch_size": 4}
+_ROUTED = {"num_experts_per_tok": 2, "n_routed_experts": 4, "n_shared_experts": 1, "first_k_dense_replace": 1}
+_ROTARY = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]}
+_SECTIONS = {"text_config": {"rope_parameters": _ROTARY}}
 RECIPES = {
     "encoder-decoder": {"pad_token_id": 0},
     "esm": {"vocab_size": 33, "mask_token_id": 4, "pad_token_id": 1, "position_embedding_type": "rotary"},
@@ -57,28 +62,39 @@ RECIPES = {
     "hunyuan_v1_dense": _NO_DEFAULTS,
     "hunyuan_v1_moe": _NO_DEFAULTS,
     "nemotron": {"num_key_value_heads": 2, "head_dim": 8},
-    "swin": {"num_heads": [2, 2, 4, 4]},
+    "swin": _WINDOWS,
+    "donut-swin": _WINDOWS,
+    "swinv2": _WINDOWS,
+    "maskformer-swin": _WINDOWS,
+    "deepseek_v2": _ROUTED,
+    "dots1": {**_ROUTED, "moe_intermediate_size": 16},
+    "ernie4_5_moe": {"moe_k": 2},
+    "zamba2": {"layers_block_type": ["mamba", "hybrid"], "attention_head_dim": 16},
+    "moonshine": {"encoder_num_key_value_heads": 4, "decoder_num_key_value_heads": 4},
+    "layoutlmv3": {"coordinate_size": 6, "shape_size": 4},
+    "lilt": {"hidden_size": 48},
+    "qwen2_vl": _SECTIONS,
+    "qwen2_5_vl": _SECTIONS,
+    "glm4v": _SECTIONS,
+    "glm46v": _SECTIONS,
+    "glm_ocr": _SECTIONS,
+    "paddleocr_vl": _SECTIONS,
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 2, "expert_layer_offset": 1,
               "use_mamba_kernels": False},
     "recurrent_gemma": {"block_types": ["recurrent", "attention"]},
-    "mpnet": {"pad_token_id": 1, "vocab_size": 99},
+    "mpnet": {"relative_attention_num_buckets": 32},
+    "udop": {"relative_attention_num_buckets": 32},
     "bamba": {"attn_layer_indices": [1], "mamba_n_heads": 8, "mamba_d_head": 8},
     "granitemoehybrid": {"layer_types": ["mamba", "attention"], "mamba_n_heads": 8, "mamba_d_head": 8},
     "xmod": {"default_language": "en_XX"},
-    "swinv2": {"num_heads": [2, 2, 4, 4]},
-    "donut-swin": {"num_heads": [2, 2, 4, 4]},
-    "maskformer-swin": {"num_heads": [2, 2, 4, 4]},
     "mamba2": {"num_heads": 8, "head_dim": 8, "n_groups": 1},
     "reformer": {
         "axial_pos_embds_dim": [8, 24], "axial_pos_shape": [8, 8], "attn_layers": ["local", "lsh"],
         "attention_head_size": 8, "is_decoder": False, "lsh_attn_chunk_length": 4, "local_attn_chunk_length": 4,
     },
     "gemma3n_text": {"intermediate_size": 48, "num_kv_shared_layers": 0},
-    "dbrx": {},
-    "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "moe_intermediate_size": 16, "first_k_dense_replace": 1},
     "lfm2_moe": {"layer_types": ["full_attention", "conv"], "num_dense_layers": 1},
     "zamba": {"layers_block_type": ["mamba", "hybrid"]},
-    "zamba2": {"layers_block_type": ["mamba", "hybrid"]},
     "wav2vec2-bert": {"vocab_size": 32},
     "wav2vec2-conformer": {"vocab_size": 32},
     "autoformer": {"prediction_length": 4},

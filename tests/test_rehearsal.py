@@ -19,7 +19,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:Initializing zero-element tensor
 READERS = {
     "mamba": ({"dt_proj"}, {"rank": 2}),
     "jamba": ({"dt_proj"}, {"rank": 2}),
-    "mobilebert": ({"word_embeddings"}, {"rank": 2, "embeddings": "low_rank"}),
+    "mobilebert": ({"word_embeddings"}, {"keep_params": 0.6}),
 }
 # What the blocks are made of besides linear layers, by a few of each kind.
 ODD = ["mamba", "convnext", "mixtral", "xlnet", "t5", "falcon"]

@@ -2,27 +2,32 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import takewhile
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
-from hf_lowrank.hosts.matrices import DenseMatrix, turned
+from hf_lowrank.hosts.matrices import DenseMatrix
 from hf_lowrank.hosts.outputs import Batch, run
-from hf_lowrank.hosts.targets import BLOCK_ROLES
 
 
 def block_name(path: str) -> str:
-    """The block a module is in: its path up to and including the first number (`bert.encoder.layer.3`), or empty."""
+    """The block a module is in, or empty: its path up to the end of the first number (`bert.encoder.layer.3`).
+
+    A number right after it belongs to it: a list of lists, as Funnel's `encoder.blocks.0.1`, is no block.
+    """
     parts = path.split(".")
-    numbers = [index for index, part in enumerate(parts) if part.isdigit()]
-    return ".".join(parts[: numbers[0] + 1]) if numbers else ""
+    before = list(takewhile(lambda part: not part.isdigit(), parts))
+    numbers = list(takewhile(str.isdigit, parts[len(before) :]))
+    return ".".join([*before, *numbers]) if numbers else ""
 
 
 def find_blocks(model: PreTrainedModel, matrices: Sequence[DenseMatrix]) -> list[str]:
     """Names of the blocks that hold matrices, in the order of the model."""
-    names = {block_name(matrix.path) for matrix in matrices if matrix.role in BLOCK_ROLES}
+    names = {block_name(matrix.path) for matrix in matrices if matrix.role == "block"}
     return [name for name, _ in model.named_modules() if name in names]
 
 
@@ -173,14 +178,15 @@ def frozen(model: PreTrainedModel) -> Iterator[None]:
 def weight_replaced(matrix: DenseMatrix, make_weight: Callable[[], torch.Tensor]) -> Iterator[None]:
     """Within, the matrix holds what `make_weight` gives, (O, I), instead of its own, in the host's own layout.
 
-    A linear layer, or a mixture's experts, hold it while called, so that of many that are replaced at once one is in
-    memory; a table holds it all the time, because a tied head reads it too.
+    A linear layer holds it while it is called, so that of many that are replaced at once one is in memory; a table
+    holds it all the time, because a tied head reads it too.
     """
     parameter: Any = matrix.module.weight
     own = parameter.data
 
     def replace(*_: Any) -> None:
-        parameter.data = turned(matrix.module, make_weight()).to(own).contiguous()
+        weight = make_weight()
+        parameter.data = (weight.T if isinstance(matrix.module, Conv1D) else weight).to(own).contiguous()
 
     def restore(*_: Any) -> None:
         parameter.data = own
@@ -189,7 +195,7 @@ def weight_replaced(matrix: DenseMatrix, make_weight: Callable[[], torch.Tensor]
     if matrix.role == "embedding":
         replace()
     else:
-        hooks += [matrix.caller.register_forward_pre_hook(replace), matrix.caller.register_forward_hook(restore)]
+        hooks += [matrix.module.register_forward_pre_hook(replace), matrix.module.register_forward_hook(restore)]
     try:
         yield
     finally:

@@ -48,10 +48,11 @@ def run_quietly(model: PreTrainedModel, inputs: Inputs) -> Any:
 
 
 def _proposals(model: Any) -> Iterator[Inputs]:
-    """Inputs to try: of what the model reads first, of what it must be given, of tokens with images, of everything."""
+    """Inputs to try: of what it reads first, of what it must have, of one kind, of tokens and one, of everything."""
     taken = inspect.signature(model.forward).parameters
     required = [name for name, one in taken.items() if one.default is inspect.Parameter.empty]
-    sets = [[model.main_input_name], required, ["input_ids"], ["input_ids", "pixel_values"], list(_SHAPES)]
+    pairs = [["input_ids", name] for name in _MEDIA]
+    sets = [[model.main_input_name], required, *([name] for name in ("input_ids", *_MEDIA)), *pairs, list(_SHAPES)]
     tried: list[list[str]] = []
     for wanted in sets:
         extras = ["attention_mask"] if "input_ids" in wanted else []
@@ -95,6 +96,10 @@ def _mask(model: Any, shape: tuple[int, ...], generator: torch.Generator) -> tor
     return mask
 
 
+def _nowhere(model: Any, shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
+    return torch.zeros(shape)
+
+
 def _text(model: Any) -> list[tuple[int, ...]]:
     return [(min(_TOKENS, longest_input(model)),)]
 
@@ -122,6 +127,7 @@ def _side(config: Any) -> tuple[int, int]:
     return (size, size) if isinstance(size, int) else (size[0], size[-1])
 
 
+_MEDIA = ("pixel_values", "input_values", "input_features", "bbox")
 # Argument of a model's forward -> shapes after the rows that it may want.
 _SHAPES: dict[str, Callable[[Any], list[tuple[int, ...]]]] = {
     "input_ids": _text,
@@ -130,8 +136,9 @@ _SHAPES: dict[str, Callable[[Any], list[tuple[int, ...]]]] = {
     "input_values": _waves,
     "input_features": _features,
     "decoder_input_ids": _text,
+    "bbox": lambda model: [(*_text(model)[0], 4)],
 }
-_DRAWN = {"input_ids": _tokens, "decoder_input_ids": _tokens, "attention_mask": _mask}
+_DRAWN = {"input_ids": _tokens, "decoder_input_ids": _tokens, "attention_mask": _mask, "bbox": _nowhere}
 
 
 def _said(config: Any, *names: str) -> int | None:

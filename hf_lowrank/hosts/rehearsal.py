@@ -1,9 +1,9 @@
 """One small run of a dense model before any work: which of its matrices cannot be replaced, and what it is run on."""
 
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 from torch import nn
@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel
 
-from hf_lowrank.errors import InputError, one_line
+from hf_lowrank.errors import InputError, Note, one_line
 from hf_lowrank.hosts.blocks import frozen
 from hf_lowrank.hosts.dummy_inputs import Inputs, dummy_inputs, run_quietly
 from hf_lowrank.hosts.matrices import DenseMatrix
@@ -52,19 +52,20 @@ def rehearse(model: PreTrainedModel, matrices: Sequence[DenseMatrix]) -> Rehears
 
 
 def require_same_inputs(model: PreTrainedModel, inputs: Inputs | None) -> None:
-    """Check that a compressed model runs on what the dense one ran on.
+    """Check that a compressed model runs on what the dense one ran on; where that was nothing, it is said.
 
     Raises:
         InputError: If it does not.
     """
+    name = type(model).__name__
     if inputs is None:
+        warnings.warn(Note(f"No input for {name} could be made, so it was not run. Try it on yours."), stacklevel=3)
         return
     try:
         run_quietly(model, inputs)
     except Exception as error:  # hosts of all families, each with errors of its own
         raise InputError(
-            f"{type(model).__name__} was made and cannot run: {one_line(error)} Compress fewer of its layers: "
-            "exclude_modules."
+            f"{name} was made and cannot run: {one_line(error)} Compress fewer of its layers: exclude_modules."
         ) from error
 
 
@@ -82,7 +83,6 @@ class _Watch(TorchDispatchMode):
         super().__init__()  # type: ignore[no-untyped-call]  # torch's
         self.read: set[str] = set()
         self.written: set[str] = set()
-        self._matrices = matrices
         self._paths: dict[int, str] = {id(matrix.module.weight): matrix.path for matrix in matrices}
         self._called: list[int] = []  # ids of the weights of the layers that are being called
         self._reached: set[str] = set()
@@ -94,22 +94,20 @@ class _Watch(TorchDispatchMode):
     @contextmanager
     def hooked(self, model: nn.Module) -> Iterator[None]:
         """Within, calls of the layers that have the weights are seen; a tied head is one."""
-        layers: list[Any] = [(module, module) for module in model.modules() if dense_kind(module) is not None]
-        layers += [(matrix.caller, matrix.module) for matrix in self._matrices if matrix.kind == "experts"]
         hooks: list[Any] = []
-        for called, layer in layers:
-            if id(layer.weight) in self._paths:
-                hooks.append(called.register_forward_pre_hook(partial(self._enter, id(layer.weight))))
-                hooks.append(called.register_forward_hook(self._leave, always_call=True))
+        for module in model.modules():
+            if dense_kind(module) is not None and id(module.weight) in self._paths:
+                hooks.append(module.register_forward_pre_hook(self._enter))
+                hooks.append(module.register_forward_hook(self._leave, always_call=True))
         try:
             yield
         finally:
             for hook in hooks:
                 hook.remove()
 
-    def _enter(self, weight: int, module: Any, inputs: Any) -> None:
-        self._reached.add(self._paths[weight])
-        self._called.append(weight)
+    def _enter(self, module: Any, inputs: Any) -> None:
+        self._reached.add(self._paths[id(module.weight)])
+        self._called.append(id(module.weight))
 
     def _leave(self, module: Any, inputs: Any, output: Any) -> None:
         self._called.pop()

@@ -167,6 +167,8 @@ class _Text:
         ]
         if (text := report.provenance.get("text")) and text.get("source") == "synthetic":
             lines.append("It was calibrated on synthetic tokens; text like yours would have been better.")
+        if report.warning:
+            lines.append(f"{report.warning.removeprefix('warning: ').capitalize()}.")
         if report.latency is not None and report.latency.compressed.speed_up <= 1:
             lines.append("It is smaller, not faster, on the machine above.")
         lines.append(
