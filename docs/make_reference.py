@@ -98,6 +98,7 @@ CONTENTS = {
         "remote_code.lowrank_tensor_train.TensorTrainLinear",
         "remote_code.lowrank_tensor_train.SharedTensorTrainLinear",
         "remote_code.lowrank_kronecker.KroneckerLinear",
+        "remote_code.lowrank_experts.LowRankExperts",
     ],
     "Errors": ["InputError", "PlanError"],
 }

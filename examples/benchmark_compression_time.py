@@ -100,8 +100,7 @@ def main() -> None:
     if arguments.inside:
         print(json.dumps(measure(arguments.inside, arguments.smoke)))
         return
-    measured = measure if arguments.smoke else measure_apart  # of a tiny model memory says nothing
-    batch = measured(ONE_BATCH, arguments.smoke)
+    batch = measure_apart(ONE_BATCH, arguments.smoke)
     bound = 3 * batch["largest_moment"] + batch["extra"]
     print(
         f"{torch.get_num_threads()} threads; weights {batch['weights']:.0f} MiB; bound on memory: 3 x "
@@ -109,7 +108,7 @@ def main() -> None:
         flush=True,
     )
     for name in arguments.tiers:
-        found = measured(name, arguments.smoke)
+        found = measure_apart(name, arguments.smoke)
         print(
             f"{name}: {found['seconds']:.0f} s ({found['cpu_seconds']:.0f} s of processor time), "
             f"{found['extra']:.0f} MiB, {found['extra'] / bound:.2f} of the bound",

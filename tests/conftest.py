@@ -1,12 +1,15 @@
 """What every test gets: no network, one thread, a fixed seed, and a cache of its own."""
 
 import atexit
+import gc
 import os
 import random
 import shutil
+import subprocess
 import tempfile
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 # Read by the libraries when they are imported; subprocesses of the tests inherit it.
 os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="hf_lowrank-tests-")
@@ -28,18 +31,24 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from forks import run_in_fork
 from fuzzing import SEED
 from hub_server import HubServer
 from laws import FOLDERS, folder_of
 
 from hf_lowrank.methods.rows import nonlinear_method
 from hf_lowrank.methods.rows.nonlinear_autoencoder import RowTraining
+from hf_lowrank.sharing import verification
 
 atexit.register(shutil.rmtree, os.environ["HF_HOME"], ignore_errors=True)
 torch.set_num_threads(1)
 transformers.utils.logging.disable_progress_bar()
 hypothesis.settings.register_profile("fixed", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("fixed")
+
+os.fsync = lambda descriptor: None  # no test takes the power away, and disks are slow
+# The proof's own process is a fork, but where a test says that it is to be none.
+verification.subprocess = SimpleNamespace(run=run_in_fork, DEVNULL=subprocess.DEVNULL)
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
@@ -59,6 +68,17 @@ def pytest_collection_modifyitems(items):
             item.add_marker("laws")
         if folders[item.path]:
             item.add_marker(folders[item.path])
+
+
+def pytest_collection_finish():
+    gc.collect()
+    gc.freeze()  # what was imported stays: it need not be looked through again and again
+
+
+@pytest.fixture
+def process_of_its_own(monkeypatch):
+    """A folder is verified as users have it: in a process that starts from nothing."""
+    monkeypatch.setattr(verification, "subprocess", subprocess)
 
 
 @pytest.fixture(autouse=True)

@@ -3,6 +3,7 @@
 from itertools import cycle
 
 import torch
+from tiny_architectures import ARCHITECTURES, build_architecture
 from tiny_models import build
 from torch import nn
 
@@ -12,6 +13,9 @@ from hf_lowrank.remote_code.lowrank_table import SHARED_PARTS, STRUCTURES
 from hf_lowrank.remote_code.modeling_lowrank import compressed_model_class
 
 _SIZE = 3
+MIXTURE = "MixtralForCausalLM"
+# Those that a model without experts can hold.
+OF_ANY_MODEL = tuple(name for name, structure in STRUCTURES.items() if structure.HOSTS != "experts")
 
 
 def _spec(structure):
@@ -24,7 +28,7 @@ def _plan(dense, names):
     matrices = find_matrices(dense)
     structures = [STRUCTURES[name] for name in names]
     linear = cycle([structure for structure in structures if structure.HOSTS == "linear"])
-    embedding = next((structure for structure in structures if structure.HOSTS == "embedding"), None)
+    others = {structure.HOSTS: _spec(structure) for structure in structures if structure.HOSTS != "linear"}
     blocks = [matrix for matrix in matrices if matrix.role == "block"]
     plan = {"format_version": 1, "modules": {}, "shared": {}, "provenance": {}}
     while blocks:
@@ -40,22 +44,26 @@ def _plan(dense, names):
                 blocks.remove(twin)
                 plan["modules"][twin.name] = spec
         plan["modules"][matrix.name] = spec
-    if embedding is not None:
-        plan["modules"] |= {matrix.name: _spec(embedding) for matrix in matrices if matrix.role == "embedding"}
+    plan["modules"] |= {matrix.name: others[matrix.role] for matrix in matrices if matrix.role in others}
     return plan
 
 
 def structures_with(name):
-    """The structure, and one for the blocks where it stands at the embedding."""
+    """The structure, and one for the linear layers of the blocks where it stands elsewhere."""
     return (name,) if STRUCTURES[name].HOSTS == "linear" else ("low_rank", name)
 
 
-def build_every_structure(head, names=tuple(STRUCTURES), adjust_=lambda plan: None, **options):
+def host_of(name, head):
+    """The model to see a structure in: `head`, or one of experts where it needs them."""
+    return head if name in OF_ANY_MODEL else MIXTURE
+
+
+def build_every_structure(head, names=OF_ANY_MODEL, adjust_=lambda plan: None, **options):
     """A compressed model of every structure, or of those named, with random numbers, in evaluation mode.
 
     `adjust_` may change the plan; `options` are the configuration's.
     """
-    dense = build(head, **options)
+    dense = build_architecture(head) if head in ARCHITECTURES else build(head, **options)
     config = dense.config
     config.__class__ = compressed_config_class(type(config))
     config.compression = _plan(dense, names)

@@ -22,6 +22,7 @@ HEADS = {  # encoder, `Conv1D`, an untied head
     "GPT2LMHeadModel": "AutoModelForCausalLM",
     "LlamaForCausalLM": "AutoModelForCausalLM",
 }
+AUTO_CLASSES = {**HEADS, "MixtralForCausalLM": "AutoModelForCausalLM"}
 ARCHIVES = sorted(ROOT.glob("*/*-*.zip"))
 # On another processor sums are added up in another order.
 TOLERANCE = 1e-5
@@ -44,7 +45,7 @@ def load_golden(archive, scratch):
     """The class, the loading report and the largest error of a golden folder's model, loaded by its auto class."""
     folder = scratch / archive.parent.name / archive.stem
     inputs, expected = unpack(archive, folder)
-    auto = getattr(transformers, HEADS[archive.stem.partition("-")[2]])
+    auto = getattr(transformers, AUTO_CLASSES[archive.stem.partition("-")[2]])
     model, info = auto.from_pretrained(folder, trust_remote_code=True, output_loading_info=True)
     with torch.no_grad():
         found = model.eval()(**inputs)

@@ -1,6 +1,6 @@
 """Writes golden folders, one a structure and kind of model, of what this library saves now; see `golden_folders.py`.
 
-PYTHONPATH=tests:. python tests/make_golden_folders.py NAME    # tests/golden/NAME, which must be new
+PYTHONPATH=tests:. python tests/make_golden_folders.py NAME [STRUCTURE ...]    # tests/golden/NAME, which must be new
 """
 
 import hashlib
@@ -10,7 +10,7 @@ import zipfile
 from pathlib import Path
 
 import torch
-from every_structure import build_every_structure, structures_with
+from every_structure import OF_ANY_MODEL, build_every_structure, host_of, structures_with
 from golden_folders import HEADS, ROOT
 from safetensors.torch import save
 from tiny_models import outputs
@@ -59,12 +59,12 @@ def _pack(folder, expected, archive):
     _write(archive, {**members, "expected.safetensors": save(expected), "code.txt": code.encode()})
 
 
-def main(target):
+def main(target, names):
     """Save one folder for each head and structure; a head's structure is in the folder of the table it is tied to."""
     inputs = {"input_ids": torch.randint(3, VOCABULARY, (2, 7), generator=torch.Generator().manual_seed(1))}
-    for head in HEADS:
-        for name in (name for name in STRUCTURES if not name.endswith("_head")):
-            model = build_every_structure(head, structures_with(name), adjust_=_say_all_, **_TINY[head])
+    for name in (name for name in names if not name.endswith("_head")):
+        for head in HEADS if name in OF_ANY_MODEL else [host_of(name, None)]:
+            model = build_every_structure(head, structures_with(name), adjust_=_say_all_, **_TINY.get(head, {}))
             expected = {key: value.contiguous() for key, value in outputs(model, inputs).items()}
             with tempfile.TemporaryDirectory() as folder:
                 model.save_pretrained(folder)
@@ -74,4 +74,4 @@ def main(target):
 if __name__ == "__main__":
     if (ROOT / sys.argv[1]).exists():
         sys.exit(f"{ROOT / sys.argv[1]} exists: golden folders are never written again.")
-    main(ROOT / sys.argv[1])
+    main(ROOT / sys.argv[1], sys.argv[2:] or list(STRUCTURES))

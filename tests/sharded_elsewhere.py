@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from every_structure import build_every_structure, structures_with
+from every_structure import OF_ANY_MODEL, build_every_structure, structures_with
 from tiny_training import rows
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -20,14 +20,13 @@ from torch.distributed.tensor import DTensor
 from trainings_elsewhere import small_model, sparse_model
 
 from hf_lowrank import MixedRank
-from hf_lowrank.remote_code.lowrank_table import STRUCTURES
 from hf_lowrank.training.callbacks.schedules import Span
 from hf_lowrank.training.distillation import repeated_blocks
 from hf_lowrank.training.features import PaddingCollator
 from hf_lowrank.training.processes import end_as_first
 
 HEADS = ("BertForMaskedLM", "GPT2LMHeadModel")
-CASES = {f"{head} {name}": (head, name) for head, name in product(HEADS, STRUCTURES)}
+CASES = {f"{head} {name}": (head, name) for head, name in product(HEADS, OF_ANY_MODEL)}
 MIXED = "mixed ranks"
 STEPS = 3
 

@@ -6,21 +6,30 @@ import warnings
 from pathlib import Path
 
 import pytest
+from forks import run_in_fork
 from tiny_models import build
 
 from hf_lowrank import compress
 from hf_lowrank.sharing.saving import save_folder
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
-# More of what it starts a process each for would be more of the same.
-OPTIONS = {"benchmark_compression_time.py": ["--tiers", "fast"]}
+# Other rows would be more of the same: one of each way through the program.
+OPTIONS = {
+    "benchmark_compression_time.py": ["--tiers", "fast"],
+    "benchmark_quality.py": ["--methods", "plain SVD, uniform", "synthetic text", "default"],
+    "benchmark_modules.py": [
+        "--studies", "causal", "--methods", "row-normalised SVD, separate", "Tucker, heads together",
+        "two-sided SVD, separate", "offline autoencoder, together",
+    ],
+}  # fmt: skip
 SMOKE = sorted(path for path in EXAMPLES.glob("*.py") if "--smoke" in path.read_text(encoding="utf-8"))
 
 
 @pytest.fixture
 def run(tmp_path, monkeypatch, capsys):
-    """Runs an example as a program of this process, for a start of torch costs more than most examples; says what
-    it printed."""
+    """Runs an example as a program of this process and those it starts as forks, for a start of torch costs more than
+    most examples; says what it printed."""
+    monkeypatch.setattr("subprocess.run", run_in_fork)
 
     def run(name, *options):
         monkeypatch.chdir(tmp_path)

@@ -223,7 +223,7 @@ def tokenizer_code_from_elsewhere(folder):
         (tokenizer_code_from_elsewhere, "someone/else--tokenization.T"),
     ],
 )
-def test_code_this_library_never_shipped_is_not_run(folder, monkeypatch, change, name):
+def test_code_this_library_never_shipped_is_not_run(folder, process_of_its_own, monkeypatch, change, name):
     change(folder)
     monkeypatch.setattr("subprocess.run", None)
 
@@ -267,7 +267,7 @@ open("FOUND", "w").write(repr(told()))
 """
 
 
-def test_code_that_is_verified_gets_no_token_and_no_network(folder, tmp_path, monkeypatch):
+def test_code_that_is_verified_gets_no_token_and_no_network(folder, process_of_its_own, tmp_path, monkeypatch):
     (tmp_path / "token").write_text("hf_storedstoredstored")
     secrets = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "MY_API_KEY", "AWS_SECRET_ACCESS_KEY", "OMP_TOKEN")
     for name in secrets:

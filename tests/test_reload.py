@@ -93,7 +93,7 @@ def elsewhere(folders):
     """What a process without this library saw, by folder and head."""
     cases = [(str(folders / saved), head, auto_name(head), (saved, head) in FIRST) for saved, head in CASES]
 
-    run_elsewhere(CHILD, folders, cases=cases, results=str(folders / "results.pt"))
+    run_elsewhere(CHILD, folders, run=subprocess.run, cases=cases, results=str(folders / "results.pt"))
 
     return torch.load(folders / "results.pt")
 

@@ -1,6 +1,7 @@
 """The contract of every structure: a new one is tested by its row in `STRUCTURES`."""
 
 import copy
+import math
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 from transformers.pytorch_utils import Conv1D
 
-from hf_lowrank.remote_code.lowrank_dense import dense_shape
+from hf_lowrank.remote_code.lowrank_dense import DenseExperts, dense_shape
 from hf_lowrank.remote_code.lowrank_plan import PlanError
 from hf_lowrank.remote_code.lowrank_structures import build_shared_part, build_structure, structure_name
 from hf_lowrank.remote_code.lowrank_table import SHARED_PARTS, STRUCTURES
@@ -39,6 +40,13 @@ def dense_embedding(padding_idx=None, **kind):
     return nn.Embedding(17, 11, padding_idx, **kind)
 
 
+def dense_experts(shape=(3, 9, 13), num_active=2, **kind):
+    return DenseExperts(nn.Parameter(torch.randn(shape, **kind)), False, num_active)
+
+
+HOSTS = {"linear": dense_linear, "embedding": dense_embedding, "experts": dense_experts}
+
+
 def sizes_of(structure, size=SIZE):
     return dict.fromkeys(structure.SIZES, size)
 
@@ -59,7 +67,7 @@ def whole(structure):
 
 
 def dense_for(name, **kind):
-    return dense_embedding(**kind) if STRUCTURES[name].HOSTS == "embedding" else dense_linear(**kind)
+    return HOSTS[STRUCTURES[name].HOSTS](**kind)
 
 
 def drawn(name, dense=None, **kind):
@@ -80,11 +88,21 @@ def bias_of(structure):
 def inputs_of(structure):
     if structure.HOSTS == "embedding":
         return torch.arange(structure.num_embeddings).reshape(1, -1)
-    return torch.randn(2, 3, structure.in_features, dtype=next(structure.parameters()).dtype)
+    tokens = structure.num_active if structure.HOSTS == "experts" else 2
+    return torch.randn(tokens, 3, structure.in_features, dtype=next(structure.parameters()).dtype)
+
+
+def call(structure, inputs):
+    """What a host gets of a structure; of experts, of each of the first ones for some tokens of its own."""
+    if structure.HOSTS != "experts":
+        return structure(inputs)
+    return torch.stack([F.linear(rows, structure[index]) for index, rows in enumerate(inputs)])
 
 
 def dense_forward(structure, inputs):
     weight = structure.to_dense()
+    if structure.HOSTS == "experts":
+        return inputs @ weight[: len(inputs)].mT
     if structure.HOSTS == "embedding":
         return F.embedding(inputs, weight)
     return F.linear(inputs, weight, bias_of(structure))
@@ -97,7 +115,7 @@ def test_forward_equals_the_dense_layer_of_its_weight(name, dtype):
     inputs = inputs_of(structure)
 
     with torch.no_grad():
-        found, expected = structure(inputs), dense_forward(structure, inputs)
+        found, expected = call(structure, inputs), dense_forward(structure, inputs)
 
     assert found.shape == expected.shape
     assert torch.allclose(
@@ -112,7 +130,7 @@ def test_shape_dtype_and_device_are_those_of_the_dense_module(name, dtype):
 
     structure = build(name, dense)
 
-    assert structure.to_dense().shape == dense_shape(dense)
+    assert structure.to_dense().shape[-2:] == dense_shape(dense)
     assert {p.dtype for p in whole(structure).parameters()} == {structure.to_dense().dtype} == {dtype}
     assert {p.device for p in whole(structure).parameters()} == {dense.weight.device}
 
@@ -125,21 +143,26 @@ def test_parameter_count_equals_the_formula(name):
     stored = sum(p.numel() for p in structure.parameters())
     bias = bias_of(structure).numel() if bias_of(structure) is not None else 0
 
-    assert stored - bias == STRUCTURES[name].num_weights(*shape, **sizes_of(structure))
+    count = math.prod(shape[:-2])
+    assert stored - bias == count * STRUCTURES[name].num_weights(*shape[-2:], **sizes_of(structure))
 
 
 @each_structure
 def test_multiply_adds_are_those_of_its_matrix_products(name):
     structure = drawn(name)
-    is_linear = structure.HOSTS == "linear"
-    tokens = inputs_of(structure).flatten(0, -2)[:1].expand(8 * 128, -1) if is_linear else torch.tensor([1])
+    inputs, num_tokens = torch.tensor([1]), 1
+    if structure.HOSTS != "embedding":
+        num_tokens = 8 * 128
+        inputs = torch.randn(num_tokens, structure.in_features)
+    if structure.HOSTS == "experts":
+        inputs = inputs.expand(structure.num_active, -1, -1)
 
     with torch.no_grad():
-        structure(tokens)  # forms what no token changes
+        call(structure, inputs)  # forms what no token changes
         with FlopCounterMode(display=False) as counter:
-            structure(tokens)
+            call(structure, inputs)
 
-    found = counter.get_total_flops() // 2 // len(tokens)  # rounded down: a call may decode once for all its tokens
+    found = counter.get_total_flops() // 2 // num_tokens  # rounded down: a call may decode once for all its tokens
     assert found == sum(part.multiply_adds() for part in whole(structure))
 
 
@@ -150,18 +173,18 @@ def test_state_dict_round_trip_keeps_every_bit(name):
 
     whole(second).load_state_dict(whole(first).state_dict(), strict=True)
 
-    assert torch.equal(first(inputs), second(inputs))
+    assert torch.equal(call(first, inputs), call(second, inputs))
 
 
 @each_structure
 def test_a_deep_copy_is_the_same_function_of_its_own_numbers(name):
     structure = drawn(name)
     inputs = inputs_of(structure)
-    expected = structure(inputs)
+    expected = call(structure, inputs)
 
     clone = copy.deepcopy(structure)
 
-    assert torch.equal(expected, clone(inputs))
+    assert torch.equal(expected, call(clone, inputs))
     ours, theirs = ({p.data_ptr() for p in whole(one).parameters()} for one in (structure, clone))
     assert not ours & theirs
 
@@ -180,7 +203,7 @@ def test_it_is_built_on_meta_with_the_same_shapes(name):
 def test_gradient_reaches_every_parameter(name):
     structure = drawn(name)
 
-    structure(inputs_of(structure)).square().sum().backward()
+    call(structure, inputs_of(structure)).square().sum().backward()
 
     assert all(p.grad is not None and bool(p.grad.any()) for p in whole(structure).parameters())
 
@@ -212,8 +235,12 @@ def test_a_module_of_the_wrong_kind_is_named(name):
 
 @each_structure
 def test_a_random_start_has_the_standard_deviation_asked_for(name):
-    host = nn.Embedding(300, 200) if STRUCTURES[name].HOSTS == "embedding" else nn.Linear(200, 300)
-    structure = build(name, host, 20)
+    hosts = {
+        "linear": nn.Linear(200, 300),
+        "embedding": nn.Embedding(300, 200),
+        "experts": dense_experts((2, 300, 200)),
+    }
+    structure = build(name, hosts[STRUCTURES[name].HOSTS], 20)
 
     for part in whole(structure):
         part.reset_parameters(std=0.02)

@@ -6,14 +6,13 @@ import pytest
 import tiny_models
 import tiny_tokenizers
 import torch
-from every_structure import build_every_structure, structures_with
+from every_structure import OF_ANY_MODEL, build_every_structure, structures_with
 from tiny_training import StopAt, arguments, rows
 from transformers import TrainerCallback
 
 from hf_lowrank import InputError, compress, lpaf, recover
 from hf_lowrank.cli import main
 from hf_lowrank.hosts.loading import find_tokenizer, load_dense
-from hf_lowrank.remote_code.lowrank_table import STRUCTURES
 from hf_lowrank.sharing.saving import load_compressed
 from hf_lowrank.training.callbacks.best import BestStateCallback
 from hf_lowrank.training.features import PaddingCollator, hold_out, make_features
@@ -63,7 +62,7 @@ def test_it_lowers_the_held_out_loss_of_any_head(head, config, data, has_task):
 
 
 @pytest.mark.parametrize("head", ["BertForMaskedLM", "GPT2LMHeadModel"])
-@pytest.mark.parametrize("name", STRUCTURES)
+@pytest.mark.parametrize("name", OF_ANY_MODEL)
 def test_it_trains_every_structure(name, head):
     small = build_every_structure(head, structures_with(name))
     options = {"epochs": 4, "batch_size": 8, "learning_rate": 2e-3}

@@ -54,7 +54,7 @@ def copy_of(saved, tmp_path):
     return shutil.copytree(saved[1], tmp_path / "copy")
 
 
-def test_saved_model_computes_the_same_without_this_library(saved):
+def test_saved_model_computes_the_same_without_this_library(saved, process_of_its_own):
     model, folder = saved
 
     verification = verify(folder, model)

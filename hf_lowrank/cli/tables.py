@@ -108,7 +108,7 @@ def print_modules(report: CompressionReport) -> None:
         table.add_row(
             module.name,
             module.structure,
-            "{} x {}".format(*module.shape),
+            " x ".join(map(str, module.shape)),
             str(module.rank or ""),
             f"{module.parameters:,}",
             share(module.parameters, module.dense_parameters),

@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
 from hf_lowrank.compression.anchoring import anchor_
 from hf_lowrank.compression.block_refinement import refine_blocks_
@@ -20,7 +19,7 @@ from hf_lowrank.compression.job import Job, prepare, settle_compression
 from hf_lowrank.compression.refinement import refine_
 from hf_lowrank.hosts.gradients import with_gradients
 from hf_lowrank.hosts.loading import held_compressed_model
-from hf_lowrank.hosts.matrices import Matrix
+from hf_lowrank.hosts.matrices import Matrix, turned
 from hf_lowrank.hosts.rehearsal import require_same_inputs
 from hf_lowrank.methods.encoding import DECODERS
 from hf_lowrank.options import checked
@@ -28,6 +27,7 @@ from hf_lowrank.progress import Progress, no_progress
 from hf_lowrank.remote_code.configuration_lowrank import compressed_config_class, stock_class
 from hf_lowrank.remote_code.lowrank_plan import Plan
 from hf_lowrank.remote_code.lowrank_structures import (
+    dense_at,
     install_plan_,
     is_bias,
     named_shared_parts,
@@ -71,9 +71,9 @@ def compress(
     job = prepare(model, settings, **about)
     dense, dtype = job.model, job.problem.dtype
     plan, replaced = job.plan()
-    modules = [member.module for matrix in replaced for member in matrix.members]
+    held = [member.held for matrix in replaced for member in matrix.members]
     is_ours = (inplace or job.is_ours) and not settings.learning
-    small: Any = dense if is_ours else _copy_sharing(dense, modules)
+    small: Any = dense if is_ours else _copy_sharing(dense, held)
     is_retyped = small.dtype != dtype  # asked now: the first parameter may be a factor soon, already of that type
     if settings.learning:
         _compress_and_learn_(small, plan, replaced, job)
@@ -141,7 +141,7 @@ def decompress(model: PreTrainedModel) -> Any:
     with torch.device("meta"):
         skeleton = host_class(config)
     for path, structure in structures:
-        replace_(dense, path, _dense_module(skeleton.get_submodule(path), structure))
+        replace_(dense, path, _dense_module(dense_at(skeleton, path), structure))
     for path, _ in named_shared_parts(dense):
         parent, _, leaf = path.rpartition(".")
         delattr(dense.get_submodule(parent), leaf)
@@ -151,9 +151,9 @@ def decompress(model: PreTrainedModel) -> Any:
     return dense
 
 
-def _copy_sharing(model: PreTrainedModel, modules: Iterable[nn.Module]) -> PreTrainedModel:
-    """A deep copy that holds `modules` themselves: they are about to be replaced, so their weights need no copy."""
-    return copy.deepcopy(model, {id(module): module for module in modules})
+def _copy_sharing(model: PreTrainedModel, held: Iterable[nn.Module | nn.Parameter]) -> PreTrainedModel:
+    """A deep copy that holds these themselves: they are about to be replaced, so their weights need no copy."""
+    return copy.deepcopy(model, {id(part): part for part in held})
 
 
 def _cast_(small: Any, dtype: torch.dtype) -> None:
@@ -190,7 +190,7 @@ def _dense_module(host: Any, structure: Any) -> nn.Module:
     """The host's own kind of layer with the weight and bias a structure stands for."""
     with torch.no_grad():
         weight, bias = structure.to_dense(), structure.dense_bias() if structure.HOSTS == "linear" else None
-    state = {"weight": (weight.T if isinstance(host, Conv1D) else weight).contiguous()}
+    state = {"weight": turned(host, weight).contiguous()}
     if bias is not None:
         state["bias"] = bias.detach().clone()
     host.load_state_dict(state, strict=True, assign=True)

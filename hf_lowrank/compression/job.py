@@ -16,7 +16,7 @@ from hf_lowrank.files.redaction import without_tokens_inside
 from hf_lowrank.hosts.loading import find_tokenizer, load_dense
 from hf_lowrank.hosts.matrices import Matrix
 from hf_lowrank.hosts.rehearsal import Rehearsal, rehearse
-from hf_lowrank.hosts.targets import Targets, candidate_matrices, find_matrices
+from hf_lowrank.hosts.targets import BLOCK_ROLES, Targets, candidate_matrices, find_matrices
 from hf_lowrank.hosts.untouched import Untouched, find_untouched
 from hf_lowrank.methods.problem import Problem, Storage
 from hf_lowrank.methods.tables.token_tables import TABLE_NEEDS
@@ -119,7 +119,7 @@ def _storage(options: CompressOptions) -> Storage:
 def _targets(options: CompressOptions) -> Targets:
     is_whole_model = options.budget.is_whole_model and options.takes("embeddings")
     with_tables = is_whole_model if options.embeddings is None else options.embeddings != "dense"
-    roles = frozenset({"block", "embedding", "head"} if with_tables else {"block"})
+    roles = BLOCK_ROLES | ({"embedding", "head"} if with_tables else frozenset())
     named = (options.target_modules, options.exclude_modules, options.rank_pattern or {})
     return Targets(roles, *named, options.group)
 
@@ -179,6 +179,8 @@ class Job:
             "dense_size_bytes": self.dense_bytes,
             "untouched": {one.name: [list(one.shape), one.reason] for one in self.untouched},
         }
+        if few := self.problem.evidence.experts_with_few_tokens:
+            said["experts_with_few_tokens"] = few
         plan["provenance"] |= without_tokens_inside(said)
         plan["provenance"]["kept_dense"] |= {
             matrix.name: [list(matrix.shape), matrix.role, "nothing that was looked at reaches it"]

@@ -85,7 +85,16 @@ def scratch_folder(owner: object) -> Path:
 
 
 def write_file(path: Path, write: Callable[[Path], Any]) -> None:
-    """Put the file that `write` writes in the place of `path`: on an error or a kill the old one is still there."""
+    """Put the file that `write` writes in the place of `path`: on an error or a kill the old one is still there.
+
+    What lies in a workshop, nobody else sees and no run after this one: it need not be safe on the disk.
+    """
+    if any(parent.name.startswith(_PREFIX) for parent in path.parents):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        draft = path.with_name(f"{path.name}.draft")
+        write(draft)
+        draft.replace(path)
+        return
     with workshop(path) as folder:
         draft = folder / path.name
         write(draft)

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
-from hf_lowrank.hosts.matrices import DenseMatrix
+from hf_lowrank.hosts.matrices import DenseMatrix, turned
 from hf_lowrank.hosts.outputs import Batch, run
+from hf_lowrank.hosts.targets import BLOCK_ROLES
 
 
 def block_name(path: str) -> str:
@@ -27,7 +27,7 @@ def block_name(path: str) -> str:
 
 def find_blocks(model: PreTrainedModel, matrices: Sequence[DenseMatrix]) -> list[str]:
     """Names of the blocks that hold matrices, in the order of the model."""
-    names = {block_name(matrix.path) for matrix in matrices if matrix.role == "block"}
+    names = {block_name(matrix.path) for matrix in matrices if matrix.role in BLOCK_ROLES}
     return [name for name, _ in model.named_modules() if name in names]
 
 
@@ -178,15 +178,14 @@ def frozen(model: PreTrainedModel) -> Iterator[None]:
 def weight_replaced(matrix: DenseMatrix, make_weight: Callable[[], torch.Tensor]) -> Iterator[None]:
     """Within, the matrix holds what `make_weight` gives, (O, I), instead of its own, in the host's own layout.
 
-    A linear layer holds it while it is called, so that of many that are replaced at once one is in memory; a table
-    holds it all the time, because a tied head reads it too.
+    A linear layer, or a mixture's experts, hold it while called, so that of many that are replaced at once one is in
+    memory; a table holds it all the time, because a tied head reads it too.
     """
     parameter: Any = matrix.module.weight
     own = parameter.data
 
     def replace(*_: Any) -> None:
-        weight = make_weight()
-        parameter.data = (weight.T if isinstance(matrix.module, Conv1D) else weight).to(own).contiguous()
+        parameter.data = turned(matrix.module, make_weight()).to(own).contiguous()
 
     def restore(*_: Any) -> None:
         parameter.data = own
@@ -195,7 +194,7 @@ def weight_replaced(matrix: DenseMatrix, make_weight: Callable[[], torch.Tensor]
     if matrix.role == "embedding":
         replace()
     else:
-        hooks += [matrix.module.register_forward_pre_hook(replace), matrix.module.register_forward_hook(restore)]
+        hooks += [matrix.caller.register_forward_pre_hook(replace), matrix.caller.register_forward_hook(restore)]
     try:
         yield
     finally:

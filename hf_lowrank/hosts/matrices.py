@@ -1,6 +1,8 @@
 """The dense matrices of a model: what a rank is chosen for."""
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -15,7 +17,8 @@ class DenseMatrix:
     Args:
         name: As in a plan: relative to `model.base_model`, or `output_embeddings` for an untied head.
         path: Full module name in the model.
-        role: `block` (a linear layer inside a repeated block), `embedding` or `head`.
+        role: `block` (a linear layer inside a repeated block), `experts` (those of a mixture in one), `embedding` or
+            `head`.
         shape: `(O, I)`, or `(V, D)` for an embedding.
     """
 
@@ -27,8 +30,8 @@ class DenseMatrix:
 
     @property
     def kind(self) -> str:
-        """What the matrix is to a structure: `linear` or `embedding`."""
-        return "embedding" if self.role == "embedding" else "linear"
+        """What the matrix is to a structure: `linear`, `embedding` or `experts`."""
+        return self.role if self.role in ("embedding", "experts") else "linear"
 
     @property
     def num_weights(self) -> int:
@@ -41,9 +44,88 @@ class DenseMatrix:
         return (self,)
 
     @property
+    def parts(self) -> tuple["DenseMatrix", ...]:
+        """The matrix itself; see `ExpertMatrices`."""
+        return (self,)
+
+    @property
+    def dimensions(self) -> tuple[int, ...]:
+        """The shape of all there is of it: that of its weight."""
+        return self.shape
+
+    @property
+    def held(self) -> nn.Module | nn.Parameter:
+        """What the model holds it as."""
+        return self.module
+
+    @property
+    def caller(self) -> nn.Module:
+        """The host's module that computes with it."""
+        return self.module
+
+    @property
     def weight(self) -> torch.Tensor:
         """The weight, (O, I)."""
         return dense_weight(self.module)
+
+
+@dataclass(frozen=True)
+class Expert(DenseMatrix):
+    """The matrix of one expert.
+
+    Args:
+        index: Which it is.
+    """
+
+    module: nn.Module = field(compare=False)  # made anew whenever matrices are looked for
+    index: int
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """The weight, (O, I)."""
+        return dense_weight(self.module)[self.index]
+
+
+@dataclass(frozen=True)
+class ExpertMatrices(DenseMatrix):
+    """The matrices of a mixture's experts that are one parameter: each has factors of its own, all of one rank.
+
+    Args:
+        path: Full name of the parameter.
+        module: Its `DenseExperts`.
+        shape: `(O, I)` of each.
+        experts: The host's module that has the parameter.
+    """
+
+    module: nn.Module = field(compare=False)
+    experts: nn.Module
+
+    @property
+    def num_weights(self) -> int:
+        """Stored numbers while dense, biases not counted."""
+        return math.prod(self.dimensions)
+
+    @property
+    def dimensions(self) -> tuple[int, ...]:
+        """`(E, O, I)`."""
+        return len(self.parts), *self.shape
+
+    @cached_property
+    def parts(self) -> tuple[DenseMatrix, ...]:
+        """The matrix of each expert."""
+        names = [f"{self.name}.{index}" for index in range(len(self.weight))]
+        return tuple(Expert(n, self.path, "block", self.module, self.shape, i) for i, n in enumerate(names))
+
+    @property
+    def held(self) -> nn.Module | nn.Parameter:
+        """The parameter."""
+        held: Any = self.module.weight
+        return held  # type: ignore[no-any-return]
+
+    @property
+    def caller(self) -> nn.Module:
+        """The host's module that has the parameter."""
+        return self.experts
 
 
 @dataclass(frozen=True)
@@ -72,6 +154,11 @@ class JointMatrix:
         return self.shape[0] * self.shape[1]
 
     @property
+    def parts(self) -> tuple["JointMatrix", ...]:
+        """Itself; see `ExpertMatrices`."""
+        return (self,)
+
+    @property
     def weight(self) -> torch.Tensor:
         """The weights one above the other, (sum of O, I)."""
         return torch.cat([member.weight for member in self.members])
@@ -82,7 +169,11 @@ Matrix = DenseMatrix | JointMatrix
 
 
 def dense_weight(module: nn.Module) -> torch.Tensor:
-    """The weight as `(O, I)`: the one place where GPT-2's `Conv1D`, stored `(I, O)`, is turned."""
+    """The weight as `(O, I)`, or `(E, O, I)` of experts."""
     stored: Any = module.weight
-    weight: torch.Tensor = stored.detach()
-    return weight.T if isinstance(module, Conv1D) else weight
+    return turned(module, stored.detach())
+
+
+def turned(module: nn.Module, weight: torch.Tensor) -> torch.Tensor:
+    """A weight in the host's layout as `(O, I)`, or back: GPT-2's `Conv1D` and some experts have `(I, O)`."""
+    return weight.mT if isinstance(module, Conv1D) or getattr(module, "is_turned", False) else weight

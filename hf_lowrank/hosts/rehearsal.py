@@ -4,6 +4,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from torch import nn
@@ -83,6 +84,7 @@ class _Watch(TorchDispatchMode):
         super().__init__()  # type: ignore[no-untyped-call]  # torch's
         self.read: set[str] = set()
         self.written: set[str] = set()
+        self._matrices = matrices
         self._paths: dict[int, str] = {id(matrix.module.weight): matrix.path for matrix in matrices}
         self._called: list[int] = []  # ids of the weights of the layers that are being called
         self._reached: set[str] = set()
@@ -94,20 +96,22 @@ class _Watch(TorchDispatchMode):
     @contextmanager
     def hooked(self, model: nn.Module) -> Iterator[None]:
         """Within, calls of the layers that have the weights are seen; a tied head is one."""
+        layers: list[Any] = [(module, module) for module in model.modules() if dense_kind(module) is not None]
+        layers += [(matrix.caller, matrix.module) for matrix in self._matrices if matrix.kind == "experts"]
         hooks: list[Any] = []
-        for module in model.modules():
-            if dense_kind(module) is not None and id(module.weight) in self._paths:
-                hooks.append(module.register_forward_pre_hook(self._enter))
-                hooks.append(module.register_forward_hook(self._leave, always_call=True))
+        for called, layer in layers:
+            if id(layer.weight) in self._paths:
+                hooks.append(called.register_forward_pre_hook(partial(self._enter, id(layer.weight))))
+                hooks.append(called.register_forward_hook(self._leave, always_call=True))
         try:
             yield
         finally:
             for hook in hooks:
                 hook.remove()
 
-    def _enter(self, module: Any, inputs: Any) -> None:
-        self._reached.add(self._paths[id(module.weight)])
-        self._called.append(id(module.weight))
+    def _enter(self, weight: int, module: Any, inputs: Any) -> None:
+        self._reached.add(self._paths[weight])
+        self._called.append(weight)
 
     def _leave(self, module: Any, inputs: Any, output: Any) -> None:
         self._called.pop()

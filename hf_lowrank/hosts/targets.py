@@ -13,14 +13,16 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from hf_lowrank.errors import InputError
-from hf_lowrank.hosts.matrices import DenseMatrix, JointMatrix
-from hf_lowrank.remote_code.lowrank_dense import DENSE_LINEARS, dense_kind, dense_shape
+from hf_lowrank.hosts.matrices import DenseMatrix, ExpertMatrices, JointMatrix
+from hf_lowrank.remote_code.lowrank_dense import DENSE_LINEARS, dense_kind, dense_shape, named_dense
 from hf_lowrank.remote_code.lowrank_plan import closest_name
 from hf_lowrank.remote_code.lowrank_structures import module_name, named_structures, token_table
 
 OUTPUT_EMBEDDINGS = "output_embeddings"
 ALL_LINEAR = "all-linear"
 READ_ELSEWHERE = "the model computes with its weight outside of its layer"
+# Of what stands in the blocks.
+BLOCK_ROLES = frozenset({"block", "experts"})
 _MATCHING_SECONDS = 1.0  # of one name; re itself has no limit, and some patterns need years
 
 Patterns = str | Sequence[str]
@@ -38,7 +40,7 @@ class Targets:
         group: Of the matrices that a tensor method takes; see `hf_lowrank.methods.stacking.GROUPS`.
     """
 
-    roles: frozenset[str] = frozenset({"block"})
+    roles: frozenset[str] = BLOCK_ROLES
     target_modules: Patterns | None = None
     exclude_modules: Patterns | None = None
     rank_pattern: Mapping[str, int] = field(default_factory=dict)
@@ -46,7 +48,7 @@ class Targets:
 
 
 def find_matrices(model: PreTrainedModel) -> list[DenseMatrix]:
-    """Every matrix of `model` that can be replaced: linear layers of its blocks, token embedding, untied head.
+    """Every matrix of `model` that can be replaced: linear layers and experts of blocks, token embedding, untied head.
 
     Raises:
         InputError: If the model is compressed already, or has no such matrices.
@@ -55,10 +57,16 @@ def find_matrices(model: PreTrainedModel) -> list[DenseMatrix]:
         raise InputError(f"{type(model).__name__} is compressed already. Decompress it first, or start from its base.")
     base = model.base_model
     prefix = "" if base is model else f"{module_name(model, base)}."
-    found = []
-    for name, module in base.named_modules():
-        if is_in_block(name) and computes_as_linear(module):
-            found.append(DenseMatrix(name, prefix + name, "block", module, dense_shape(module)))
+    found: list[DenseMatrix] = []
+    for place, module in named_dense(base):
+        about = place, prefix + place
+        if not is_in_block(place):
+            continue
+        if computes_as_linear(module):
+            found.append(DenseMatrix(*about, "block", module, dense_shape(module)))
+        elif dense_kind(module) == "experts":
+            experts = base.get_submodule(place.rpartition(".")[0])
+            found.append(ExpertMatrices(*about, "experts", module, dense_shape(module), experts))
     if not found:
         others = {type(m).__name__ for m in base.modules() if any(p.dim() > 1 for p in m.parameters(recurse=False))}
         raise InputError(
@@ -168,7 +176,7 @@ def select_matrices(
     """
     matrices = list(matrices)
     if target_modules == ALL_LINEAR:
-        chosen = [matrix for matrix in matrices if matrix.role == "block"]
+        chosen = [matrix for matrix in matrices if matrix.role in BLOCK_ROLES]
     elif target_modules is not None:
         chosen = matching(matrices, target_modules, "target_modules")
     else:

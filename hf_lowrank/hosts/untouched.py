@@ -46,7 +46,7 @@ def find_untouched(
         read: As in `candidate_matrices`.
     """
     reasons = {id(one.module.weight): READ_ELSEWHERE if one.path in read else _NOT_A_TARGET for one in every}
-    shapes = {id(one.module.weight): one.shape for one in every}
+    shapes = {id(one.module.weight): one.dimensions for one in every}
     done = {id(member.module.weight) for one in candidates for member in one.members}
     found = []
     for name, module, parameter in _parameters(model.base_model):

@@ -41,6 +41,11 @@ def encode_embedding(factors: Factors, bias: torch.Tensor | None, dtype: torch.d
     return {"codes.weight": factors.up.to(dtype), "basis": factors.down.to(dtype)}
 
 
+def encode_experts(factors: Factors, bias: torch.Tensor | None, dtype: torch.dtype) -> StateDict:
+    """State of `LowRankExperts`, from factors (E, O, R) and (E, R, I)."""
+    return {"up": factors.up.to(dtype), "down": factors.down.to(dtype)}
+
+
 def encode_pivoted(factors: Factors, bias: torch.Tensor | None, dtype: torch.dtype) -> StateDict:
     """State of a `PivotedLinear`: the same matrix from `R` of its rows, the first but for a few.
 
@@ -85,6 +90,7 @@ def encode_nonlinear(solution: NonlinearCodes, bias: torch.Tensor | None, dtype:
 ENCODERS: dict[str, Callable[[Any, torch.Tensor | None, torch.dtype], StateDict]] = {
     "low_rank": encode_pair,
     "low_rank_embedding": encode_embedding,
+    "low_rank_experts": encode_experts,
     "pivoted": encode_pivoted,
     "joint_low_rank": encode_member,
     "autoencoder_embedding": encode_banded,

@@ -12,6 +12,8 @@ class Factors:
     Shapes:
         up    (O, R)
         down  (R, I)
+
+    Those of several matrices of one shape, `W_e = up_e @ down_e`, are (E, O, R) and (E, R, I).
     """
 
     up: torch.Tensor

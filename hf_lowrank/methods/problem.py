@@ -48,8 +48,8 @@ class Storage:
         if self.autoencodes(matrix):
             kind = "nonlinear_autoencoder" if self.objective == "nonlinear" else "autoencoder"
             return f"{kind}_{matrix.role}"
-        if matrix.kind == "embedding":
-            return "low_rank_embedding"
+        if matrix.kind != "linear":
+            return f"low_rank_{matrix.kind}"
         return "low_rank" if matrix.role == "head" else self.linear
 
 

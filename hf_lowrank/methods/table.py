@@ -133,6 +133,9 @@ class _Names(Collection[str]):
     def __len__(self) -> int:
         return len(list(iter(self)))
 
+    def __bool__(self) -> bool:
+        return True  # without asking what is installed, which takes milliseconds
+
     def __contains__(self, name: object) -> bool:
         return name in METHODS or name in list(iter(self))
 

@@ -6,8 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hf_lowrank.hosts.matrices import Matrix
-from hf_lowrank.planning.prices import FloatArray, Price
-from hf_lowrank.remote_code.lowrank_table import STRUCTURES
+from hf_lowrank.planning.prices import FloatArray, Price, stored_numbers
 
 # A pair of thin matrices is two calls where the dense layer is one. Measured on two CPU cores at 8 x 128 tokens
 # (examples/benchmark_speed.py), it stops being faster between 85 and 95 % of the dense multiply-adds.
@@ -56,11 +55,10 @@ def make_curve(matrix: Matrix, structure: str, price: Price, errors: FloatArray 
         price: What the budget pays for.
         errors: Loss at rank 1, 2, ..., min(O, I); None when the allocation does not look at errors.
     """
-    counted = STRUCTURES[structure].num_weights
     step = rank_step(matrix)
     every = np.arange(1, min(matrix.shape) + 1)
     ranks = every[(every < step) | (every % step == 0)]
-    weights = np.array([counted(*matrix.shape, rank=int(rank)) for rank in ranks], dtype=np.float64)
+    weights = stored_numbers(matrix, structure, ranks)
     dense_cost, costs = price.of_dense(matrix), price.of_ranks(matrix, structure, ranks)
     is_useful = (weights <= most_useful_weights(matrix)) & (costs < dense_cost)
     useful_ranks = ranks[is_useful]
@@ -70,13 +68,16 @@ def make_curve(matrix: Matrix, structure: str, price: Price, errors: FloatArray 
 
 def most_useful_weights(matrix: Matrix) -> float:
     """How many numbers a replacement may store and still be worth it: smaller, and for a linear layer faster."""
-    return matrix.num_weights * (LARGEST_USEFUL_FRACTION if matrix.kind == "linear" else 1.0)
+    return matrix.num_weights * (1.0 if matrix.kind == "embedding" else LARGEST_USEFUL_FRACTION)
 
 
 def rank_step(matrix: Matrix) -> int:
-    """Ranks of large matrices come in steps of the processor's vectors: others run up to a fifth slower."""
-    size = min(matrix.shape)
-    if matrix.kind != "linear" or size < _SMALLEST_STEPPED:
+    """Ranks of large matrices come in steps of the processor's vectors: others run up to a fifth slower.
+
+    Those of experts are the same at a quarter of the size: products of all experts at once take nothing else.
+    """
+    size = min(matrix.shape) * (4 if matrix.kind == "experts" else 1)
+    if matrix.kind == "embedding" or size < _SMALLEST_STEPPED:
         return 1
     return 16 if size >= 2 * _SMALLEST_STEPPED else 8
 

@@ -29,6 +29,12 @@ class Price(Protocol):
         ...
 
 
+def stored_numbers(matrix: Matrix, structure: str, ranks: NDArray[np.int64]) -> FloatArray:
+    """How many numbers a structure stores in the place of a matrix at each of the ranks, bias not counted."""
+    counted = STRUCTURES[structure].num_weights
+    return np.array([counted(*matrix.shape, rank=int(rank)) for rank in ranks], dtype=np.float64) * len(matrix.parts)
+
+
 @dataclass(frozen=True)
 class WeightPrice:
     """A price on each stored number.
@@ -49,8 +55,7 @@ class WeightPrice:
 
     def of_ranks(self, matrix: Matrix, structure: str, ranks: NDArray[np.int64]) -> FloatArray:
         """See `Price`."""
-        counted = STRUCTURES[structure].num_weights
-        return np.array([counted(*matrix.shape, rank=int(rank)) for rank in ranks], dtype=np.float64) * self.per_weight
+        return stored_numbers(matrix, structure, ranks) * self.per_weight
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from hf_lowrank.hosts.blocks import (
 )
 from hf_lowrank.hosts.matrices import DenseMatrix
 from hf_lowrank.hosts.outputs import Batch, Said, run
+from hf_lowrank.hosts.targets import BLOCK_ROLES
 
 # What makes the weight (O, I) that takes the place of a matrix' own.
 Changes = Mapping[DenseMatrix, Callable[[], torch.Tensor]]
@@ -84,6 +85,6 @@ class Probe:
 
     def _position(self, matrix: DenseMatrix) -> int:
         name = block_name(matrix.path)
-        if matrix.role == "block":  # one that is not in a block which was called has all of them after it
+        if matrix.role in BLOCK_ROLES:  # one that is not in a block which was called has all of them after it
             return self._blocks.index(name) if name in self._blocks else 0
         return 0 if matrix.role == "embedding" else len(self._blocks)

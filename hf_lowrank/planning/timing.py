@@ -67,11 +67,11 @@ class LayerTimes:
         return 0.0
 
     def of_dense(self, matrix: Matrix) -> float:
-        """Seconds while dense; a look-up takes none."""
-        return sum(self._dense.get(member.shape, 0.0) for member in matrix.members)
+        """Seconds while dense; a look-up takes none, and experts are not timed."""
+        return sum(self._dense.get(member.shape, 0.0) for member in matrix.members if member.kind == "linear")
 
     def of_ranks(self, matrix: Matrix, structure: str, ranks: NDArray[np.int64]) -> FloatArray:
-        """Seconds at each rank. Members of one input share the first product, and an embedding never gains."""
+        """Seconds at each rank. Members of one input share the first product; embeddings and experts never gain."""
         if matrix.kind != "linear":
             return np.full(len(ranks), np.inf)
         own = structure if isinstance(matrix, DenseMatrix) else _PAIR

@@ -2,6 +2,7 @@
 
 import os
 import platform
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -40,12 +41,15 @@ def usable_device(name: str) -> torch.device:
 def versions() -> dict[str, str]:
     """Version of Python and of each library that shapes a result; those that are not installed are left out."""
     found = {"hf_lowrank": __version__, "python": platform.python_version()}
-    for library in LIBRARIES:
-        try:
-            found[library] = version(library)
-        except PackageNotFoundError:
-            continue
-    return found
+    return found | {library: number for library in LIBRARIES if (number := _installed(library)) is not None}
+
+
+@cache  # which metadata takes milliseconds to say
+def _installed(library: str) -> str | None:
+    try:
+        return version(library)
+    except PackageNotFoundError:
+        return None
 
 
 def _processor() -> str:

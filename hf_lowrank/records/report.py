@@ -8,17 +8,26 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from hf_lowrank.hosts.loading import held_compressed_model
-from hf_lowrank.hosts.multiply_adds import count_multiply_adds, multiplying
+from hf_lowrank.hosts.multiply_adds import count_multiply_adds, dense_multiply_adds, multiplying, shape_of
 from hf_lowrank.hosts.targets import is_in_block
 from hf_lowrank.hosts.untouched import Untouched
 from hf_lowrank.records.latency import LatencyReport
 from hf_lowrank.records.origin import Origin
+from hf_lowrank.records.wording import few_tokens_in_words
 from hf_lowrank.remote_code.lowrank_materialize import Materializing
-from hf_lowrank.remote_code.lowrank_structures import is_bias, structure_name, token_table
+from hf_lowrank.remote_code.lowrank_structures import dense_at, is_bias, structure_name, token_table
 
 # Parts of the provenance that have a place of their own in the report; trainings of ours with what did them.
 _TRAININGS = {"recovery": "recover", "lpaf": "lpaf"}
-_ELSEWHERE = ("relative_errors", "kept_dense", "untouched", "training", *_TRAININGS, "origin")
+_ELSEWHERE = (
+    "relative_errors",
+    "kept_dense",
+    "untouched",
+    "experts_with_few_tokens",
+    "training",
+    *_TRAININGS,
+    "origin",
+)
 
 # Of the blocks' parameters: where less is looked at, that is said first.
 _ENOUGH = 0.5
@@ -32,16 +41,17 @@ class ModuleReport:
         structure: What holds it now; `dense` if it was left as it was. A part that several matrices share has a row of
             its own, with nothing dense before it.
         rank: Inner size, None where there is none.
+        shape: `(O, I)`, `(V, D)` of a table, `(E, O, I)` of experts.
         dense_parameters: Stored numbers while dense, bias not counted.
         multiply_adds: For one token; `dense_multiply_adds` is what it was.
         relative_error: `||W - W'||_F / ||W||_F`, None where nothing was replaced.
-        note: Why it stayed dense, or empty.
+        note: Why it stayed dense, or which experts saw too little; or empty.
     """
 
     name: str
     structure: str
     rank: int | None
-    shape: tuple[int, int]
+    shape: tuple[int, ...]
     dense_parameters: int
     parameters: int
     dense_multiply_adds: int
@@ -209,7 +219,7 @@ def make_report(model: PreTrainedModel) -> CompressionReport:
     model = held_compressed_model(model, "report")
     plan = model.config.plan
     provenance = dict(plan.get("provenance", {}))
-    modules = [*_replaced(model, provenance), *_kept_dense(provenance)]
+    modules = [*_replaced(model, provenance), *_kept_dense(model, provenance)]
     parameters = sum(p.numel() for p in model.parameters())
     size_bytes = sum(p.numel() * p.element_size() for p in model.parameters())
     itemsize = next(model.parameters()).element_size()
@@ -219,7 +229,7 @@ def make_report(model: PreTrainedModel) -> CompressionReport:
     embedding = table if hasattr(table, "num_embeddings") else nn.Embedding(0, 0)  # images and sounds have none
     multiply_adds = count_multiply_adds(model)
     saved_multiply_adds = sum(
-        _dense_multiply_adds(structure) - structure.multiply_adds() for structure in multiplying(model)
+        dense_multiply_adds(structure) - structure.multiply_adds() for structure in multiplying(model)
     )
     return CompressionReport(
         architecture=type(model).__name__,
@@ -266,33 +276,24 @@ def _replaced(model: PreTrainedModel, provenance: dict[str, Any]) -> list[Module
             name=name,
             structure=kinds[name]["structure"],
             rank=getattr(structure, "rank", None),
-            shape=_shape(structure),
-            dense_parameters=math.prod(_shape(structure)) if structure_name(structure) else 0,
+            shape=shape_of(structure),
+            dense_parameters=math.prod(shape_of(structure)) if structure_name(structure) else 0,
             parameters=sum(p.numel() for key, p in structure.named_parameters() if not is_bias(structure, key)),
-            dense_multiply_adds=_dense_multiply_adds(structure),
+            dense_multiply_adds=dense_multiply_adds(structure),
             multiply_adds=structure.multiply_adds(),
             relative_error=None if errors.get(name) is None else float(errors[name]),
+            note=few_tokens_in_words(provenance.get("experts_with_few_tokens", {}).get(name, 0), shape_of(structure)),
         )
         for name, structure in found
     ]
 
 
-def _kept_dense(provenance: dict[str, Any]) -> list[ModuleReport]:
+def _kept_dense(model: PreTrainedModel, provenance: dict[str, Any]) -> list[ModuleReport]:
     kept = []
-    for name, ((rows, columns), role, note) in sorted(provenance.get("kept_dense", {}).items()):
-        size = rows * columns
+    for name, (shape, role, note) in sorted(provenance.get("kept_dense", {}).items()):
+        size = math.prod(shape)
         products = 0 if role == "embedding" else size
-        kept.append(ModuleReport(name, "dense", None, (rows, columns), size, size, products, products, None, note))
+        if role == "experts":
+            products = dense_multiply_adds(dense_at(model.base_model, name))
+        kept.append(ModuleReport(name, "dense", None, tuple(shape), size, size, products, products, None, note))
     return kept
-
-
-def _shape(structure: Any) -> tuple[int, int]:
-    if not structure_name(structure):
-        return structure.shape[0], structure.shape[1]
-    if structure.HOSTS == "embedding":
-        return structure.num_embeddings, structure.embedding_dim
-    return structure.out_features, structure.in_features
-
-
-def _dense_multiply_adds(structure: Any) -> int:
-    return math.prod(_shape(structure)) if structure_name(structure) and structure.HOSTS == "linear" else 0

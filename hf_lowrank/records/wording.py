@@ -1,6 +1,6 @@
 """How numbers are said, on the terminal and on cards alike."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from hf_lowrank.hosts.latency import Latency
 
@@ -32,6 +32,11 @@ def milliseconds(latency: Latency) -> str:
 def share(now: float, before: float) -> str:
     """A fraction in percent; empty where there was nothing before."""
     return f"{now / before:.1%}" if before else ""
+
+
+def few_tokens_in_words(few: int, shape: Sequence[int]) -> str:
+    """How many of the experts (E, O, I) saw too little text, and what that meant; empty where none did."""
+    return f"{few} of {shape[0]} experts saw too few tokens: solved for by what all saw" if few else ""
 
 
 def verdict(scores: Mapping[str, float], higher_is_better: bool) -> str:

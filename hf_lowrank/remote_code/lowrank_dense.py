@@ -1,5 +1,6 @@
 """The dense matrices of a host model: what counts as one, its shape as `(O, I)`, and what can stand in its place."""
 
+from collections.abc import Iterator
 from operator import attrgetter
 from typing import Any
 
@@ -15,20 +16,68 @@ DENSE_LINEARS = (nn.Linear, Conv1D)
 def dense_shape(module: nn.Module) -> tuple[int, int]:
     """`(O, I)` of a linear layer or `(V, D)` of an embedding; GPT-2's `Conv1D`, stored `(I, O)`, is turned."""
     weight: Any = module.weight
-    rows, columns = weight.shape
-    return (columns, rows) if isinstance(module, Conv1D) else (rows, columns)
+    rows, columns = weight.shape[-2:]
+    is_turned = isinstance(module, Conv1D) or getattr(module, "is_turned", False)
+    return (columns, rows) if is_turned else (rows, columns)
 
 
 def dense_kind(module: nn.Module) -> str | None:
-    """`"linear"` or `"embedding"`, or None for a module without such a matrix, or an embedding with its own rules.
+    """`"linear"`, `"embedding"` or `"experts"`; None without such a matrix, or of an embedding with its own rules.
 
     A subclass of `nn.Linear` counts where its weight is one of that shape, which packed numbers are not.
     """
     if isinstance(module, nn.Linear):
         return "linear" if module.weight.shape == (module.out_features, module.in_features) else None
-    if type(module) is Conv1D:
-        return "linear"
-    return "embedding" if type(module) is nn.Embedding else None
+    return {Conv1D: "linear", nn.Embedding: "embedding", DenseExperts: "experts"}.get(type(module))
+
+
+class DenseExperts(nn.Module):
+    """The matrices of a mixture's experts, of which hosts make one parameter: `(E, O, I)` for `E` experts.
+
+    It stands in no model; it says of such a parameter what a linear layer says of its weight.
+
+    Args:
+        weight: The host's parameter.
+        is_turned: Whether it is `(E, I, O)`.
+        num_active: Experts that each token goes to.
+    """
+
+    bias = None
+
+    def __init__(self, weight: nn.Parameter, is_turned: bool, num_active: int) -> None:
+        super().__init__()
+        self.weight = weight
+        self.is_turned = is_turned
+        self.num_active = num_active
+
+
+def dense_experts(holder: nn.Module) -> dict[str, DenseExperts]:
+    """The parameters of a module that are experts' matrices, by name: those with a gate or without, and their outputs.
+
+    Transformers notes on some modules which way their matrices lie; on others their shapes tell, if there is a gate.
+    """
+    named = {name: getattr(holder, name, None) for name in ("gate_up_proj", "up_proj", "down_proj")}
+    found: dict[str, Any] = {name: value for name, value in named.items() if getattr(value, "ndim", 0) == 3}
+    if len(found) != 2 or "down_proj" not in found or hasattr(holder, "gate_proj"):
+        return {}
+    first, last = (tuple(value.shape) for value in found.values())
+    is_turned = getattr(holder, "is_transposed", None)
+    if is_turned is None and "gate_up_proj" in found:
+        is_turned = {first[1] == 2 * last[2]: False, first[2] == 2 * last[1]: True}.get(True)
+    if is_turned is None:
+        return {}
+    active = getattr(getattr(holder, "config", None), "num_experts_per_tok", None)
+    num_active = min(active, first[0]) if isinstance(active, int) else first[0]
+    dense = {name: value for name, value in found.items() if isinstance(value, nn.Parameter)}
+    return {name: DenseExperts(weight, is_turned, num_active) for name, weight in dense.items()}
+
+
+def named_dense(root: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Every module of a model with its name, and after it what `dense_experts` finds in it."""
+    for name, module in root.named_modules():
+        yield name, module
+        for leaf, experts in dense_experts(module).items():
+            yield f"{name}.{leaf}" if name else leaf, experts
 
 
 _INITIALIZERS = ("uniform_", "normal_", "zero_", "fill_")

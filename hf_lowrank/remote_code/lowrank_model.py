@@ -20,6 +20,7 @@ from .lowrank_structures import (
     retie_,
     structure_name,
 )
+from .lowrank_table import STRUCTURES
 from .lowrank_weights import check_loaded, check_saved
 
 
@@ -43,8 +44,10 @@ def auto_map(config_class: Any) -> dict[str, str]:
 
 def _guard_name(plan: dict[str, Any]) -> str | None:
     """The name, relative to the base model, of a dense weight that is gone; None if none is."""
-    names = plan["modules"]
-    return f"{min(names)}.weight" if names else None
+    if not (specs := plan["modules"]):
+        return None
+    name = min(specs)
+    return name if STRUCTURES[specs[name]["structure"]].HOSTS == "experts" else f"{name}.weight"
 
 
 class LowRankMixin:

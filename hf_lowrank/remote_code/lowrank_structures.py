@@ -3,10 +3,10 @@
 A structure is a module class with
     SIZES                          names of the whole numbers its spec holds
     OPTIONAL_SIZES                 names of those it holds where they are not the usual ones, if there are any
-    HOSTS                          "linear" or "embedding": what it can replace
+    HOSTS                          "linear", "embedding" or "experts": what it can replace
     like(dense, device, **sizes)   an instance of the shape and dtype of a dense module, its numbers still to come
     multiply_adds()                for one token
-    to_dense()                     the weight it stands for, (O, I)
+    to_dense()                     the weight it stands for, (O, I), or (E, O, I) of experts
     reset_parameters(std)          a random start whose weight has standard deviation `std`
 It may have `OPTIONS`: fields its spec can hold besides, each with the words allowed, the default first.
 One that stands by itself at a given rank, or in as many numbers, also counts these without the bias,
@@ -29,7 +29,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .lowrank_dense import dense_kind
+from .lowrank_dense import dense_experts, dense_kind, named_dense
 from .lowrank_plan import Plan, PlanError, Spec, closest_name, members_of, sizes_of, validate_plan
 from .lowrank_table import SHARED_PARTS, STRUCTURES
 
@@ -103,7 +103,7 @@ def install_plan_(model: Any, plan: Plan) -> None:
     """
     validate_plan(plan, STRUCTURES, SHARED_PARTS)
     base = model.base_model
-    names = {name for name, _ in base.named_modules()}
+    names = {name for name, _ in named_dense(base)}
     for name in plan["modules"]:
         if name not in names:
             raise PlanError(
@@ -135,7 +135,7 @@ def _install_shared_part_(base: nn.Module, name: str, spec: Spec, members: Seque
 
 
 def _install_(root: nn.Module, name: str, spec: Spec) -> None:
-    dense = root.get_submodule(name)
+    dense = dense_at(root, name)
     if structure_name(dense):
         return
     shared = root.get_submodule(spec["shared"]) if "shared" in spec else None
@@ -146,15 +146,31 @@ def _install_(root: nn.Module, name: str, spec: Spec) -> None:
     replace_(root, name, structure)
 
 
+def dense_at(root: nn.Module, name: str) -> nn.Module:
+    """What stands at a name that a plan may have: a module, or experts' matrices that are a parameter."""
+    holder, leaf = _place(root, name)
+    found: Any = getattr(holder, leaf)
+    return dense_experts(holder)[leaf] if isinstance(found, nn.Parameter) else found
+
+
 def replace_(root: nn.Module, name: str, module: nn.Module) -> None:
-    """Put `module` where `name` is, in the training mode of what was there."""
-    module.train(root.get_submodule(name).training)
-    root.set_submodule(name, module)
+    """Put `module`, of experts its parameter, where `name` is, in the training mode of what is there."""
+    holder, leaf = _place(root, name)
+    found: Any = getattr(holder, leaf)
+    if isinstance(found, nn.Parameter):
+        delattr(holder, leaf)
+        found = holder
+    module.train(found.training)
+    setattr(holder, leaf, module.weight if dense_kind(module) == "experts" else module)
     # Some hosts' `_init_weights` reaches from the parent into the child's `weight`, which is gone. The children
     # initialize themselves; a parent without parameters or buffers of its own has nothing else to draw.
-    parent: Any = root.get_submodule(name.rpartition(".")[0])
-    if not [*parent.parameters(recurse=False), *parent.buffers(recurse=False)]:
-        parent._is_hf_initialized = True
+    if not [*holder.parameters(recurse=False), *holder.buffers(recurse=False)]:
+        holder._is_hf_initialized = True  # type: ignore[assignment]  # the host's mark
+
+
+def _place(root: nn.Module, name: str) -> tuple[nn.Module, str]:
+    path, _, leaf = name.rpartition(".")
+    return root.get_submodule(path), leaf
 
 
 def _install_head_(model: Any, plan: Plan) -> None:

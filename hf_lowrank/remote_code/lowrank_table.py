@@ -7,6 +7,7 @@ from typing import Any
 
 from .lowrank_autoencoder import AutoencoderEmbedding, AutoencoderHead
 from .lowrank_autoencoder_linear import AutoencoderLinear, LinearDecoder, NonlinearAutoencoderLinear, NonlinearDecoder
+from .lowrank_experts import LowRankExperts
 from .lowrank_joint import JointLinear, SharedDown
 from .lowrank_kronecker import KroneckerLinear
 from .lowrank_linear import LowRankEmbedding, LowRankLinear
@@ -32,6 +33,7 @@ STRUCTURES: dict[str, Any] = {
     "tensor_train": TensorTrainLinear,
     "shared_tensor_train": SharedTensorTrainLinear,
     "kronecker_sum": KroneckerLinear,
+    "low_rank_experts": LowRankExperts,
 }
 
 SHARED_PARTS: dict[str, Any] = {

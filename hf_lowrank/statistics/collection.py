@@ -12,11 +12,12 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from hf_lowrank.hosts.blocks import frozen
-from hf_lowrank.hosts.matrices import DenseMatrix
+from hf_lowrank.hosts.matrices import DenseMatrix, ExpertMatrices
 from hf_lowrank.hosts.outputs import Batch, real_rows, run, speaking_places
 from hf_lowrank.hosts.targets import is_tied
 from hf_lowrank.progress import Progress, no_progress
-from hf_lowrank.statistics.moments import FORMAT, Statistics, make_metadata
+from hf_lowrank.statistics.experts import Split, experts_watched
+from hf_lowrank.statistics.moments import FORMAT, Statistics, make_metadata, names_of_expert
 from hf_lowrank.statistics.panels import gram_panels
 from hf_lowrank.statistics.running_sums import RunningSums
 
@@ -51,7 +52,7 @@ def collect_statistics(
         fingerprint: Of the model and the text; what was left by a run on others is not gone on with.
         seed: Of the drawn labels.
     """
-    names = [matrix.name for matrix in matrices]
+    names = [part.name for matrix in matrices for part in matrix.parts]
     about = {
         "format": FORMAT,
         "fingerprint": fingerprint,
@@ -100,7 +101,7 @@ class _Collector:
         ]
         hooks += self._head_hooks(model, matrices)
         try:
-            with torch.set_grad_enabled(self.needs_gradients):
+            with torch.set_grad_enabled(self.needs_gradients), experts_watched(matrices, self):
                 yield
         finally:
             for hook in hooks:
@@ -124,18 +125,40 @@ class _Collector:
                 self.sums.add(f"count/{matrix.name}", torch.tensor([len(real_rows(output.detach(), self._batch))]))
             if matrix.role != "embedding" and "input_moment" in self.kinds:
                 self._add_input(matrix.name, inputs[0])
-            if self.needs_gradients and not output.requires_grad:
-                # With frozen weights gradients flow through activations alone, from the first matrix on. A copy, for
-                # the host may go on in its place.
-                output = output.requires_grad_().clone()
+            if self.needs_gradients:
+                output = _with_gradient(output)
             if "output_moment" in self.kinds and matrix.role != "head":
-                output.register_hook(lambda gradient: self._add_gradient(matrix, gradient))
+                output.register_hook(lambda gradient: self._add_gradient(matrix, self.real_rows(gradient)))
             if "fisher" in self.kinds and matrix.role != "embedding":
                 hidden_states = inputs[0].detach()  # held until the gradient arrives
                 output.register_hook(lambda gradient: self._add_fisher(matrix.name, hidden_states, gradient))
             return output
 
         return hook
+
+    def see_routing(self, matrix: ExpertMatrices, num_tokens: int) -> None:
+        """See `Watcher`."""
+        self.sums.add(f"routed/{matrix.name}", torch.tensor([num_tokens]))
+
+    def see_experts(self, split: Split, inputs: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
+        """See `Watcher`; sums are kept of each expert, and of all together."""
+        for part, rows in split(inputs.detach()):
+            names = names_of_expert(part.name)
+            for name in names:
+                self.sums.add(f"count/{name}", torch.tensor([len(rows)]))
+            if "input_moment" in self.kinds:
+                self._add_moment([f"input_moment/{name}" for name in names], rows.float())
+        if self.needs_gradients:
+            output = _with_gradient(output)
+            output.register_hook(lambda gradient: self._see_gradients(split, inputs.detach(), gradient))
+        return output
+
+    def _see_gradients(self, split: Split, inputs: torch.Tensor, gradient: torch.Tensor) -> None:
+        for (part, rows), (_, gradients) in zip(split(inputs), split(gradient), strict=True):
+            if "output_moment" in self.kinds:
+                self._add_gradient(part, gradients.float(), names_of_expert(part.name))
+            if "fisher" in self.kinds:  # of tokens: which are of one sample is not known here
+                self.sums.add(f"fisher/{part.name}", gradients.float().square().T @ rows.float().square())
 
     def _head_hooks(self, model: PreTrainedModel, matrices: Sequence[DenseMatrix]) -> list[Any]:
         head: Any = model.get_output_embeddings()
@@ -158,7 +181,7 @@ class _Collector:
             if table.role == "head":
                 self.sums.add(f"row_weights/{table.name}", weights.sum(dim=0))
                 continue
-            self._add_moment(f"input_moment/{table.name}", rows * weights.sum(dim=1, keepdim=True).sqrt())
+            self._add_moment([f"input_moment/{table.name}"], rows * weights.sum(dim=1, keepdim=True).sqrt())
             self.sums.add(f"head_weights/{table.name}", weights.T @ rows.square().sum(dim=1))
 
     def _count_rows(self, matrix: DenseMatrix, input_ids: torch.Tensor) -> None:
@@ -174,18 +197,23 @@ class _Collector:
             return
         self._last_input = (name, hidden_states)
         self.inputs[name] = name
-        rows = real_rows(hidden_states.detach(), self._batch).float()
-        self._add_moment(f"input_moment/{name}", rows)
+        rows = self.real_rows(hidden_states.detach())
+        self._add_moment([f"input_moment/{name}"], rows)
         self.sums.add(f"input_mean/{name}", rows.sum(dim=0, dtype=torch.float64))
 
-    def _add_gradient(self, matrix: DenseMatrix, gradient: torch.Tensor) -> None:
-        rows = real_rows(gradient, self._batch).float()
+    def real_rows(self, values: torch.Tensor) -> torch.Tensor:
+        """See `Watcher`."""
+        return real_rows(values, self._batch).float()
+
+    def _add_gradient(self, matrix: DenseMatrix, rows: torch.Tensor, names: Sequence[str] = ()) -> None:
+        if not len(rows):
+            return
         lengths = rows.norm(dim=1, keepdim=True)  # (N, 1)
         limit = _LARGEST_GRADIENT * lengths.mean()
         scales = lengths.clamp(max=limit) / lengths.clamp_min(torch.finfo(rows.dtype).tiny)
         # An embedding's gradient weights the columns of its table: it is a moment of what goes in, seen from there.
         kind = "input_moment" if matrix.role == "embedding" else "output_moment"
-        self._add_moment(f"{kind}/{matrix.name}", rows, scales.square())
+        self._add_moment([f"{kind}/{name}" for name in names or [matrix.name]], rows, scales.square())
 
     def _add_fisher(self, name: str, hidden_states: torch.Tensor, gradient: torch.Tensor) -> None:
         size = len(next(iter(self._batch.values())))
@@ -195,9 +223,18 @@ class _Collector:
             squares += (outer.float().T @ inner.float()).square_()  # a sample's dL/dW = sum over its tokens of g x^T
         self.sums.add(f"fisher/{name}", squares)
 
-    def _add_moment(self, key: str, rows: torch.Tensor, weights: torch.Tensor | None = None) -> None:
+    def _add_moment(self, keys: Sequence[str], rows: torch.Tensor, weights: torch.Tensor | None = None) -> None:
         for start, panel in gram_panels(rows, weights):
-            self.sums.add(f"{key}/{start}", panel)
+            for key in keys:
+                self.sums.add(f"{key}/{start}", panel)
+
+
+def _with_gradient(output: torch.Tensor) -> torch.Tensor:
+    """What a matrix gives, with a gradient: weights are frozen, and only activations hand it on.
+
+    A copy, for the host may go on in its place.
+    """
+    return output if output.requires_grad else output.requires_grad_().clone()
 
 
 def _lookups(model: PreTrainedModel, matrix: DenseMatrix) -> list[nn.Module]:

@@ -97,6 +97,18 @@ class Evidence:
         """Which matrices were seen to read the same input; see `Statistics.inputs`; None where nobody looked."""
         return None if self._statistics is None else self._statistics.inputs
 
+    @property
+    def experts_with_few_tokens(self) -> dict[str, int]:
+        """By matrices of experts, how many of these saw fewer tokens than they have inputs; those with any."""
+        if (found := self._statistics) is None:
+            return {}
+        few = {
+            m.name: sum(found.count(part.name) < m.shape[1] for part in m.parts)
+            for m in self.watched
+            if m.kind == "experts"
+        }
+        return {name: count for name, count in few.items() if count}
+
     @cached_property
     def calibration(self) -> Calibration:
         """The text the model is watched on."""

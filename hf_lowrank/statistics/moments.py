@@ -71,6 +71,8 @@ class Statistics(Mapping[str, MatrixStatistics]):
             raise KeyError(name)
         source = self.inputs.get(name, name)
         with safe_open(self.path, framework="pt") as file:
+            if f"routed/{names_of_expert(name)[1]}" in file.keys():  # noqa: SIM118  # no mapping
+                return _of_expert(file, name)
             read = _Reader(file, name)
             return MatrixStatistics(
                 num_tokens=read.count,
@@ -87,6 +89,11 @@ class Statistics(Mapping[str, MatrixStatistics]):
 
     def __len__(self) -> int:
         return len(self.names)
+
+    def count(self, name: str) -> int:
+        """How many tokens one expert saw."""
+        with safe_open(self.path, framework="pt") as file:
+            return _Reader(file, name).count
 
     @classmethod
     def load(cls, path: Path) -> "Statistics":
@@ -115,6 +122,32 @@ def make_metadata(names: Sequence[str], inputs: Mapping[str, str], fingerprint: 
         "inputs": json.dumps(inputs),
         "fingerprint": fingerprint,
     }
+
+
+def names_of_expert(name: str) -> tuple[str, str]:
+    """The names under which sums of one expert are kept: its own, and that of all the experts it is one of."""
+    return name, name.rpartition(".")[0]
+
+
+def _of_expert(file: Any, name: str) -> MatrixStatistics:
+    """Of the tokens one expert saw, each error weighted by their share of all tokens.
+
+    An expert that saw fewer tokens than it has inputs, whose moments would say little, has those of all experts.
+    """
+    together = names_of_expert(name)[1]
+    own, everyone = _Reader(file, name), _Reader(file, together)
+    moment, common = own.moment(f"input_moment/{name}"), everyone.moment(f"input_moment/{together}")
+    source, read = name, own
+    if common is not None and own.count < len(common):
+        source, read, moment = together, everyone, common
+    share = max(own.count, 1) / int(file.get_tensor(f"routed/{together}"))
+    fisher = own.mean(f"fisher/{name}")
+    return MatrixStatistics(
+        num_tokens=read.count,
+        input_moment=None if moment is None else moment * share,
+        output_moment=read.moment(f"output_moment/{source}"),
+        fisher=None if fisher is None else fisher * share,
+    )
 
 
 class _Reader:

@@ -18,7 +18,7 @@ from hf_lowrank.hosts.matrices import DenseMatrix, JointMatrix, Matrix
 from hf_lowrank.hosts.multiply_adds import count_multiply_adds
 from hf_lowrank.hosts.targets import find_matrices
 from hf_lowrank.methods.matrix.method import MatrixMethod
-from hf_lowrank.methods.matrix.svd import SVD, Truncations
+from hf_lowrank.methods.matrix.svd import SVD, Truncations, TruncationsOfSeveral
 from hf_lowrank.options import checked
 from hf_lowrank.planning.allocation import ALLOCATIONS
 from hf_lowrank.planning.timing import LayerTimes
@@ -149,8 +149,8 @@ class _Study:
     def _matrix(
         self, matrix: DenseMatrix, reports: Sequence[CompressionReport], times: LayerTimes | None
     ) -> MatrixAnalysis:
-        plain: Truncations = SVD().decompose(self._first.weight(matrix))
-        found = plain
+        plain = TruncationsOfSeveral([SVD().decompose(self._first.weight(part)) for part in matrix.parts])
+        found: Truncations = plain
         is_target = matrix in self._targets
         if looks_closer := is_target and self._looks:
             found = self._decompositions(matrix)
@@ -160,7 +160,7 @@ class _Study:
         return MatrixAnalysis(
             name=matrix.name,
             role=matrix.role,
-            shape=matrix.shape,
+            shape=matrix.dimensions,
             parameters=matrix.num_weights,
             break_even_rank=rows * columns // (rows + columns),
             spectrum=spectrum_of(plain.singular_values),
@@ -185,7 +185,7 @@ class _Study:
         if module.structure == JOINT:
             unit = next(group for group in self._groups if matrix in group.members)
         found = self._decompositions(unit)
-        products = found.factors(module.rank).product.split([member.shape[0] for member in unit.members])
+        products = found.factors(module.rank).product.split([member.shape[0] for member in unit.members], dim=-2)
         product = products[unit.members.index(matrix)]
         weight = matrix.weight.to(product)
         norm = float(torch.linalg.norm(weight))

@@ -63,7 +63,7 @@ class MatrixAnalysis:
     """One matrix as it is, and at every budget.
 
     Args:
-        shape: `(O, I)`, or `(V, D)` for an embedding.
+        shape: `(O, I)`, `(V, D)` for an embedding, or `(E, O, I)` for experts.
         break_even_rank: `floor(O I / (O + I))`, the largest at which two factors are no larger than the matrix.
         metric_spectrum: In the metric of the method, None where it looks at no text or the matrix is no target.
         planned: One a budget; empty if the matrix is no target.
@@ -71,7 +71,7 @@ class MatrixAnalysis:
 
     name: str
     role: str
-    shape: tuple[int, int]
+    shape: tuple[int, ...]
     parameters: int
     break_even_rank: int
     spectrum: Spectrum
@@ -160,7 +160,7 @@ class Analysis:
         rows = [["matrix", "shape", *ranks, *(f"{model.budget:g}: rank\n(error)" for model in self.budgets)]]
         for matrix in self.matrices:
             seen = matrix.metric_spectrum or matrix.spectrum
-            row = [matrix.name, "{} x {}".format(*matrix.shape), f"{seen.effective_rank:.0f}"]
+            row = [matrix.name, " x ".join(map(str, matrix.shape)), f"{seen.effective_rank:.0f}"]
             row += [f"{seen.stable_rank:.1f}", str(seen.rank_90), str(seen.rank_99), str(matrix.break_even_rank)]
             shown = [f"{one.rank} ({one.metric_error:.2f})" if one.rank else one.structure for one in matrix.planned]
             rows.append(row + (shown or ["no target"] * len(self.budgets)))

@@ -165,7 +165,7 @@ def _draw_spectra(figure: Any, kinds: dict[str, list[MatrixAnalysis]], num_rows:
         panel.axvline(group[0].break_even_rank, color="black", linewidth=0.8, linestyle=":")
         panel.set_yscale("log")
         panel.set_ylim(1e-4, 1.5)
-        panel.set_title("{}  ({} x {})".format(_short(name), *group[0].shape), fontsize=9)
+        panel.set_title(f"{_short(name)}  ({' x '.join(map(str, group[0].shape))})", fontsize=9)
         panel.tick_params(labelsize=8)
         if len(group) > 1:
             panel.legend(fontsize=7, loc="lower left")

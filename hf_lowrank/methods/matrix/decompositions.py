@@ -8,7 +8,7 @@ import torch
 
 from hf_lowrank.hosts.matrices import JointMatrix, Matrix
 from hf_lowrank.methods.matrix.stored import StoredDecomposition, store_decomposition
-from hf_lowrank.methods.matrix.svd import Decomposition, MetricSVD, Truncations
+from hf_lowrank.methods.matrix.svd import Decomposition, MetricSVD, Truncations, TruncationsOfSeveral
 from hf_lowrank.methods.problem import Problem
 from hf_lowrank.methods.tables.token_tables import TokenTable, token_table
 from hf_lowrank.planning.prices import FloatArray
@@ -24,6 +24,8 @@ class Decompositions:
 
     def __call__(self, matrix: Matrix) -> Truncations:
         """The decomposition of one matrix."""
+        if len(matrix.parts) > 1:
+            return TruncationsOfSeveral([self(part) for part in matrix.parts])
         stored = self._stored(matrix)
         found: Truncations = stored if stored.path.is_file() else self.decompose(matrix)
         if not self._solver.fits_each_rank or isinstance(matrix, JointMatrix):
@@ -32,13 +34,14 @@ class Decompositions:
 
     def store(self, matrices: Sequence[Matrix]) -> None:
         """Decompose those that will be asked for again: to measure, to compare plans, to replace."""
-        unknown = [matrix for matrix in matrices if not self._stored(matrix).path.is_file()]
+        parts = [part for matrix in matrices for part in matrix.parts]
+        unknown = [part for part in parts if not self._stored(part).path.is_file()]
         for matrix in self._problem.progress(unknown, "decomposing") if unknown else []:
             store_decomposition(self.decompose(matrix), self._stored(matrix).path)
 
     def singular_values(self, matrix: Matrix) -> FloatArray:
         """Those of a stored one, in the solver's metric."""
-        values: FloatArray = self._stored(matrix).singular_values.numpy()
+        values: FloatArray = self(matrix).singular_values.cpu().numpy()
         return values
 
     def table(self, matrix: Matrix) -> TokenTable | None:
@@ -66,7 +69,7 @@ class Decompositions:
         if table is not None:
             return table.at_rank(rank).product[rows]
         factors = self(matrix).factors(rank)
-        return factors.up[rows] @ factors.down
+        return factors.up[..., rows, :] @ factors.down
 
     def _stored(self, matrix: Matrix) -> StoredDecomposition:
         evidence = self._problem.evidence

@@ -14,9 +14,8 @@ from hf_lowrank.planning.accounts import Account
 from hf_lowrank.planning.allocation import ALLOCATIONS, settled, uniform
 from hf_lowrank.planning.curves import Curve, make_curve, most_useful_weights
 from hf_lowrank.planning.plans import as_plan, out_of_reach, require_in_memory
-from hf_lowrank.planning.prices import FloatArray, Price
-from hf_lowrank.remote_code.lowrank_plan import Plan, Spec, sizes_of
-from hf_lowrank.remote_code.lowrank_table import STRUCTURES
+from hf_lowrank.planning.prices import FloatArray, Price, stored_numbers
+from hf_lowrank.remote_code.lowrank_plan import Plan, Spec
 
 # Matrices that are replaced, each with its rank.
 Ranks = dict[Matrix, int]
@@ -59,7 +58,7 @@ def make_plan(problem: Problem, source: RankErrors) -> tuple[Plan, list[Matrix]]
             spec = modules[matrix.name]
             modules[matrix.name] = {"structure": spec["structure"], **source.sizes(matrix, spec["rank"])}
     modules = {matrix.name: modules[matrix.name] for matrix in problem.matrices if matrix.name in modules}
-    kept = {m.name: [list(m.shape), m.role, _why_dense(problem)] for m in free if m.name not in modules}
+    kept = {m.name: [list(m.dimensions), m.role, _why_dense(problem)] for m in free if m.name not in modules}
     return as_plan(modules, shared, kept), replaced
 
 
@@ -132,7 +131,7 @@ def _ranks_for_rank(matrices: Sequence[DenseMatrix], problem: Problem) -> Ranks:
     rank = int(problem.budget.value)
     for matrix in matrices:
         _check_rank(matrix, rank)
-    sizes = {m: _num_weights(m, {"structure": problem.storage.structure(m), "rank": rank}) for m in matrices}
+    sizes = {m: stored_numbers(m, problem.storage.structure(m), np.array([rank]))[0] for m in matrices}
     return {matrix: rank for matrix in matrices if sizes[matrix] <= most_useful_weights(matrix)}
 
 
@@ -159,10 +158,6 @@ def _why_dense(problem: Problem) -> str:
     if problem.budget.kind == "rank":
         return f"rank {problem.budget.value} would not make it smaller and faster"
     return "worth its full size at this budget"
-
-
-def _num_weights(matrix: DenseMatrix, spec: Spec) -> int:
-    return int(STRUCTURES[spec["structure"]].num_weights(*matrix.shape, **sizes_of(spec)))
 
 
 def _cost(matrix: DenseMatrix, spec: Spec, price: Price) -> float:

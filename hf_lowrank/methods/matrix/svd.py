@@ -4,6 +4,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Protocol
 
 import torch
@@ -60,6 +61,27 @@ class Decomposition:
             down = self.input_metric.unroot(vectors).T  # (L_C^-T V)^T
             factors = balanced(wide @ self.input_metric.root(vectors), down)  # W L_C V
         return Factors(factors.up * 2.0**half, factors.down * 2.0**half)
+
+
+@dataclass(frozen=True)
+class TruncationsOfSeveral:
+    """Every truncation of several matrices of one shape, all at one rank, such as those of a mixture's experts.
+
+    Args:
+        each: Of every matrix.
+    """
+
+    each: Sequence[Truncations]
+
+    @cached_property
+    def singular_values(self) -> torch.Tensor:
+        """`sqrt(sum_e s_ek^2)` of the values of all, so that what a rank leaves out is what it leaves out of all."""
+        return torch.stack([found.singular_values for found in self.each]).square().sum(dim=0).sqrt()
+
+    def factors(self, rank: int) -> Factors:
+        """The factors of all, (E, O, R) and (E, R, I)."""
+        found = [truncations.factors(rank) for truncations in self.each]
+        return Factors(torch.stack([one.up for one in found]), torch.stack([one.down for one in found]))
 
 
 def decompose(weight: torch.Tensor, output_metric: Metric, input_metric: Metric) -> Decomposition:
