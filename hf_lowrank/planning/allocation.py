@@ -133,7 +133,7 @@ def _fill(
     Among equals the matrix that is left with the smallest fraction is first, so that a uniform plan stays uniform.
     """
     spare = budget - _total(curves, choices)
-    last = [curve.dense if may_turn_dense else curve.dense - 1 for curve in curves]
+    last = [curve.dense - (not may_turn_dense or np.isinf(curve.errors[-1])) for curve in curves]
     queue = [_step(curves[index], choices[index], index) for index in among if choices[index] < last[index]]
     heapq.heapify(queue)
     while queue:

@@ -1,11 +1,13 @@
 """What every rank of one matrix costs and what it loses: the input of every allocation."""
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
 from hf_lowrank.hosts.matrices import Matrix
+from hf_lowrank.hosts.targets import BLOCK_ROLES
 from hf_lowrank.planning.prices import FloatArray, Price, stored_numbers
 
 # A pair of thin matrices is two calls where the dense layer is one. Measured on two CPU cores at 8 x 128 tokens
@@ -64,6 +66,16 @@ def make_curve(matrix: Matrix, structure: str, price: Price, errors: FloatArray 
     useful_ranks = ranks[is_useful]
     losses = np.zeros(len(useful_ranks)) if errors is None else errors[useful_ranks - 1]
     return Curve(matrix, structure, useful_ranks, np.append(costs[is_useful], dense_cost), np.append(losses, 0.0))
+
+
+def never_dense(curves: Sequence[Curve]) -> list[Curve]:
+    """The same, but no matrix of the blocks that can be replaced may stay dense: the error of that is infinite."""
+    return [
+        replace(curve, errors=np.append(curve.errors[:-1], np.inf))
+        if curve.dense and curve.matrix.role in BLOCK_ROLES
+        else curve
+        for curve in curves
+    ]
 
 
 def most_useful_weights(matrix: Matrix) -> float:

@@ -12,7 +12,7 @@ from hf_lowrank.methods.matrix.ranks import RankErrors
 from hf_lowrank.methods.problem import Problem
 from hf_lowrank.planning.accounts import Account
 from hf_lowrank.planning.allocation import ALLOCATIONS, settled, uniform
-from hf_lowrank.planning.curves import Curve, make_curve, most_useful_weights
+from hf_lowrank.planning.curves import Curve, make_curve, most_useful_weights, never_dense
 from hf_lowrank.planning.plans import as_plan, out_of_reach, require_in_memory
 from hf_lowrank.planning.prices import FloatArray, Price, stored_numbers
 from hf_lowrank.remote_code.lowrank_plan import Plan, Spec
@@ -66,6 +66,9 @@ def _ranks_for_budget(
     matrices: Sequence[DenseMatrix], account: Account, spent: float, problem: Problem, source: RankErrors
 ) -> Ranks:
     allocation = ALLOCATIONS[problem.allocation]
+    # Beside experts the other matrices of blocks are few of the parameters and much of what a token runs through: left
+    # dense they would take little of the budget and most of the speed.
+    is_mixture = any(matrix.kind == "experts" for matrix in matrices)
     available = account.limit - account.fixed - spent
     if available >= sum(account.price.of_dense(matrix) for matrix in matrices):
         return {}
@@ -78,6 +81,8 @@ def _ranks_for_budget(
         return _chosen_ranks(curves, allocation.choose(curves, available))
     units = _joint_or_separate(matrices, available, curves_of, source)
     curves = curves_of(units, source.errors(units))
+    if is_mixture and available < sum(float(curve.costs[max(curve.dense - 1, 0)]) for curve in curves):
+        curves = never_dense(curves)
     ranks = _chosen_ranks(curves, allocation.choose(curves, available))
     if allocation.errors == "probes":
         # Probes see one matrix at a time; only the whole model tells whether the sum of what they saw holds.
