@@ -38,6 +38,7 @@ from laws import FOLDERS, folder_of
 
 from hf_lowrank.methods.rows import nonlinear_method
 from hf_lowrank.methods.rows.nonlinear_autoencoder import RowTraining
+from hf_lowrank.methods.trains import tensor_train
 from hf_lowrank.sharing import verification
 
 atexit.register(shutil.rmtree, os.environ["HF_HOME"], ignore_errors=True)
@@ -91,9 +92,11 @@ def seed():
 
 @pytest.fixture
 def hardly_trained(monkeypatch):
-    """Non-linear decoders are trained in a few steps, for laws that hold however good they are."""
+    """Non-linear decoders and tensor trains are fitted in a few steps, for laws that hold however good they are."""
     few = partial(nonlinear_method.train_rows, training=RowTraining(steps=6))
     monkeypatch.setattr(nonlinear_method, "train_rows", few)
+    monkeypatch.setattr(tensor_train, "_MOST_SWEEPS", 3)
+    monkeypatch.setattr(tensor_train, "_CONJUGATE_STEPS", 6)
 
 
 def folder_or_skip(variable, default):

@@ -68,6 +68,7 @@ def test_methods_are_compared_at_equal_bytes(dense, result):
         assert cell.size_bytes == result.cells[0].size_bytes - whole + cell.target_bytes
 
 
+@pytest.mark.usefixtures("hardly_trained")
 def test_methods_that_take_matrices_together_are_compared_like_any_other():
     together = [name for name, method in TENSOR_METHODS.items() if method.ranks is None]
     dense = build("BertForMaskedLM")
