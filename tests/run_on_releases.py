@@ -61,11 +61,11 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("which", choices=("newest", "oldest"))
     parser.add_argument("--workers", default="2")
-    parser.add_argument("pytest", nargs="*", metavar="-- ARGUMENT", help="of pytest")
-    arguments = parser.parse_args()
+    end = sys.argv.index("--") if "--" in sys.argv else len(sys.argv)  # argparse loses a rest that follows an option
+    arguments = parser.parse_args(sys.argv[1:end])
     python = make_environment(arguments.which)
     subprocess.run([python, "-m", "pip", "list", "--disable-pip-version-check", "--format", "freeze"], check=True)
-    tests = [python, "-m", "pytest", "-q", "-n", arguments.workers, "--dist", "worksteal", *arguments.pytest]
+    tests = [python, "-m", "pytest", "-q", "-n", arguments.workers, "--dist", "worksteal", *sys.argv[end + 1 :]]
     return subprocess.run(tests, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=False).returncode
 
 
