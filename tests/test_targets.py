@@ -3,6 +3,7 @@
 import pytest
 import torch
 import transformers
+from tiny_architectures import build_architecture
 from tiny_models import build
 
 from hf_lowrank import InputError, compress, decompress, make_report
@@ -153,3 +154,20 @@ def test_a_model_without_blocks_of_matrices_is_refused():
 
     with pytest.raises(InputError, match=r"ResNetModel has no blocks .*Supported is every .*BERT, GPT-2"):
         svd(transformers.ResNetModel(config), rank=2)
+
+
+@pytest.mark.parametrize("embeddings", ["low_rank", "autoencoder"])
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("T5ForConditionalGeneration", {}),
+        ("PegasusForConditionalGeneration", {}),
+        ("ViTForImageClassification", {}),
+        ("BertForMaskedLM", {"target_modules": ["query"]}),
+    ],
+)
+def test_a_table_that_is_asked_for_by_name_is_not_left_dense_without_a_word(name, options, embeddings):
+    dense = build(name) if name.startswith("Bert") else build_architecture(name)
+
+    with pytest.raises(InputError, match=f"embeddings='{embeddings}' finds no table to replace"):
+        compress(dense, rank=2, method="svd", embeddings=embeddings, **options)
