@@ -12,7 +12,6 @@ from tiny_architectures import ARCHITECTURES, build_architecture
 
 import hf_lowrank
 from hf_lowrank import compress, decompress
-from hf_lowrank.cli import main
 
 pytestmark = pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")  # transformers' and torch's own
 each_architecture = pytest.mark.parametrize("name", ARCHITECTURES)
@@ -132,44 +131,6 @@ def test_what_is_compressed_can_be_run_and_computes_as_what_is_loaded(readers, n
     with torch.no_grad():
         first, second = (one(**dict.fromkeys(READERS[name], ids)).logits for one in (model, loaded))
     assert torch.equal(first, second)
-
-
-# What a model that reads no tokens, or computes with a weight that is gone, is asked -> what cannot be done.
-REFUSED = {
-    "synthetic text": ("ViTForImageClassification", ["compress", "MODEL", "OUT", "--keep-targets", "0.6"]),
-    "latency": ("Wav2Vec2ForCTC", ["compress", "MODEL", "OUT", "--keep-latency", "0.6", "--method", "svd"]),
-    "statistics": ("ViTForImageClassification", ["analyze", "MODEL"]),
-    "proof": ("ViTForImageClassification", ["verify", "SMALL"]),
-    "training": ("ViTForImageClassification", ["recover", "SMALL", "OUT", "--teacher", "MODEL", "--dataset", "TEXT"]),
-}
-
-
-@pytest.mark.parametrize("case", REFUSED)
-def test_what_needs_text_is_one_line_for_a_model_that_reads_none(case, tmp_path, capsys):
-    name, arguments = REFUSED[case]
-    paths = {kind: str(tmp_path / kind) for kind in ("MODEL", "SMALL", "OUT", "TEXT")}
-    build_architecture(name).save_pretrained(paths["MODEL"])
-    compress(paths["MODEL"], method="svd", keep_targets=0.6).save_pretrained(paths["SMALL"])
-    (tmp_path / "TEXT").write_text("a\nb\n")
-
-    status = main([paths.get(part, part) for part in arguments])
-
-    said = capsys.readouterr().err
-    ours = [line for line in said.splitlines() if line.startswith("hf-lowrank: ")]  # beside what other libraries log
-    assert (status, len(ours)) == (2, 1), said
-    assert "Traceback" not in said
-    assert "cannot be run on text" in ours[0]
-    assert not (tmp_path / "OUT").exists()
-
-
-def test_a_latency_that_cannot_be_measured_is_said_and_the_folder_is_there(tmp_path, capsys):
-    build_architecture("ViTForImageClassification").save_pretrained(tmp_path / "dense")
-
-    status = main(["compress", str(tmp_path / "dense"), str(tmp_path / "out"), "--method", "svd", "--rank", "4"])
-
-    assert status == 0
-    assert "Latency is not measured" in capsys.readouterr().err
-    assert (tmp_path / "out" / "model.safetensors").is_file()
 
 
 def test_statistics_are_of_every_user_of_a_shared_table(readers, tmp_path):

@@ -3,7 +3,10 @@
 import json
 import random
 
+from tiny_architectures import build_architecture
+from tiny_media import PICTURES, image_processor
 from tiny_models import build
+from tiny_tokenizers import encoder_tokenizer
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import BertTokenizer, PreTrainedTokenizerFast
 
@@ -35,6 +38,12 @@ def write_models(folder):
     build("GPT2LMHeadModel", **size).save_pretrained(folder / "my-gpt2")
     byte_tokenizer().save_pretrained(folder / "my-gpt2")
     _write_sentence_encoder(folder / "my-encoder")
+    for name, head, reader in (
+        ("my-bart", "BartForConditionalGeneration", encoder_tokenizer()),
+        ("my-vit", "ViTForImageClassification", image_processor()),
+    ):
+        build_architecture(head).save_pretrained(folder / name)
+        reader.save_pretrained(folder / name)
 
 
 def _write_sentence_encoder(folder):
@@ -52,7 +61,7 @@ def _write_sentence_encoder(folder):
 
 
 def write_data(folder):
-    """Texts, classified sentences and pairs of sentences with scores, drawn from a few words."""
+    """Texts, classified sentences, pairs with scores and pairs to read and write, drawn from a few words; images."""
     draw = random.Random(0)
 
     def sentence():
@@ -65,3 +74,8 @@ def write_data(folder):
         (folder / name).write_text("\n".join(["sentence\tlabel", *rows]))
     rows = [f"{sentence()}\t{sentence()}\t{draw.random():.2f}" for _ in range(20)]
     (folder / "pairs.tsv").write_text("\n".join(["sentence1\tsentence2\tscore", *rows]))
+    rows = [f"a b c d e f\t{' '.join('abcdef'[number % 6 :])}" for number in range(20)]
+    (folder / "summaries.tsv").write_text("\n".join(["source\ttarget", *rows]))
+    (folder / "photos").mkdir()
+    for number, picture in enumerate(PICTURES):
+        picture.save(folder / "photos" / f"{number}.png")

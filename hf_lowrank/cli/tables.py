@@ -12,7 +12,7 @@ from rich.table import Table
 
 from hf_lowrank.planning.budgets import BUDGETS
 from hf_lowrank.records.report import CompressionReport, ModuleReport
-from hf_lowrank.records.wording import megabytes, milliseconds, share, speed_in_words
+from hf_lowrank.records.wording import megabytes, milliseconds, shape_in_words, share, speed_in_words
 
 _NUM_WORST = 3
 
@@ -63,7 +63,7 @@ def print_comparison(report: CompressionReport) -> None:
     )
     if (latency := report.latency) is not None:
         times = (milliseconds(latency.dense), milliseconds(latency.compressed))
-        shape = f"{latency.batch_size} x {latency.sequence_length} tokens"
+        shape = shape_in_words(latency.batch_size, latency.sequence_length)
         table.add_row(f"latency, {shape}", *times, speed_in_words(latency.compressed))
     Console(file=sys.stdout, highlight=False).print(table)
 

@@ -54,6 +54,7 @@ def make_batches(
     source = list(source) if isinstance(source, Iterator) else source
     if is_ready(source):
         return as_token_ids(lambda: _take(_collate(iter(source), batch_size), num_calibration_samples))
+    tokenizer = reader_of(source, tokenizer)
     if reads_media(tokenizer):
         rows = load_rows(source, num_calibration_samples, seed)
         make_one = load_part("hf_lowrank.data.media", "train").media_batch
@@ -75,6 +76,14 @@ def reads_media(processor: Any) -> bool:
     return isinstance(processor, (ImageProcessingMixin, FeatureExtractionMixin, ProcessorMixin))
 
 
+def reader_of(source: Any, processor: Any) -> Any:
+    """The tokenizer of a processor of several kinds where data that can be read again are text alone."""
+    if not hasattr(processor, "tokenizer") or is_ready(source):
+        return processor
+    is_media = load_part("hf_lowrank.data.media", "train").holds_media(load_rows(source)[0])
+    return processor if is_media else processor.tokenizer
+
+
 def as_token_ids(read: Callable[[], T]) -> T:
     """Rows or batches of token ids, as some function reads them out of what a user gave.
 
@@ -88,6 +97,22 @@ def as_token_ids(read: Callable[[], T]) -> T:
         raise InputError(
             f"Rows of token ids {rule}. Mend them. ({type(error).__name__}: {one_line(error)})"
         ) from error
+
+
+def require_processor(model: Any, processor: Any) -> None:
+    """Check that there is something to make a model's inputs with.
+
+    Raises:
+        InputError: If there is not.
+    """
+    wanted = model.main_input_name
+    if wanted != "input_ids" and not reads_media(processor):
+        raise InputError(
+            f"{type(model).__name__} reads {wanted}, and there is no processor that makes it. Save one beside it, "
+            f"give it as tokenizer=, or give batches of {wanted}."
+        )
+    if processor is None:
+        raise InputError("Text needs a tokenizer, and there is none. Give tokenizer=, or rows of input_ids.")
 
 
 def require_tokens(batches: Sequence[Batch], min_tokens: int) -> None:

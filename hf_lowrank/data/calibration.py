@@ -16,12 +16,14 @@ from transformers.models.auto.modeling_auto import (
 from hf_lowrank.data.batches import (
     make_batches,
     num_tokens,
+    reader_of,
     reads_media,
     require_known_tokens,
+    require_processor,
     require_tokens,
-    special_frame,
 )
 from hf_lowrank.data.rows import is_ready, load_rows, load_texts, source_name
+from hf_lowrank.data.synthetic import synthetic_batches
 from hf_lowrank.data.target_texts import pair_batches, reads_targets, target_column, with_targets
 from hf_lowrank.errors import InputError
 from hf_lowrank.files.digests import fingerprint
@@ -32,10 +34,6 @@ from hf_lowrank.remote_code.configuration_lowrank import PREFIX
 # Of all batches, the share that ranks are measured on; the others make the statistics.
 _PROBE_SHARE = 1 / 9
 _MASKED_FRACTION = 0.15
-# Token `k` is drawn in proportion to `1 / (k + offset)`: learned vocabularies are ordered by frequency, roughly.
-_ZIPF_OFFSET = 20
-_SYNTHETIC_LENGTH = 64
-_SYNTHETIC_SAMPLES = 144
 _SHORT_TEXT = (4, 100)  # words
 
 
@@ -75,7 +73,10 @@ def make_calibration(model: PreTrainedModel, source: Any, tokenizer: Any, text: 
     Raises:
         InputError: If the source is empty, or too little for statistics.
     """
-    batches = synthetic_batches(model, tokenizer, text) if source is None else _read(model, source, tokenizer, text)
+    if source is None:
+        batches = synthetic_batches(model, tokenizer, text.batch_size, text.seed)
+    else:
+        batches = _read(model, source, tokenizer, text)
     if is_masked_lm(model) and "labels" not in batches[0]:
         batches = mask_tokens(batches, model, tokenizer, text.seed)
     if reads_targets(model):
@@ -90,8 +91,11 @@ def make_calibration(model: PreTrainedModel, source: Any, tokenizer: Any, text: 
 def _read(model: PreTrainedModel, source: Any, tokenizer: Any, text: Text) -> list[Batch]:
     source = list(source) if isinstance(source, Iterator) else source
     text_column, length = text.text_column, min(text.max_seq_length, longest_input(model))
-    is_text, target = not is_ready(source) and not reads_media(tokenizer), None
-    if is_text and tokenizer is not None and reads_targets(model):
+    tokenizer = reader_of(source, tokenizer)
+    is_text = not is_ready(source) and not reads_media(tokenizer)
+    if is_text:
+        require_processor(model, tokenizer)
+    if is_text and reads_targets(model):
         rows = load_rows(source, text.num_samples, text.seed)
         if target := target_column(rows[0]):
             return pair_batches(rows, tokenizer, text_column, target, length, text.batch_size)
@@ -110,28 +114,6 @@ def _read(model: PreTrainedModel, source: Any, tokenizer: Any, text: Text) -> li
     require_known_tokens(batches, model, tokenizer)
     require_tokens(batches, model.config.get_text_config().hidden_size)
     return batches
-
-
-def synthetic_batches(model: PreTrainedModel, tokenizer: Any, text: Text) -> list[Batch]:
-    """Sequences of independent tokens with the frequencies of a natural vocabulary.
-
-    Nothing is known of the language, but the model's own weights decide where such tokens go: that alone finds most of
-    what its layers use. With a tokenizer, special and unused tokens are left out and sequences begin and end as usual.
-    """
-    size = vocabulary_size(model)
-    generator = torch.Generator().manual_seed(text.seed)
-    weights = 1 / (torch.arange(size) + _ZIPF_OFFSET)
-    start, end = torch.empty(0, dtype=torch.long), torch.empty(0, dtype=torch.long)
-    if tokenizer is not None and len(_usable_tokens(tokenizer, size)):
-        # The order of the usable tokens counts, not their ids: WordPiece begins with a thousand unused ones.
-        usable = _usable_tokens(tokenizer, size)
-        weights = torch.zeros(size).index_copy(0, usable, 1 / (torch.arange(len(usable)) + _ZIPF_OFFSET))
-        start, end = (torch.tensor(part, dtype=torch.long) for part in special_frame(tokenizer))
-    length = min(_SYNTHETIC_LENGTH, longest_input(model)) - len(start) - len(end)
-    drawn = torch.multinomial(weights, _SYNTHETIC_SAMPLES * length, replacement=True, generator=generator)
-    rows = drawn.view(_SYNTHETIC_SAMPLES, length)
-    ids = torch.cat([start.expand(len(rows), -1), rows, end.expand(len(rows), -1)], dim=1)  # (N, T)
-    return [{"input_ids": part, "attention_mask": torch.ones_like(part)} for part in ids.split(text.batch_size)]
 
 
 def is_causal(model: PreTrainedModel) -> bool:
@@ -195,14 +177,12 @@ def mask_tokens(batches: Sequence[Batch], model: PreTrainedModel, tokenizer: Any
     return masked
 
 
-def _usable_tokens(tokenizer: Any, vocab_size: int) -> torch.Tensor:
-    special = set(tokenizer.all_special_ids)
-    vocabulary = sorted((index, token) for token, index in tokenizer.get_vocab().items() if index < vocab_size)
-    usable = [index for index, token in vocabulary if index not in special and not token.startswith("[unused")]
-    return torch.tensor(usable, dtype=torch.long)
-
-
 def described_text(source: Any, batches: Sequence[Batch]) -> dict[str, Any]:
-    """What a model was watched on, for the record: where it came from, how much it is, and its hash."""
+    """What a model was watched on, for the record: where it came from, how much it is, and its hash.
+
+    Images and sounds have no tokens; a sound's samples are none.
+    """
     name = "synthetic" if source is None else source_name(source)
-    return {"source": name, "num_tokens": num_tokens(batches), "sha256": fingerprint(batches)}
+    num_samples = sum(len(next(iter(batch.values()))) for batch in batches)
+    about = {"source": name, "num_tokens": num_tokens(batches), "num_samples": num_samples}
+    return about | {"sha256": fingerprint(batches)}

@@ -38,7 +38,7 @@ def media_batch(rows: Sequence[Mapping[str, Any]], processor: Any) -> Batch:
         InputError: If a row holds nothing the processor reads, or that cannot be read.
     """
     contents = [_contents(row) for row in rows]
-    if not contents[0].keys() - {_TEXT}:
+    if not holds_media(rows[0]):
         columns = ", ".join(map(str, rows[0]))
         raise InputError(f"{type(processor).__name__} reads images or sounds, and no column is one: {columns}.")
     given = {kind: [content.get(kind) for content in contents] for kind in contents[0]}
@@ -48,6 +48,11 @@ def media_batch(rows: Sequence[Mapping[str, Any]], processor: Any) -> Batch:
         raise InputError(f"{type(processor).__name__} cannot read the data: {one_line(error)}") from error
     # Labels of some processors hold padding that counts.
     return {name: value for name, value in found.items() if isinstance(value, torch.Tensor) and name != "labels"}
+
+
+def holds_media(row: Mapping[str, Any]) -> bool:
+    """Whether a row holds an image or a sound."""
+    return bool(_contents(row).keys() - {_TEXT})
 
 
 def _processed(processor: Any, given: dict[str, list[Any]]) -> Any:

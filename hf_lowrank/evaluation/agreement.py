@@ -7,6 +7,8 @@ from typing import Any, ClassVar
 import torch
 
 from hf_lowrank.data.batches import make_batches
+from hf_lowrank.data.calibration import is_causal
+from hf_lowrank.data.target_texts import reads_targets, with_targets
 from hf_lowrank.evaluation.base import Score, Step, Task
 from hf_lowrank.evaluation.blocks import block_length_of
 
@@ -16,7 +18,7 @@ class _Nothing(Score):
 
     def add(self, rows: torch.Tensor, step: Step) -> None:
         """Count the texts."""
-        self._examples.append(torch.zeros(len(step.inputs["input_ids"]), 0))
+        self._examples.append(torch.zeros(len(next(iter(step.inputs.values()))), 0))
 
     def result(self) -> dict[str, float]:
         """Empty."""
@@ -62,7 +64,10 @@ class AgreementWithDense(Task):
             batch_size=batch_size,
             seed=self.seed,
             text_column=self.text_column,
+            pack=None if is_causal(model) else False,
         )
+        if reads_targets(model):
+            batches = with_targets(batches, model)
         return [Step(batch, None) for batch in batches]
 
     def score(self) -> Score:

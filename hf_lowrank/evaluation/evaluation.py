@@ -4,7 +4,6 @@ import copy
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import torch
 from rich.table import Table
 from transformers import PreTrainedModel
 
@@ -12,13 +11,13 @@ from hf_lowrank.errors import InputError
 from hf_lowrank.evaluation import make_task
 from hf_lowrank.evaluation.base import AGREEMENTS, Task, metric_of
 from hf_lowrank.evaluation.memory import peak_memory
-from hf_lowrank.hosts.latency import Latency, measure_latency, typical_length
+from hf_lowrank.hosts.latency import Latency, measure_latency, typical_inputs, typical_length
 from hf_lowrank.hosts.loading import held_model
 from hf_lowrank.hosts.targets import is_tied
 from hf_lowrank.options import checked
 from hf_lowrank.progress import Progress, no_progress
 from hf_lowrank.records.machine import machine_name
-from hf_lowrank.records.wording import change_in_words, megabytes, milliseconds, verdict
+from hf_lowrank.records.wording import change_in_words, megabytes, milliseconds, shape_in_words, verdict
 from hf_lowrank.remote_code.lowrank_structures import structure_name
 
 _SHAPE = (8, 128)
@@ -93,7 +92,7 @@ class Evaluation:
             table.add_row(f"change of {self.metric}, 95 % interval", "", *changes)
         table.add_row("parameters", *(f"{side.parameters:,}" for side in sides))
         table.add_row("weights", *(megabytes(side.size_bytes) for side in sides))
-        shape = f"{self.batch_size} x {self.sequence_length} tokens"
+        shape = shape_in_words(self.batch_size, self.sequence_length)
         if self.model.latency is not None:
             table.add_row(
                 f"latency, {shape}", *("" if side.latency is None else milliseconds(side.latency) for side in sides)
@@ -175,13 +174,12 @@ def _with_head_of(dense: PreTrainedModel, model: PreTrainedModel) -> Any:
 
 def _measure(model: Any, scores: dict[str, float], latency: Latency | None, shape: tuple[int, int]) -> Measurements:
     parameters = list(model.parameters())
-    inputs = {"input_ids": torch.ones(shape, dtype=torch.long), "attention_mask": torch.ones(shape, dtype=torch.long)}
     return Measurements(
         class_name=type(model).__name__,
         parameters=sum(parameter.numel() for parameter in parameters),
         size_bytes=sum(parameter.numel() * parameter.element_size() for parameter in parameters),
         scores=scores,
-        peak_memory_bytes=None if latency is None else peak_memory(model, inputs),
+        peak_memory_bytes=None if latency is None else peak_memory(model, typical_inputs(model, *shape)),
         latency=latency,
     )
 

@@ -1,6 +1,7 @@
 """One small input of whatever a model reads, made from its own description."""
 
 import inspect
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -13,23 +14,25 @@ from hf_lowrank.hosts.outputs import longest_input
 Inputs = dict[str, torch.Tensor]
 
 _TOKENS = 12
-_ROWS = ((2,), (1,), (2, 2))  # with padding, where a model cannot batch, and two choices a row
 _SAMPLES = 16_000  # a second of sound
 _FRAMES = 64  # of features of sound, and of what a model does not say
 _SIDE = 32  # of an image, likewise
 
 
-def dummy_inputs(model: PreTrainedModel) -> Inputs:
+def dummy_inputs(model: PreTrainedModel, batch_size: int = 2, num_tokens: int = _TOKENS) -> Inputs:
     """The first of several small inputs that the model takes: random, and the same each time.
 
-    Two rows of tokens, one of them padded, where it takes that; images and sounds of the size that its configuration
-    says.
+    Rows of tokens, the last of several padded, where it takes that; images and sounds of the size that its
+    configuration says.
+
+    Args:
+        num_tokens: Of each text, and of what a decoder writes; frames of a sound, where it comes as samples.
 
     Raises:
         InputError: If the model takes none of them.
     """
     first: Exception | None = None
-    for inputs in _proposals(model):
+    for inputs in _proposals(model, batch_size, num_tokens):
         try:
             run_quietly(model, inputs)
         except Exception as error:  # hosts of all families, each with errors of its own
@@ -47,7 +50,7 @@ def run_quietly(model: PreTrainedModel, inputs: Inputs) -> Any:
         return model(**{name: v.to(model.dtype) if v.is_floating_point() else v for name, v in placed.items()})
 
 
-def _proposals(model: Any) -> Iterator[Inputs]:
+def _proposals(model: Any, batch_size: int, num_tokens: int) -> Iterator[Inputs]:
     """Inputs to try: of what it reads first, of what it must have, of one kind, of tokens and one, of everything."""
     taken = inspect.signature(model.forward).parameters
     required = [name for name, one in taken.items() if one.default is inspect.Parameter.empty]
@@ -60,12 +63,13 @@ def _proposals(model: Any) -> Iterator[Inputs]:
         names = [name for name in _SHAPES if name in taken and name in (*wanted, *extras)]
         if names and names not in tried:
             tried.append(names)
-            yield from _of_shapes(model, names)
+            yield from _of_shapes(model, names, batch_size, num_tokens)
 
 
-def _of_shapes(model: Any, names: Sequence[str]) -> Iterator[Inputs]:
-    shapes = {name: _SHAPES[name](model) for name in names}
-    for rows in _ROWS:
+def _of_shapes(model: Any, names: Sequence[str], batch_size: int, num_tokens: int) -> Iterator[Inputs]:
+    shapes = {name: _SHAPES[name](model, num_tokens) for name in names}
+    # With padding, where a model cannot batch, and two choices a row.
+    for rows in ((batch_size,), (1,), (max(batch_size // 2, 1), 2)):
         for turn in range(max(map(len, shapes.values()))):
             generator = torch.Generator().manual_seed(0)
             yield {
@@ -100,22 +104,25 @@ def _nowhere(model: Any, shape: tuple[int, ...], generator: torch.Generator) -> 
     return torch.zeros(shape)
 
 
-def _text(model: Any) -> list[tuple[int, ...]]:
-    return [(min(_TOKENS, longest_input(model)),)]
+def _text(model: Any, num_tokens: int) -> list[tuple[int, ...]]:
+    return [(min(num_tokens, longest_input(model)),)]
 
 
-def _images(model: Any) -> list[tuple[int, ...]]:
+def _images(model: Any, num_tokens: int) -> list[tuple[int, ...]]:
     channels = _said(model.config, "num_channels", "in_channels", "in_chans", "num_input_channels") or 3
     side = _side(model.config)
     frames = _said(model.config, "num_frames") or 2
     return [(channels, *side), (frames, channels, *side), (channels, frames, *side)]
 
 
-def _waves(model: Any) -> list[tuple[int, ...]]:
-    return [(_SAMPLES,), (1, _SAMPLES), *_features(model)]
+def _waves(model: Any, num_tokens: int) -> list[tuple[int, ...]]:
+    strides: Any = next(_find(model.config, lambda name: name == "conv_stride"), None)
+    # A frame is as many samples as all convolutions step over; the first one takes a little more.
+    samples = _SAMPLES if strides is None else math.prod(strides) * (num_tokens + 2)
+    return [(samples,), (1, samples), *_features(model, num_tokens)]
 
 
-def _features(model: Any) -> list[tuple[int, ...]]:
+def _features(model: Any, num_tokens: int) -> list[tuple[int, ...]]:
     bins = _said(model.config, "num_mel_bins", "feature_projection_input_dim", "input_feat_per_channel") or 80
     frames = _said(model.config, "max_source_positions", "max_length") or _FRAMES
     return [(bins, 2 * frames), (frames, bins), (_FRAMES, bins), (1, _FRAMES, bins)]
@@ -129,14 +136,14 @@ def _side(config: Any) -> tuple[int, int]:
 
 _MEDIA = ("pixel_values", "input_values", "input_features", "bbox")
 # Argument of a model's forward -> shapes after the rows that it may want.
-_SHAPES: dict[str, Callable[[Any], list[tuple[int, ...]]]] = {
+_SHAPES: dict[str, Callable[[Any, int], list[tuple[int, ...]]]] = {
     "input_ids": _text,
     "attention_mask": _text,
     "pixel_values": _images,
     "input_values": _waves,
     "input_features": _features,
     "decoder_input_ids": _text,
-    "bbox": lambda model: [(*_text(model)[0], 4)],
+    "bbox": lambda model, num_tokens: [(*_text(model, num_tokens)[0], 4)],
 }
 _DRAWN = {"input_ids": _tokens, "decoder_input_ids": _tokens, "attention_mask": _mask, "bbox": _nowhere}
 

@@ -8,10 +8,11 @@ from typing import Any
 
 import torch
 
-from hf_lowrank.hosts.loading import require_runs, vocabulary_size
+from hf_lowrank.hosts.dummy_inputs import dummy_inputs
 from hf_lowrank.hosts.outputs import longest_input
 
 _WARM_UP_ROUNDS = 2
+_TYPICAL = 128
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,7 @@ def measure_latency(
     if not models or rounds < 1:
         raise ValueError(f"measure_latency needs at least one model and one round, got {len(models)} and {rounds}.")
     times: dict[str, list[float]] = {name: [] for name in models}
-    inputs = {name: _inputs(model, batch_size, sequence_length) for name, model in models.items()}
+    inputs = {name: typical_inputs(model, batch_size, sequence_length) for name, model in models.items()}
     was_training = {name: model.training for name, model in models.items()}
     for model in models.values():
         model.eval()
@@ -63,22 +64,17 @@ def measure_latency(
     return {name: _summarize(seconds, first) for name, seconds in times.items()}
 
 
-def typical_length(model: Any, sequence_length: int = 128) -> int:
-    """`sequence_length`, or half of the positions the model has if that is less."""
-    return min(sequence_length, longest_input(model) // 2 + 1)
+def typical_length(model: Any, sequence_length: int = _TYPICAL) -> int:
+    """`sequence_length`, or half of the positions the model has if that is less; 0 where it reads no tokens."""
+    reads_tokens = getattr(model, "main_input_name", "input_ids") == "input_ids"
+    return min(sequence_length, longest_input(model) // 2 + 1) if reads_tokens else 0
 
 
-def _inputs(model: Any, batch_size: int, sequence_length: int) -> dict[str, torch.Tensor]:
-    generator = torch.Generator().manual_seed(0)
-    vocabulary = vocabulary_size(model)
-    # Two choices a row are how a multiple-choice head reads; its cost is that of as many plain rows.
-    is_choice = "MultipleChoice" in type(model).__name__ and batch_size > 1
-    shape = (batch_size // 2, 2, sequence_length) if is_choice else (batch_size, sequence_length)
-    input_ids = torch.randint(0, vocabulary, shape, generator=generator)
-    inputs = {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids)}
-    if model.config.is_encoder_decoder:
-        inputs["decoder_input_ids"] = input_ids
-    require_runs(model, inputs)
+def typical_inputs(model: Any, batch_size: int, sequence_length: int) -> dict[str, torch.Tensor]:
+    """What a forward pass is measured on: tokens without padding, images, or sounds of so many frames."""
+    inputs = dummy_inputs(model, batch_size, sequence_length or _TYPICAL)
+    if "attention_mask" in inputs:  # with padding, other kernels may run
+        inputs["attention_mask"] = torch.ones_like(inputs["attention_mask"])
     return {name: tensor.to(model.device) for name, tensor in inputs.items()}
 
 

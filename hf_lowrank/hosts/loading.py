@@ -174,8 +174,8 @@ def require_runs(model: PreTrainedModel, batch: Mapping[str, torch.Tensor]) -> N
 
 def _not_run(model: PreTrainedModel, why: str) -> InputError:
     return InputError(
-        f"{type(model).__name__} cannot be run on text alone: {why}. What looks at its weights alone works: "
-        "compress with method svd."
+        f"{type(model).__name__}, which reads {model.main_input_name}, cannot be run on this: {why}. What looks "
+        "at its weights alone works: compress with method svd."
     )
 
 

@@ -1,6 +1,7 @@
 """How numbers are said, on the terminal and on cards alike."""
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from hf_lowrank.hosts.latency import Latency
 
@@ -64,6 +65,17 @@ def change_in_words(
         return _signed(change, relative)
     low, high = (_signed(scores[name], relative) for name in ("change_low", "change_high"))
     return f"{_signed(change, relative)} ({low} to {high}), {said}"
+
+
+def shape_in_words(batch_size: int, sequence_length: int) -> str:
+    """What a forward pass was measured on: `8 x 128 tokens`, or `8 images or sounds`, which have no length."""
+    return f"{batch_size} x {sequence_length} tokens" if sequence_length else f"{batch_size} images or sounds"
+
+
+def amount_in_words(text: Mapping[str, Any]) -> str:
+    """How much a model was watched on: `1,500 tokens`, or `144 images or sounds`, which have no tokens."""
+    tokens = text["num_tokens"]
+    return f"{tokens:,} tokens" if tokens else f"{text['num_samples']:,} images or sounds"
 
 
 def examples_in_words(scores: Mapping[str, float]) -> str:

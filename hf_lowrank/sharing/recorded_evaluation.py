@@ -47,19 +47,19 @@ def quality_report(evaluation: Evaluation, dataset: str) -> QualityReport:
     """An evaluation for the record.
 
     Args:
-        dataset: The file or `NAME:CONFIG:SPLIT` it was made on.
+        dataset: The file, folder or `NAME:CONFIG:SPLIT` it was made on.
     """
     file = Path(dataset)
-    is_file = file.is_file()
+    is_here = file.exists()
     name, config, split = [*dataset.split(":"), "", ""][:3]
     return QualityReport(
         task=evaluation.task,
         # The folder's name tells which `test.tsv` it was, and nothing of where it lies.
-        dataset="/".join(file.absolute().parts[-2:]) if is_file else name,
-        config=None if is_file else config or None,
-        split=None if is_file else split or None,
-        is_on_hub=not is_file,
-        sha256=hashlib.sha256(file.read_bytes()).hexdigest() if is_file else None,
+        dataset="/".join(file.absolute().parts[-2:]) if is_here else name,
+        config=None if is_here else config or None,
+        split=None if is_here else split or None,
+        is_on_hub=not is_here,
+        sha256=hashlib.sha256(file.read_bytes()).hexdigest() if file.is_file() else None,
         metric=evaluation.metric,
         higher_is_better=evaluation.higher_is_better,
         options=evaluation.options,

@@ -18,15 +18,14 @@ from transformers import PreTrainedModel
 from hf_lowrank.errors import InputError, one_line
 from hf_lowrank.files.scratch import temporary_folder
 from hf_lowrank.hosts.config_file import read_config
+from hf_lowrank.hosts.dummy_inputs import dummy_inputs
 from hf_lowrank.hosts.folder_contents import weight_files
 from hf_lowrank.hosts.heads import auto_class as find_auto_class
-from hf_lowrank.hosts.loading import vocabulary_size
 from hf_lowrank.remote_code.lowrank_plan import PlanError
 from hf_lowrank.sharing import verification_child
 from hf_lowrank.sharing.saving import compressed_class, load_compressed
 from hf_lowrank.sharing.shipped_code import foreign_code, missing_code
 
-_BATCH, _TOKENS = 2, 12
 # Environment variables that decide where libraries are found and how they compute.
 _PASSED_ON = (
     "PATH", "LD_", "DYLD_", "SYSTEMROOT", "TEMP", "TMP", "LANG", "LC_", "TZ", "OMP_", "KMP_", "GOMP_", "MKL_", "DNNL_",
@@ -81,7 +80,7 @@ def verify(path: str | Path, model: PreTrainedModel | None = None, trust_remote_
     except (InputError, PlanError) as error:
         return Verification(False, one_line(error), auto_class)
     with temporary_folder() as scratch:
-        inputs = _accepted_inputs(ours)
+        inputs = dummy_inputs(ours)
         answer, theirs = _ask_child(folder, auto_class, inputs, scratch)
     if "error" in answer:
         return Verification(False, _explain(folder, answer["error"]), auto_class)
@@ -169,32 +168,6 @@ def _child_environment(scratch: Path) -> dict[str, str]:
         "TRANSFORMERS_VERBOSITY": "error",
         "PYTHONWARNINGS": "ignore",
     }
-
-
-def _accepted_inputs(model: Any) -> dict[str, torch.Tensor]:
-    """Fixed inputs the model takes: a batch with padding, one row where it cannot batch, or two choices a row."""
-    shapes = ((_BATCH, _TOKENS), (1, _TOKENS), (_BATCH, 2, _TOKENS))
-    for shape in shapes:
-        inputs = _inputs(model, shape)
-        try:
-            _outputs(model, inputs)
-        except (ValueError, RuntimeError, IndexError):
-            continue
-        return inputs
-    raise InputError(f"{type(model).__name__} does not take input_ids and attention_mask; it cannot be verified.")
-
-
-def _inputs(model: Any, shape: tuple[int, ...]) -> dict[str, torch.Tensor]:
-    generator = torch.Generator().manual_seed(0)
-    vocabulary = vocabulary_size(model)
-    inputs = {
-        "input_ids": torch.randint(0, vocabulary, shape, generator=generator),
-        "attention_mask": torch.ones(shape, dtype=torch.long),
-    }
-    inputs["attention_mask"][-1, ..., -2:] = 0
-    if model.config.is_encoder_decoder:
-        inputs["decoder_input_ids"] = inputs["input_ids"].flip(-1).contiguous()
-    return inputs
 
 
 def _outputs(model: Any, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -25,7 +25,7 @@ from hf_lowrank.options import checked, split
 from hf_lowrank.planning.sizes import parameter_bytes
 from hf_lowrank.progress import Progress, no_progress
 from hf_lowrank.records.report import make_report
-from hf_lowrank.records.wording import examples_in_words
+from hf_lowrank.records.wording import amount_in_words, examples_in_words
 from hf_lowrank.remote_code.lowrank_model import LowRankMixin
 from hf_lowrank.studies.comparison_record import append_line, read_lines
 from hf_lowrank.studies.comparison_report import Cell, Comparison, related
@@ -101,7 +101,7 @@ def _about(model: Any, data: dict[str, Any], dense: Cell, text: dict[str, Any] |
         about[f"{place} text"] = f"{source_name(source)}, {examples_in_words(dense.scores[place])}"
     if text is None:
         return about | {"calibration": "none: no method looks at text", "seed": str(seed)}
-    return about | {"calibration": f"{text['source']}, {text['num_tokens']:,} tokens", "seed": str(seed)}
+    return about | {"calibration": f"{text['source']}, {amount_in_words(text)}", "seed": str(seed)}
 
 
 @dataclass(frozen=True)

@@ -179,7 +179,7 @@ def _folder(folder: Path) -> Iterator[Finding]:
     yield Finding("model", OK, f"{folder} holds {kind}, {name}")
     if config.get("compression") is not None or not list(folder.glob("pytorch_model*.bin*")):
         yield _weights(folder, config)
-    if not tokenizer_files(folder):
+    if not tokenizer_files(folder) and not list(folder.glob("*processor_config.json")):
         remedy = "AutoTokenizer.from_pretrained(BASE).save_pretrained(FOLDER)"
         yield Finding("tokenizer", PROBLEM, "missing, so pipelines do not load", remedy)
     if config.get("compression") is not None:

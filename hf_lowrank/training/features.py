@@ -17,8 +17,10 @@ from hf_lowrank.data.batches import (
     is_batch,
     make_batches,
     padded,
+    reader_of,
     reads_media,
     require_known_tokens,
+    require_processor,
     rows_of,
 )
 from hf_lowrank.data.calibration import is_causal, is_masked_lm, mask_tokens
@@ -84,9 +86,9 @@ def make_features(
         features = as_token_ids(lambda: _unbatched(source))
         require_known_tokens(features, model)
         return [features[place] for place in drawn_places(len(features), max_examples, seed)]
-    if tokenizer is None:
-        raise InputError("Text needs a tokenizer, and there is none. Give tokenizer=, or rows of input_ids.")
+    require_processor(model, tokenizer)
     rows = load_rows(source)
+    tokenizer = reader_of(rows, tokenizer)
     head = type(model).__name__.removeprefix(PREFIX)
     if head in MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES.values() and {"answers", "paragraphs"} & set(rows[0]):
         questions = load_rows(flat_questions(rows), max_examples, seed)

@@ -9,7 +9,6 @@ from typing import Any
 from transformers import PreTrainedModel, TrainingArguments
 
 from hf_lowrank.compression.conversion import as_two_factors
-from hf_lowrank.data.calibration import is_causal
 from hf_lowrank.errors import InputError
 from hf_lowrank.hosts.gradients import with_gradients
 from hf_lowrank.hosts.loading import find_tokenizer, held_compressed_model, load_dense
@@ -130,8 +129,8 @@ def _found(best: BestStateCallback, steps: int, rate: float, lesson: Lesson) -> 
 
 
 def default_learning_rate(model: PreTrainedModel) -> float:
-    """5e-5; 5e-4 for Tucker's factors, and for causal language models."""
-    if is_causal(model):
+    """5e-5; 5e-4 for Tucker's factors, and for models that write text."""
+    if model.can_generate():
         return _RATE_OF_LANGUAGE
     method = model.config.plan.get("provenance", {}).get("settings", {}).get("method", "")
     row = known_method(method)
@@ -143,7 +142,8 @@ def _compressed(model: Any) -> Any:
 
 
 def _check_tokenizers(ours: Any, theirs: Any) -> None:
-    if ours is not None and theirs is not None and ours.get_vocab() != theirs.get_vocab():
+    words = [one.get_vocab() for one in (ours, theirs) if hasattr(one, "get_vocab")]
+    if len(words) > 1 and words[0] != words[1]:
         raise InputError("The teacher has another vocabulary: its tokenizer's words differ. Give the model's own.")
 
 

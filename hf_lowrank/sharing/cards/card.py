@@ -14,10 +14,12 @@ from hf_lowrank.methods.table import OF_TENSORS, known_method, paper_of
 from hf_lowrank.planning.budgets import BUDGETS
 from hf_lowrank.records.report import CompressionReport, QualityReport
 from hf_lowrank.records.wording import (
+    amount_in_words,
     change_in_words,
     examples_in_words,
     megabytes,
     milliseconds,
+    shape_in_words,
     share,
     speed_in_words,
 )
@@ -100,7 +102,7 @@ class _Text:
             ("multiply-adds a token", _count(report.dense_multiply_adds), _count(report.multiply_adds), work),
         ]
         if (latency := report.latency) is not None:
-            name = f"latency of {latency.batch_size} x {latency.sequence_length} tokens [1]"
+            name = f"latency of {shape_in_words(latency.batch_size, latency.sequence_length)} [1]"
             times = (milliseconds(latency.dense), milliseconds(latency.compressed))
             rows.append((name, *times, speed_in_words(latency.compressed)))
         return rows + [_quality_row(entry) for entry in report.quality]
@@ -166,7 +168,7 @@ class _Text:
             "Where it was evaluated it is as good as the table says; elsewhere nobody knows. Evaluate it on your task."
         ]
         if (text := report.provenance.get("text")) and text.get("source") == "synthetic":
-            lines.append("It was calibrated on synthetic tokens; text like yours would have been better.")
+            lines.append("It was calibrated on synthetic data; some like yours would have been better.")
         if report.warning:
             lines.append(f"{report.warning.removeprefix('warning: ').capitalize()}.")
         if report.latency is not None and report.latency.compressed.speed_up <= 1:
@@ -210,8 +212,9 @@ def _quality_row(entry: QualityReport) -> Row:
 
 
 def _text_line(text: dict[str, Any]) -> str:
-    source = "synthetic tokens" if text["source"] == "synthetic" else f"`{text['source']}`"
-    return f"Looked at {text['num_tokens']:,} tokens of {source} (sha256 `{text['sha256'][:16]}`)."
+    kind = "tokens" if text["num_tokens"] else "ones"
+    source = f"synthetic {kind}" if text["source"] == "synthetic" else f"`{text['source']}`"
+    return f"Looked at {amount_in_words(text)} of {source} (sha256 `{text['sha256'][:16]}`)."
 
 
 def _training_line(run: dict[str, Any]) -> str:

@@ -1,5 +1,7 @@
 """How to load a model: as few lines as do it."""
 
+from typing import Any
+
 from hf_lowrank.hosts.heads import auto_class
 from hf_lowrank.records.report import CompressionReport
 from hf_lowrank.remote_code import modeling_lowrank
@@ -8,26 +10,39 @@ SENTENCES = "sentence-transformers"
 # auto class -> the task of the Hub it stands for
 _TASKS = {
     "AutoModel": "feature-extraction",
+    "AutoModelForAudioClassification": "audio-classification",
+    "AutoModelForCTC": "automatic-speech-recognition",
     "AutoModelForCausalLM": "text-generation",
+    "AutoModelForImageClassification": "image-classification",
     "AutoModelForMaskedLM": "fill-mask",
     "AutoModelForMultipleChoice": "multiple-choice",
     "AutoModelForQuestionAnswering": "question-answering",
     "AutoModelForSequenceClassification": "text-classification",
+    "AutoModelForSpeechSeq2Seq": "automatic-speech-recognition",
     "AutoModelForTokenClassification": "token-classification",
 }
-# task -> what a pipeline is given; others are loaded as a model and a tokenizer
+# task -> what a pipeline is given; others are loaded as a model and what makes its inputs
 _EXAMPLES = {
+    "audio-classification": '"sound.wav"',
+    "automatic-speech-recognition": '"speech.wav"',
     "feature-extraction": '"Low rank is often enough."',
     "fill-mask": 'f"Paris is the {run.tokenizer.mask_token} of France."',
+    "image-classification": '"photo.jpg"',
     "text-classification": '"What a wonderful film!"',
     "text-generation": '"Once upon a time"',
     "token-classification": '"Ada Lovelace lived in London."',
+}
+# what a model reads -> what makes it, and what that is called; of text it is a tokenizer
+_READERS = {
+    "pixel_values": ("AutoImageProcessor", "processor"),
+    "input_features": ("AutoFeatureExtractor", "processor"),
+    "input_values": ("AutoFeatureExtractor", "processor"),
 }
 
 
 def pipeline_tag(report: CompressionReport) -> str | None:
     """The task of the Hub: the one the dense model's card names or, without one, the one its head is for."""
-    return report.origin.pipeline_tag or _TASKS.get(_auto_class(report))
+    return report.origin.pipeline_tag or _task(report)
 
 
 def snippet(report: CompressionReport, repo: str) -> str:
@@ -39,8 +54,8 @@ def snippet(report: CompressionReport, repo: str) -> str:
             f'encoder = SentenceTransformer("{repo}", trust_remote_code=True)',
             'embeddings = encoder.encode(["Low rank is often enough.", "A second sentence."])',
         )
-    auto = _auto_class(report)
-    task = _TASKS.get(auto, "")
+    auto, task = _auto_class(report), _task(report)
+    reader, name = _READERS.get(_model_class(report).main_input_name, ("AutoTokenizer", "tokenizer"))
     if task in _EXAMPLES:
         return _lines(
             "from transformers import pipeline",
@@ -49,15 +64,26 @@ def snippet(report: CompressionReport, repo: str) -> str:
             f"run({_EXAMPLES[task]})",
         )
     return _lines(
-        f"from transformers import AutoTokenizer, {auto}",
+        f"from transformers import {', '.join(sorted([reader, auto]))}",
         "",
         f'model = {auto}.from_pretrained("{repo}", trust_remote_code=True)',
-        f'tokenizer = AutoTokenizer.from_pretrained("{repo}", trust_remote_code=True)',
+        f'{name} = {reader}.from_pretrained("{repo}", trust_remote_code=True)',
     )
 
 
+def _task(report: CompressionReport) -> str | None:
+    auto = _auto_class(report)
+    if auto == "AutoModel" and _model_class(report).main_input_name in _READERS:
+        return "image-feature-extraction" if _model_class(report).main_input_name == "pixel_values" else None
+    return _TASKS.get(auto)
+
+
+def _model_class(report: CompressionReport) -> Any:
+    return getattr(modeling_lowrank, report.architecture)
+
+
 def _auto_class(report: CompressionReport) -> str:
-    return auto_class(getattr(modeling_lowrank, report.architecture)) or "AutoModel"
+    return auto_class(_model_class(report)) or "AutoModel"
 
 
 def _lines(*lines: str) -> str:
