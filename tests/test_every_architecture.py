@@ -44,6 +44,7 @@ SAMPLE = {
     "falcon": "a linear layer of its own class",
     "falcon_h1": "buffers that a parent makes for its children",
     "encoder-decoder": "two models in one",
+    "apertus": "a constructor that asks for the type of the numbers",
     "convnext": "convolutions, and images",
     "wav2vec2": "sounds",
     "mamba": "a layer whose weight the host reads",

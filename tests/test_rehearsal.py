@@ -140,3 +140,9 @@ def test_what_runs_inside_a_model_that_its_own_input_does_not_reach_is_run_too(f
     rehearse(dense, find_matrices(dense))
 
     assert called
+
+
+def test_a_model_that_names_no_vocabulary_is_refused_in_one_line_where_tokens_are_drawn():
+    with pytest.raises(InputError, match="names no vocab_size") as caught:
+        compress(build_shrunk("canine"), keep_targets=0.5)
+    assert "\n" not in str(caught.value)

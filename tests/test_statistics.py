@@ -44,6 +44,17 @@ def assert_equal(first, second, **tolerance):
             assert one is None or is_same(one, other, **tolerance), (name, field)
 
 
+def test_a_part_that_the_host_runs_without_gradients_has_moments_of_its_inputs_alone(collect, monkeypatch):
+    model = build("BertForMaskedLM").eval()
+    attention = type(model.bert.encoder.layer[0].attention.self)
+    monkeypatch.setattr(attention, "forward", torch.no_grad()(attention.forward))
+
+    found = collect(model, [batch_of([9, 4])])["encoder.layer.0.attention.self.query"]
+
+    assert found.input_moment is not None
+    assert found.output_moment is None
+
+
 @pytest.mark.parametrize("name", ["BertModel", "GPT2LMHeadModel"])
 def test_input_moment_and_mean_are_those_of_the_real_inputs(collect, name):
     model, batch = build(name).eval(), batch_of([9, 4])

@@ -138,6 +138,7 @@ def decompress(model: PreTrainedModel) -> Any:
     config.__class__ = stock_class(type(model.config))
     for ours in ("compression", "materialize", "auto_map"):
         config.__dict__.pop(ours, None)
+    config.dtype = model.dtype  # saving leaves its name there
     with torch.device("meta"):
         skeleton = host_class(config)
     for path, structure in structures:

@@ -151,11 +151,14 @@ def vocabulary_size(model: PreTrainedModel) -> int:
     """How many tokens a model knows.
 
     Raises:
-        InputError: If it reads images or sounds.
+        InputError: If it reads images or sounds, or does not say.
     """
     if model.main_input_name != "input_ids":
         raise _not_run(model, f"it reads {model.main_input_name}, not tokens")
-    return int(model.config.get_text_config().vocab_size)
+    size = getattr(model.config.get_text_config(), "vocab_size", None)
+    if size is None:  # CANINE reads characters
+        raise _not_run(model, "its configuration names no vocab_size to draw tokens from")
+    return int(size)
 
 
 def require_runs(model: PreTrainedModel, batch: Mapping[str, torch.Tensor]) -> None:

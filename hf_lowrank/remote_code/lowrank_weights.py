@@ -71,8 +71,11 @@ def check_state(subject: str, state: dict[str, torch.Tensor], model: Any, saved:
 
 def skeleton(model_class: Any, config: Any) -> Any:
     """A model of shapes without numbers."""
+    config = copy.deepcopy(config)
+    if isinstance(config.dtype, str):  # saving leaves the name there
+        config.dtype = getattr(torch, config.dtype)
     with torch.device("meta"):
-        return model_class(copy.deepcopy(config))
+        return model_class(config)
 
 
 def _names(model: Any, keys: Iterable[str]) -> set[str]:

@@ -127,6 +127,8 @@ class _Collector:
                 self._add_input(matrix.name, inputs[0])
             if self.needs_gradients:
                 output = _with_gradient(output)
+            if not output.requires_grad:  # the host runs this part without gradients
+                return output
             if "output_moment" in self.kinds and matrix.role != "head":
                 output.register_hook(lambda gradient: self._add_gradient(matrix, self.real_rows(gradient)))
             if "fisher" in self.kinds and matrix.role != "embedding":
