@@ -26,26 +26,34 @@ class ChosenExperts:
     Args:
         index: Which, as the host has indexed the parameter; None for all.
         is_turned: Whether the host has exchanged their rows and columns.
+        dtype: The type the host wants them in; None is their own.
     """
 
-    def __init__(self, experts: "ExpertProducts", index: Any = None, is_turned: bool = False) -> None:
+    def __init__(
+        self,
+        experts: "ExpertProducts",
+        index: Any = None,
+        is_turned: bool = False,
+        dtype: torch.dtype | None = None,
+    ) -> None:
         self.experts = experts
         self.index = index
         self._is_turned = is_turned
+        self.dtype = dtype or experts.dtype
 
     def factors(self) -> list[torch.Tensor]:
         """Tensors whose product the matrices are."""
-        factors = [factor if self.index is None else factor[self.index] for factor in self.experts.stored()]
+        chosen = [factor if self.index is None else factor[self.index] for factor in self.experts.stored()]
+        factors = [factor.to(self.dtype) for factor in chosen]
         return [factor.mT for factor in reversed(factors)] if self._is_turned else factors
 
     def transpose(self, *axes: int) -> "ChosenExperts":
         """Rows and columns exchanged."""
-        return ChosenExperts(self.experts, self.index, not self._is_turned)
+        return ChosenExperts(self.experts, self.index, not self._is_turned, self.dtype)
 
-    @property
-    def dtype(self) -> torch.dtype:
-        """Of the numbers."""
-        return self.experts.dtype
+    def float(self) -> "ChosenExperts":
+        """In float32."""
+        return ChosenExperts(self.experts, self.index, self._is_turned, torch.float32)
 
     @property
     def device(self) -> torch.device:

@@ -24,7 +24,7 @@ class Decompositions:
 
     def __call__(self, matrix: Matrix) -> Truncations:
         """The decomposition of one matrix."""
-        if len(matrix.parts) > 1:
+        if matrix.kind == "experts":
             return TruncationsOfSeveral([self(part) for part in matrix.parts])
         stored = self._stored(matrix)
         found: Truncations = stored if stored.path.is_file() else self.decompose(matrix)
