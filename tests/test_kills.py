@@ -1,7 +1,8 @@
 """Commands that are killed at any moment lose nothing, and the next run leaves nothing of them behind.
 
-Each command is run once to its end, to know how long it takes, and then killed with -9 at random moments, in processes
-forked from this one, which has imported everything. The seed is printed where a test fails: HF_LOWRANK_KILLS=SEED.
+Each command is run once to its end, to know how long it takes, and then killed with -9 at random moments, and ended by
+the two signals that it listens to, in processes forked from this one, which has imported everything. The seed is
+printed where a test fails: HF_LOWRANK_KILLS=SEED.
 """
 
 import json
@@ -9,6 +10,7 @@ import multiprocessing
 import os
 import random
 import shutil
+import signal
 import time
 
 import huggingface_hub
@@ -18,7 +20,7 @@ from hub_server import HubServer
 from tiny_files import write_data, write_models
 
 from hf_lowrank import compress
-from hf_lowrank.cli import card, evaluate, main, push, recover
+from hf_lowrank.cli import INTERRUPTED, TERMINATED, card, evaluate, main, push, recover
 from hf_lowrank.cli import compress as compress_command
 from hf_lowrank.sharing import hub
 from hf_lowrank.sharing.saving import load_compressed, save_folder
@@ -28,6 +30,8 @@ IMPORTED = (card, compress_command, evaluate, push, recover)
 # Of each command; twenty in all. Half of a push is the upload of its weights.
 KILLS = {"card": 4, "evaluate": 4, "compress": 4, "recover": 2, "push": 6}
 SEED = int(os.environ.get("HF_LOWRANK_KILLS", random.SystemRandom().getrandbits(32)))
+# Exit statuses: of a run that was over, of one that a signal ended and, before it listens to them, of one cut off.
+ENDS = {signal.SIGKILL: (0, -9), signal.SIGTERM: (0, TERMINATED, -15), signal.SIGINT: (0, INTERRUPTED, -2, 1)}
 REPO = "user/small"
 COMMANDS = {
     "card": ["card", "small", "--license", "mit"],
@@ -128,11 +132,12 @@ def test_a_kill_loses_nothing_and_the_next_run_leaves_nothing(place, server, cli
     sources = {name: tree(work / name) for name in ("my-bert", "small") if name not in COMMANDS[command][1:3]}
     lasts = finish(COMMANDS[command])
     names = set(os.listdir(work))  # noqa: PTH208
-    for _ in range(KILLS[command]):
+    for one in [signal.SIGKILL] * KILLS[command] + [signal.SIGTERM, signal.SIGINT]:
         process = start(COMMANDS[command])
         time.sleep(draw.uniform(0, lasts))
-        process.kill()
+        os.kill(process.pid, one)
         process.join()
+        assert process.exitcode in ENDS[one], one
         check_whole(work / "small")
         check_whole(work / "out")
         check_published(server)

@@ -176,6 +176,30 @@ def test_an_output_that_cannot_be_written_is_refused_before_any_work(world, caps
     assert_one_line(WRITERS[command], world, capsys, r"out cannot be written: Permission denied\. Choose another")
 
 
+LINKS = {
+    "to an empty folder": ("empty", None),
+    "to nothing yet": ("deep/nothing", None),
+    "to a file": ("dev.tsv", r"dev.tsv is a file"),
+    "to the input": ("small", r"overlap"),
+    "to a folder that is full": ("dense", r"exists and is not empty"),
+    "to itself": ("out", r"out leads round in a circle"),
+}
+
+
+@pytest.mark.parametrize(("target", "message"), LINKS.values(), ids=LINKS)
+def test_an_output_that_is_a_link_is_what_it_leads_to(world, capsys, target, message):
+    (world / "empty").mkdir()
+    (world / "out").symlink_to(world / target)
+
+    status = main(LINES["decompress"].split())
+
+    assert status == (0 if message is None else 2)
+    assert message is None or re.fullmatch(f"hf-lowrank: .*{message}.*\n", capsys.readouterr().err)
+    assert (world / "out").is_symlink()
+    assert message is not None or (world / target / "config.json").is_file()
+    assert not list(world.rglob(".hf_lowrank-*"))
+
+
 @pytest.mark.parametrize("command", LINES)
 def test_where_the_folder_a_command_runs_in_is_gone_it_says_so(world, capsys, command, monkeypatch):
     (world / "gone").mkdir()

@@ -49,7 +49,10 @@ def check_output(out: str | Path, overwrite: bool = False, source: str | Path | 
     Raises:
         InputError: If the folder must not be written.
     """
-    target = Path(out).resolve()
+    try:
+        target = Path(out).resolve()
+    except (OSError, RuntimeError) as error:  # the second of a circle, before Python 3.13
+        raise InputError(f"{out} leads round in a circle of links. Choose another output folder.") from error
     if source is not None and Path(source).is_dir():
         read = Path(source).resolve()
         if target == read or read in target.parents or target in read.parents:
