@@ -190,6 +190,14 @@ def test_what_is_decompressed_is_stock_and_computes_the_same(small, dense, root,
     assert torch.allclose(logits(loaded.eval()), logits(small[name]), atol=1e-5)
 
 
+def test_a_method_of_linear_layers_alone_says_so_of_the_experts(dense):
+    report = make_report(compress(dense["MixtralForCausalLM"], method="tucker", keep_targets=0.5))
+
+    notes = [module.note for module in report.modules if len(module.shape) == 3]
+
+    assert notes == ["this method takes linear layers alone"] * 4
+
+
 def padded(lengths=(16, 9)):
     real = torch.arange(max(lengths))[None] < torch.tensor(lengths)[:, None]
     return {"input_ids": torch.where(real, IDS, 0), "attention_mask": real.long()}

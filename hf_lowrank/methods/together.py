@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from hf_lowrank.errors import InputError
 from hf_lowrank.hosts.matrices import DenseMatrix, Matrix
@@ -53,25 +53,36 @@ class TensorMethod(ABC):
 
     def plan(self, problem: Problem) -> tuple[Plan, Sequence[Matrix]]:
         """See `Method`."""
-        matrices = in_group(problem.matrices, problem.targets.group)
+        matrices, experts = in_group(problem.matrices, problem.targets.group), _experts_left_dense(problem)
         require_in_memory(matrices)
         problem = problem.of(matrices)
         if problem.budget.ranks is not None:
-            return _planned(self.specs(problem, problem.budget.ranks), matrices)
+            return _planned(self.specs(problem, problem.budget.ranks), matrices, experts)
         account = problem.account(matrices, [self.structure])
         available, whole = account.limit - account.fixed, sum(account.price.of_dense(matrix) for matrix in matrices)
         entries = sum(account.price.of_entry(matrix, self.entry) for matrix in matrices)
         if available >= whole:
-            return _planned(({}, {}), matrices)
+            return _planned(({}, {}), matrices, experts)
         per_weight = whole / sum(matrix.num_weights for matrix in matrices)
         found = self.specs_within(problem, (available - entries) / per_weight) if available > entries else None
         if found is None:
             least = entries + per_weight * self.least(problem)
             raise InputError(out_of_reach(problem.budget, account, least, problem.model, problem.matrices))
-        return _planned(found, matrices)
+        return _planned(found, matrices, experts)
 
 
-def _planned(specs: tuple[Specs, Specs], matrices: Sequence[DenseMatrix]) -> tuple[Plan, list[DenseMatrix]]:
-    """The plan of these specs, and the matrices they are for."""
+def _experts_left_dense(problem: Problem) -> dict[str, Any]:
+    found = [matrix for matrix in problem.matrices if matrix.kind == "experts"]
+    return {m.name: [list(m.dimensions), m.role, "this method takes linear layers alone"] for m in found}
+
+
+def _planned(
+    specs: tuple[Specs, Specs], matrices: Sequence[DenseMatrix], experts: dict[str, Any]
+) -> tuple[Plan, list[DenseMatrix]]:
+    """The plan of these specs, and the matrices they are for.
+
+    Args:
+        experts: What to note of those of mixtures.
+    """
     kept = {m.name: [list(m.shape), m.role, "worth its full size"] for m in matrices if m.name not in specs[0]}
-    return as_plan(*specs, kept), [matrix for matrix in matrices if matrix.name in specs[0]]
+    return as_plan(*specs, kept | experts), [matrix for matrix in matrices if matrix.name in specs[0]]
