@@ -50,6 +50,8 @@ def main() -> None:
     )
     dense = MODELS[options.model](len(tokenizer), options.width, options.layers)
     learn(dense, pair_batches(train, tokenizer, None, "target", 64, _BATCH), options.steps)
+    if options.out is not None:
+        keep(options.out, {"dense": dense}, tokenizer, {"train": train, "calibration": calibration, "test": test})
 
     def accuracy(model: Any) -> float:
         return evaluate(model, test, "seq2seq-lm", tokenizer=tokenizer, cost=False).model.scores["token_accuracy"]
@@ -57,7 +59,6 @@ def main() -> None:
     best = accuracy(dense)
     print(f"{options.model}: {options.keep_targets:.0%} of the blocks' matrices stay; {len(test)} texts")
     print(f"{'dense':<24}{best:>8.2%}")
-    saved = {"dense": dense}
     given: dict[str, Any] = {"keep_targets": options.keep_targets, "seed": options.seed}
     for name, own in {
         "svd": {"method": "svd"},
@@ -69,9 +70,8 @@ def main() -> None:
             small, teacher=dense, dataset=calibration, tokenizer=tokenizer, epochs=options.epochs, seed=options.seed
         )
         print(f"{name + ', recovered':<24}{accuracy(small):>8.2%}", flush=True)
-        saved[name] = small
-    if options.out is not None:
-        keep(options.out, saved, tokenizer, {"train": train, "calibration": calibration, "test": test})
+        if options.out is not None:
+            keep(options.out, {name: small}, tokenizer, {})
 
 
 def learn(model: Any, batches: list[Any], steps: int) -> None:
@@ -99,9 +99,9 @@ def frequent_words(text: Path | None) -> list[str]:
 
 
 def make_rows(words: list[str], count: int, seed: int) -> list[Row]:
-    """Texts of three to six words, and the same backwards."""
+    """Texts of four to eight words, and the same backwards."""
     draw = random.Random(seed)
-    texts = [draw.choices(words, k=draw.randint(3, 6)) for _ in range(count)]
+    texts = [draw.choices(words, k=draw.randint(4, 8)) for _ in range(count)]
     return [{"source": " ".join(text), "target": " ".join(reversed(text))} for text in texts]
 
 
@@ -181,10 +181,10 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, help="folder for the models and the texts")
     parser.add_argument("--keep-targets", type=float, default=0.6)
     parser.add_argument("--steps", type=int, default=1500, help="of training the dense model")
-    parser.add_argument("--rows", type=int, default=20000)
+    parser.add_argument("--rows", type=int, default=8000)
     parser.add_argument("--held-out", type=int, default=400, help="texts to compress with, and as many to score on")
     parser.add_argument("--epochs", type=float, default=10, help="of recovery")
-    parser.add_argument("--width", type=int, default=96)
+    parser.add_argument("--width", type=int, default=48)
     parser.add_argument("--layers", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--smoke", action="store_true", help="sizes for a test")

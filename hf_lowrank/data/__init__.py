@@ -1,1 +1,1 @@
-"""What text: rows and batches from anything, and the text a model is watched on."""
+"""What a model is shown: rows and batches of text, images and sounds from anything, and what it is watched on."""
