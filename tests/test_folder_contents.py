@@ -311,7 +311,7 @@ DAMAGED = {
     "cut weights": (cut_weights, "incomplete|truncat|buffer|[Ee]rror"),
     "changed plan": (change_plan, "do not fit its plan: [0-9]+ of another shape"),
     "a plan of nothing": (plan(modules={}), "do not fit its plan: [0-9]+ missing"),
-    "version 2": (plan(format_version=2), "format_version must be"),
+    "version 3": (plan(format_version=3), "format_version must be"),
     "no modules": (plan(modules=None), "compression.modules must be a JSON object"),
     "no plan": (with_config(compression={}), "compression"),
     "a text as plan": (with_config(compression="low_rank"), "compression"),

@@ -32,7 +32,7 @@ BORROWED = {
     *("_extra_content", "_model_mapping"),  # auto classes
     *("_prepare_inputs", "_tokenizer"),  # Trainer, fast tokenizers
     *("_buffers", "_forward_hooks", "_forward_pre_hooks", "_modules", "_orig_mod"),  # torch modules
-    *("_cdata", "_checkpointing", "_disabled_torch_function_impl", "_DropoutNd"),  # torch
+    *("_cdata", "_checkpointing", "_disabled_torch_function_impl", "_DropoutNd", "_to_copy"),  # torch
     *("_make_wrapper_subclass", "_python_dispatch", "_pytree"),
 }
 WORDS = {"_per_second", "_runtime", "_token_id"}  # ends of names, in strings

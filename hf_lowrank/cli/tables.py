@@ -11,7 +11,8 @@ from rich.markup import escape
 from rich.table import Table
 
 from hf_lowrank.planning.budgets import BUDGETS
-from hf_lowrank.records.report import CompressionReport, ModuleReport
+from hf_lowrank.records.module_reports import ModuleReport
+from hf_lowrank.records.report import CompressionReport
 from hf_lowrank.records.wording import megabytes, milliseconds, shape_in_words, share, speed_in_words
 
 _NUM_WORST = 3

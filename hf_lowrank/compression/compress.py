@@ -17,6 +17,7 @@ from hf_lowrank.compression.conversion import convert_storage_
 from hf_lowrank.compression.filling import relative_error, replace_matrices_
 from hf_lowrank.compression.job import Job, prepare, settle_compression
 from hf_lowrank.compression.refinement import refine_
+from hf_lowrank.compression.rounding import round_
 from hf_lowrank.hosts.gradients import with_gradients
 from hf_lowrank.hosts.loading import held_compressed_model
 from hf_lowrank.hosts.matrices import Matrix, turned
@@ -82,6 +83,8 @@ def compress(
         _become_compressed_(small, plan)
     if is_retyped or settings.learning:
         _cast_(small, dtype)
+    if job.settings.options.rounds:
+        round_(small, job.problem)
     require_same_inputs(small, job.rehearsal.inputs)
     return small
 

@@ -23,6 +23,7 @@ from hf_lowrank.methods.tables.token_tables import TABLE_NEEDS
 from hf_lowrank.options import settle
 from hf_lowrank.planning.allocation import ALLOCATIONS
 from hf_lowrank.planning.budgets import Budget
+from hf_lowrank.planning.plans import as_plan
 from hf_lowrank.planning.sizes import parameter_bytes
 from hf_lowrank.progress import Progress, no_progress
 from hf_lowrank.records.machine import usable_device, versions
@@ -97,8 +98,9 @@ def settle_compression(given: Mapping[str, Any], *, has_text: bool, inplace: boo
     allocation = options.allocation or "energy"
     if options.allocation is None and kinds and options.takes("allocation"):
         allocation = "first_order" if options.fast else "measured"
-    learning = _learning(options, has_text and not inplace and not options.fast and allocation == "measured")
-    measures = budget.kind != "rank" and ALLOCATIONS[allocation].errors == "probes"
+    has_time = has_text and not inplace and not options.fast
+    learning = _learning(options, options.cuts and has_time and allocation == "measured")
+    measures = options.cuts and budget.kind != "rank" and ALLOCATIONS[allocation].errors == "probes"
     num_samples = options.num_calibration_samples
     if options.fast:
         num_samples = max(2, num_samples // _FAST_SHARE)
@@ -161,13 +163,18 @@ class Job:
         problem = replace(self.problem, budget=settings.budget, storage=settings.storage)
         return replace(self, settings=settings, problem=problem)
 
+    def _uncut(self) -> Plan:
+        """The plan that replaces nothing."""
+        return as_plan({}, {}, {m.name: [list(m.shape), m.role, "rounded"] for m in self.problem.matrices})
+
     def plan(self) -> tuple[Plan, Sequence[Matrix]]:
         """The plan with what is known before any number is, and the matrices it replaces.
 
         Raises:
             InputError: If a weight is not in memory, or the budget is out of reach.
         """
-        plan, matrices = self.settings.method.plan(self.problem)
+        cuts = self.settings.options.cuts
+        plan, matrices = self.settings.method.plan(self.problem) if cuts else (self._uncut(), [])
         config: Any = self.model.config
         origin = find_origin(getattr(config, "_name_or_path", ""), getattr(config, "_commit_hash", None))
         said = {
@@ -224,7 +231,8 @@ def prepare(
     if settings.runs_model:
         evidence.leave_out_unreached()
     what = (settings.budget, settings.targets, storage, settings.allocation)
-    problem = Problem(dense, evidence.matrices, evidence, options.method, *what, dtype, device, options.own)
+    bits = options.bits if options.rounds else None
+    problem = Problem(dense, evidence.matrices, evidence, options.method, *what, dtype, device, options.own, bits)
     untouched = find_untouched(dense, every, matrices, rehearsal.read)
     return Job(settings, problem, tokenizer, dense_bytes, is_ours, rehearsal, untouched)
 

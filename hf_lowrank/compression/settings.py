@@ -26,6 +26,9 @@ _ASKS_NOTHING: dict[str, Any] = {
 }
 # At most so many sequences, so long: more than any text that is worth looking at.
 _MOST_TEXT = 10_000_000
+# From here on nothing is rounded: half precision takes as much.
+MOST_BITS = 16
+_METHOD = "two_sided_svd"
 
 
 # What is looked at and compared where no budget is given.
@@ -34,7 +37,7 @@ ANALYZED, COMPARED = (0.8, 0.6, 0.4, 0.25), (0.8, 0.6, 0.4)
 
 @dataclass(frozen=True, kw_only=True)
 class CompressOptions(Options):
-    """How to compress. Exactly one of the six budgets must be given, none where the method's name holds its ranks.
+    """How to compress. Exactly one budget must be given, none where the method's name holds its ranks.
 
     Args:
         keep_params: Fraction of the whole model's parameters that stay, tied ones counted once.
@@ -42,6 +45,10 @@ class CompressOptions(Options):
         target_size: Size on disk of everything `save_pretrained` writes: `"100MB"`, `"95MiB"` or bytes.
         keep_latency: Fraction of the whole model's latency that stays, as measured here: of 8 x 128 tokens, on the
             machine and with the threads `compress` runs on. Only linear layers are replaced.
+        bits: What a number of a matrix takes in the file, in the mean, with all that belongs to it. Alone, no rank is
+            cut; beside another budget, that one says what is cut. Default: numbers are of the usual type, but for a
+            `target_size` that names no method and no structure: then there are as many bits as it has room for, and
+            no rank is cut. 16 rounds nothing.
         rank: The rank of every replaced matrix; of a tensor method, each of its ranks but the bank's.
         ranks: The ranks of a tensor method: (left, right) of `tucker` and trains, (bank, left, right) of `tucker`, or
             the one of `kronecker_sum` and autoencoders.
@@ -92,11 +99,12 @@ class CompressOptions(Options):
     target_size: str | float | None = option(None, metavar="SIZE", flags="budget")
     keep_latency: float | None = option(None, metavar="F", of=[OF_MATRICES], flags="budget")
     rank: int | None = option(None, flags="budget")
+    bits: float | None = option(None, above=0, at_most=MOST_BITS, metavar="B", flags="choice")
     ranks: Sequence[int] | None = option(None, of=[OF_TENSORS], flags="budget")
     rank_pattern: Mapping[str, int] | None = option(
         None, at_least=1, metavar="NAME=R", of=[OF_MATRICES], flags="choice"
     )
-    method: str = option("two_sided_svd", choices=METHOD_NAMES, flags="choice")
+    method: str = option(_METHOD, choices=METHOD_NAMES, flags="choice")
     allocation: str | None = option(None, choices=ALLOCATION_NAMES, of=[OF_MATRICES])
     storage: str | None = option(None, choices=STORAGES, of=[OF_MATRICES])
     group: str = option("both", choices=GROUP_NAMES, of=[OF_TENSORS])
@@ -132,6 +140,19 @@ class CompressOptions(Options):
         """Whether an option goes with the method."""
         of = self.__dataclass_fields__[name].metadata["of"]
         return not of or self.row.takes in of or self.method in of
+
+    @property
+    def rounds(self) -> bool:
+        """Whether weights are rounded."""
+        if self.bits is not None:
+            return self.bits < MOST_BITS
+        asks = self.method != _METHOD, self.storage, self.embeddings, self.rank_pattern
+        return self.target_size is not None and not any(asks)
+
+    @property
+    def cuts(self) -> bool:
+        """Whether ranks are cut."""
+        return not (self.budget.kind == "bits" or (self.rounds and self.bits is None))
 
     @property
     def own(self) -> dict[str, Any]:

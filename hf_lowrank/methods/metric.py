@@ -20,6 +20,10 @@ class Metric(ABC):
     def unroot(self, vectors: torch.Tensor) -> torch.Tensor:
         """`L^-T V` for (n, k) `V`."""
 
+    def triangle(self, size: int) -> torch.Tensor:
+        """`L` itself, (n, n), or its diagonal, (n), where nothing else is in it; float64."""
+        raise NotImplementedError
+
     @abstractmethod
     def solve(self, vectors: torch.Tensor) -> torch.Tensor:
         """`M^-1 V` for (n, k) `V`, float64."""
@@ -53,6 +57,9 @@ class DiagonalMetric(Metric):
     def unroot(self, vectors: torch.Tensor) -> torch.Tensor:
         return vectors if self._roots is None else vectors / self._roots.to(vectors)
 
+    def triangle(self, size: int) -> torch.Tensor:
+        return torch.ones(size, dtype=torch.float64) if self._roots is None else self._roots[:, 0]
+
     def solve(self, vectors: torch.Tensor) -> torch.Tensor:
         return vectors if self._roots is None else vectors / self._roots.square()
 
@@ -78,6 +85,9 @@ class FullMetric(Metric):
     def unroot(self, vectors: torch.Tensor) -> torch.Tensor:
         solved: torch.Tensor = torch.linalg.solve_triangular(self._lower.T, vectors.double(), upper=True)
         return solved.to(vectors.dtype)
+
+    def triangle(self, size: int) -> torch.Tensor:
+        return self._lower
 
     def solve(self, vectors: torch.Tensor) -> torch.Tensor:
         return torch.cholesky_solve(vectors, self._lower)

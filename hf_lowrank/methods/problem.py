@@ -66,6 +66,7 @@ class Problem:
         dtype: Of the compressed model's weights.
         device: Where to decompose; None is where the weights are.
         own: Options of this method and few others, by name.
+        bits: What a number will take when it is rounded; None where it is not, or as much as there is room for.
     """
 
     model: PreTrainedModel
@@ -79,6 +80,7 @@ class Problem:
     dtype: torch.dtype = torch.float32
     device: torch.device | None = None
     own: Mapping[str, Any] = field(default_factory=dict)
+    bits: float | None = None
 
     @property
     def key(self) -> str:
@@ -106,7 +108,8 @@ class Problem:
 
     def account(self, matrices: Sequence[DenseMatrix], structures: Sequence[str]) -> Account:
         """What the budget comes to for these matrices, and the structures that may take their place."""
-        return make_account(self.model, matrices, self.budget, self.dtype, structures, self.progress)
+        number_bytes = self.dtype.itemsize if self.bits is None else self.bits / 8
+        return make_account(self.model, matrices, self.budget, number_bytes, structures, self.progress)
 
     def place(self, matrix: Matrix) -> torch.device:
         """Where a matrix is decomposed."""

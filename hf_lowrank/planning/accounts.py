@@ -4,7 +4,6 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
 from transformers import PreTrainedModel
 
 from hf_lowrank.hosts.latency import measure_latency, typical_length
@@ -38,7 +37,7 @@ def make_account(
     model: PreTrainedModel,
     matrices: Sequence[DenseMatrix],
     budget: Budget,
-    dtype: torch.dtype,
+    number_bytes: float,
     structures: Sequence[str],
     progress: Progress,
 ) -> Account:
@@ -46,7 +45,7 @@ def make_account(
 
     Args:
         matrices: All that the targets speak of.
-        dtype: Of the compressed model's weights.
+        number_bytes: What a number takes in the compressed model.
         structures: All that may come into the plan, that of low-rank linear layers first: what time they take, and
             how much code is saved with them.
     """
@@ -62,6 +61,6 @@ def make_account(
         seconds = measure_latency({"dense": model}, _BATCH_SIZE, length)["dense"].median
         layers = sum(times.of_dense(matrix) for matrix in matrices)
         return Account(times, seconds, max(seconds - layers, 0.0), budget.value * seconds)
-    whole = parameter_bytes(model) * dtype.itemsize // model.dtype.itemsize
-    fixed = whole - num_dense * dtype.itemsize + overhead_bytes(model, structures)
-    return Account(FilePrice(dtype.itemsize), whole, fixed, budget.value)
+    size = parameter_bytes(model) / model.dtype.itemsize * number_bytes
+    fixed = size - num_dense * number_bytes + overhead_bytes(model, structures)
+    return Account(FilePrice(number_bytes), size, fixed, budget.value)

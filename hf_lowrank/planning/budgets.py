@@ -7,7 +7,7 @@ from typing import Any
 
 from hf_lowrank.errors import InputError
 
-BUDGETS = ("keep_params", "keep_targets", "target_size", "keep_latency", "rank", "ranks")
+BUDGETS = ("keep_params", "keep_targets", "target_size", "keep_latency", "rank", "ranks", "bits")
 _UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
@@ -18,8 +18,9 @@ class Budget:
     Args:
         kind: `keep_params` (fraction of the whole model's parameters that stay), `keep_targets` (fraction of the
             parameters of the replaced matrices), `target_size` (bytes on disk), `keep_latency` (fraction of the whole
-            model's measured latency that stays), `rank`, or `ranks` of a tensor method.
-        value: The fraction, the bytes or the rank; of several ranks the largest.
+            model's measured latency that stays), `rank`, `ranks` of a tensor method, or `bits` (what a number takes in
+            the mean while no rank is cut).
+        value: The fraction, the bytes, the rank or the bits; of several ranks the largest.
         ranks: Those of a tensor method, where they and not a size were given.
     """
 
@@ -30,7 +31,7 @@ class Budget:
     @property
     def is_whole_model(self) -> bool:
         """Whether the budget speaks of the whole model rather than of the replaced matrices."""
-        return self.kind in ("keep_params", "target_size")
+        return self.kind in ("keep_params", "target_size", "bits")
 
 
 def make_budget(
@@ -40,8 +41,9 @@ def make_budget(
     keep_latency: float | None = None,
     rank: int | None = None,
     ranks: Sequence[int] | None = None,
+    bits: float | None = None,
 ) -> Budget:
-    """The one budget that was given.
+    """The one budget that was given; bits are one where they stand alone.
 
     Raises:
         InputError: If none or several are given, or the value is out of bounds.
@@ -49,16 +51,20 @@ def make_budget(
     given = {
         kind: value
         for kind, value in zip(
-            BUDGETS, (keep_params, keep_targets, target_size, keep_latency, rank, ranks), strict=True
+            BUDGETS, (keep_params, keep_targets, target_size, keep_latency, rank, ranks, bits), strict=True
         )
         if value is not None
     }
+    if len(given) > 1:
+        given.pop("bits", None)
     if len(given) != 1:
         found = ", ".join(given) or "none"
         raise InputError(f"Exactly one budget is needed out of {', '.join(BUDGETS)}; got {found}.")
     ((kind, value),) = given.items()
     if kind == "target_size":
         return Budget(kind, parse_size(value))  # type: ignore[arg-type]  # ranks are not sizes
+    if kind == "bits":
+        return Budget(kind, value)  # type: ignore[arg-type]  # checked where options are
     if kind == "ranks":
         return Budget(kind, max(checked := _checked_ranks(value)), checked)
     if isinstance(value, bool) or not isinstance(value, int | float):

@@ -12,13 +12,13 @@ from hf_lowrank.hosts.targets import OUTPUT_EMBEDDINGS
 from hf_lowrank.hosts.untouched import largest_others
 from hf_lowrank.planning.accounts import Account
 from hf_lowrank.planning.budgets import Budget
-from hf_lowrank.remote_code.lowrank_plan import FORMAT_VERSION, Plan, Spec
+from hf_lowrank.remote_code.lowrank_plan import Plan, Spec
 
 
 def as_plan(specs: dict[str, Spec], shared: dict[str, Spec], kept_dense: dict[str, Any]) -> Plan:
     """The plan of these specs, with its record of what stays dense and why."""
     plan: Plan = {
-        "format_version": FORMAT_VERSION,
+        "format_version": 1,
         "modules": {name: spec for name, spec in specs.items() if name != OUTPUT_EMBEDDINGS},
         "provenance": {"kept_dense": kept_dense},
     }

@@ -8,6 +8,7 @@ from transformers import PreTrainedModel
 
 from hf_lowrank.hosts.matrices import Matrix
 from hf_lowrank.remote_code.lowrank_code import code_files
+from hf_lowrank.remote_code.lowrank_plan import Plan
 
 # A tensor's entry in the header of a safetensors file, without its name: type, shape and two offsets.
 _HEADER_BYTES = 90
@@ -32,18 +33,20 @@ def parameter_bytes(model: nn.Module) -> int:
     return sum(p.numel() * p.element_size() for p in model.parameters())
 
 
-def overhead_bytes(model: PreTrainedModel, structures: Iterable[str]) -> int:
+def overhead_bytes(model: PreTrainedModel, structures: Iterable[str], code: str | None = None) -> int:
     """Bytes `save_pretrained` writes beside the numbers: shipped code, configuration, the header of the weights.
 
     Args:
         structures: All that may come into the plan.
+        code: How rounded weights are kept; None where there are none.
     """
-    plan = {"modules": {name: {"structure": name} for name in structures}}
-    code = sum(len(text.encode()) for text in code_files(plan).values())
+    plan: Plan = {"modules": {name: {"structure": name} for name in structures}}
+    plan |= {"packed": {"code": code}} if code else {}
+    shipped = sum(len(text.encode()) for text in code_files(plan).values())
     config = len(json.dumps(model.config.to_dict(), indent=2, default=str))
     header = sum(len(name) + _HEADER_BYTES for name in model.state_dict())
     buffers = sum(b.numel() * b.element_size() for b in model.buffers())
-    return code + config + header + buffers + _OTHER_BYTES
+    return shipped + config + header + buffers + _OTHER_BYTES
 
 
 def entry_bytes(matrix: Matrix, structure: str) -> int:

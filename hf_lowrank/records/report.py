@@ -1,6 +1,5 @@
 """One report of a compressed model feeds every table, log and card."""
 
-import math
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
@@ -8,19 +7,21 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from hf_lowrank.hosts.loading import held_compressed_model
-from hf_lowrank.hosts.multiply_adds import count_multiply_adds, dense_multiply_adds, multiplying, shape_of
+from hf_lowrank.hosts.multiply_adds import count_multiply_adds, dense_multiply_adds, multiplying
 from hf_lowrank.hosts.targets import is_in_block
 from hf_lowrank.hosts.untouched import Untouched
 from hf_lowrank.records.latency import LatencyReport
+from hf_lowrank.records.module_reports import ModuleReport, dense_modules, replaced_modules
 from hf_lowrank.records.origin import Origin
-from hf_lowrank.records.wording import few_tokens_in_words
+from hf_lowrank.records.weight_sizes import weight_sizes
 from hf_lowrank.remote_code.lowrank_materialize import Materializing
-from hf_lowrank.remote_code.lowrank_structures import dense_at, is_bias, structure_name, token_table
+from hf_lowrank.remote_code.lowrank_structures import token_table
 
 # Parts of the provenance that have a place of their own in the report; trainings of ours with what did them.
 _TRAININGS = {"recovery": "recover", "lpaf": "lpaf"}
 _ELSEWHERE = (
     "relative_errors",
+    "rounding_errors",
     "kept_dense",
     "untouched",
     "experts_with_few_tokens",
@@ -31,33 +32,6 @@ _ELSEWHERE = (
 
 # Of the blocks' parameters: where less is looked at, that is said first.
 _ENOUGH = 0.5
-
-
-@dataclass(frozen=True)
-class ModuleReport:
-    """One matrix before and after.
-
-    Args:
-        structure: What holds it now; `dense` if it was left as it was. A part that several matrices share has a row of
-            its own, with nothing dense before it.
-        rank: Inner size, None where there is none.
-        shape: `(O, I)`, `(V, D)` of a table, `(E, O, I)` of experts.
-        dense_parameters: Stored numbers while dense, bias not counted.
-        multiply_adds: For one token; `dense_multiply_adds` is what it was.
-        relative_error: `||W - W'||_F / ||W||_F`, None where nothing was replaced.
-        note: Why it stayed dense, or which experts saw too little; or empty.
-    """
-
-    name: str
-    structure: str
-    rank: int | None
-    shape: tuple[int, ...]
-    dense_parameters: int
-    parameters: int
-    dense_multiply_adds: int
-    multiply_adds: int
-    relative_error: float | None
-    note: str = ""
 
 
 @dataclass(frozen=True)
@@ -155,7 +129,7 @@ class CompressionReport:
     @property
     def warning(self) -> str:
         """A line where less than half of the blocks was looked at, else empty."""
-        if self.looked_at_fraction >= _ENOUGH:
+        if self.looked_at_fraction >= _ENOUGH or not self.untouched:
             return ""
         largest = max((one for one in self.untouched if is_in_block(one.name)), key=lambda one: one.parameters)
         return (
@@ -219,9 +193,9 @@ def make_report(model: PreTrainedModel) -> CompressionReport:
     model = held_compressed_model(model, "report")
     plan = model.config.plan
     provenance = dict(plan.get("provenance", {}))
-    modules = [*_replaced(model, provenance), *_kept_dense(model, provenance)]
+    sizes = weight_sizes(model)
+    modules = [*replaced_modules(model, provenance), *dense_modules(model, provenance, sizes.bits)]
     parameters = sum(p.numel() for p in model.parameters())
-    size_bytes = sum(p.numel() * p.element_size() for p in model.parameters())
     itemsize = next(model.parameters()).element_size()
     # A tied head is the embedding's second use: its multiply-adds count, its parameters do not.
     saved = sum(m.dense_parameters - m.parameters for m in modules)
@@ -231,13 +205,14 @@ def make_report(model: PreTrainedModel) -> CompressionReport:
     saved_multiply_adds = sum(
         dense_multiply_adds(structure) - structure.multiply_adds() for structure in multiplying(model)
     )
+    decoded = sum(m.materialized_bytes for m in model.modules() if isinstance(m, Materializing))
     return CompressionReport(
         architecture=type(model).__name__,
         dense_parameters=parameters + saved,
         parameters=parameters,
-        dense_size_bytes=provenance.get("dense_size_bytes", size_bytes + saved * itemsize),
-        size_bytes=size_bytes,
-        materialized_bytes=sum(m.materialized_bytes for m in model.modules() if isinstance(m, Materializing)),
+        dense_size_bytes=provenance.get("dense_size_bytes", sizes.memory + saved * itemsize),
+        size_bytes=sizes.saved,
+        materialized_bytes=sizes.memory - sizes.saved + decoded,
         dense_multiply_adds=multiply_adds + saved_multiply_adds,
         multiply_adds=multiply_adds,
         modules=tuple(modules),
@@ -262,38 +237,3 @@ def _training(provenance: dict[str, Any]) -> tuple[dict[str, Any], ...]:
 
 def _is_nested(value: Any) -> bool:
     return isinstance(value, dict) and any(isinstance(inner, dict) for inner in value.values())
-
-
-def _replaced(model: PreTrainedModel, provenance: dict[str, Any]) -> list[ModuleReport]:
-    plan, base, errors = model.config.plan, model.base_model, provenance.get("relative_errors", {})
-    names = [*sorted(plan.get("shared") or {}), *sorted(plan["modules"])]
-    found: list[tuple[str, Any]] = [(name, base.get_submodule(name)) for name in names]
-    if plan.get("output_embeddings") and structure_name(model.get_output_embeddings()):
-        found.append(("output_embeddings", model.get_output_embeddings()))
-    kinds = {**(plan.get("shared") or {}), **plan["modules"], "output_embeddings": plan.get("output_embeddings")}
-    return [
-        ModuleReport(
-            name=name,
-            structure=kinds[name]["structure"],
-            rank=getattr(structure, "rank", None),
-            shape=shape_of(structure),
-            dense_parameters=math.prod(shape_of(structure)) if structure_name(structure) else 0,
-            parameters=sum(p.numel() for key, p in structure.named_parameters() if not is_bias(structure, key)),
-            dense_multiply_adds=dense_multiply_adds(structure),
-            multiply_adds=structure.multiply_adds(),
-            relative_error=None if errors.get(name) is None else float(errors[name]),
-            note=few_tokens_in_words(provenance.get("experts_with_few_tokens", {}).get(name, 0), shape_of(structure)),
-        )
-        for name, structure in found
-    ]
-
-
-def _kept_dense(model: PreTrainedModel, provenance: dict[str, Any]) -> list[ModuleReport]:
-    kept = []
-    for name, (shape, role, note) in sorted(provenance.get("kept_dense", {}).items()):
-        size = math.prod(shape)
-        products = 0 if role == "embedding" else size
-        if role == "experts":
-            products = dense_multiply_adds(dense_at(model.base_model, name))
-        kept.append(ModuleReport(name, "dense", None, tuple(shape), size, size, products, products, None, note))
-    return kept

@@ -30,12 +30,13 @@ class LowRankConfigMixin:
 
     Args:
         compression: The plan (see `lowrank_plan`); None or no modules means nothing is compressed.
-        materialize: Whether structures that can decode their weight do so `"each_forward"` (least memory) or `"once"`
-            (as fast as dense); `from_pretrained(..., materialize="once")` sets it. See `Materializing`.
+        materialize: None decodes rounded weights when they are loaded, and those of structures that can decode theirs
+            in each forward pass. `"each_forward"` decodes both so (least memory), `"once"` both once (as fast as
+            dense); `from_pretrained(..., materialize="once")` sets it. See `Materializing`.
     """
 
     compression: dict[str, Any] | None = None
-    materialize: str = "each_forward"
+    materialize: str | None = None
 
     @classmethod
     def from_dict(cls: Any, config_dict: dict[str, Any], **kwargs: Any) -> Any:

@@ -21,7 +21,8 @@ def code_files(plan: Plan) -> dict[str, str]:
     table = texts["lowrank_table"]
     homes = {name: file for file, names in _IMPORT.findall(table) for name in names.split(", ")}
     classes = dict(_ENTRY.findall(table))
-    named = {classes[spec["structure"]] for spec in specs_of(plan).values()}
+    names = [spec["structure"] for spec in specs_of(plan).values()]
+    named = {classes[name] for name in [*names, *([plan["packed"]["code"]] if plan.get("packed") else [])]}
     kept = _needed({homes[name] for name in named}, texts)
     table = _IMPORT.sub(lambda line: line[0] if line[1] in kept else "", table)
     texts["lowrank_table"] = _ENTRY.sub(lambda line: line[0] if homes[line[2]] in kept else "", table)

@@ -63,15 +63,15 @@ class Materializing(nn.Module):
         return {key: value for key, value in self.__dict__.items() if key != "_kept"}
 
 
-def set_materialize_(model: nn.Module, mode: str) -> None:
+def set_materialize_(model: nn.Module, mode: str | None) -> None:
     """Switch every structure of a model that can keep its dense weight.
 
     Raises:
         ValueError: If there is no such mode.
     """
-    if mode not in MODES:
+    if mode not in (None, *MODES):
         raise ValueError(f"materialize must be one of {', '.join(MODES)}, got {mode!r}.")
     for module in model.modules():
         if isinstance(module, Materializing):
-            module.materialize = mode
+            module.materialize = mode or MODES[0]
             module._kept = None

@@ -20,7 +20,7 @@ from .lowrank_structures import (
     retie_,
     structure_name,
 )
-from .lowrank_table import STRUCTURES
+from .lowrank_table import CODES, STRUCTURES
 from .lowrank_weights import check_loaded, check_saved
 
 
@@ -40,6 +40,12 @@ def auto_map(config_class: Any) -> dict[str, str]:
     heads = auto_classes(stock_class(config_class).model_type)
     entries = {name: f"modeling_lowrank.{PREFIX}{host}" for name, host in sorted(heads.items())}
     return {"AutoConfig": f"configuration_lowrank.{config_class.__name__}", **entries}
+
+
+def _packing(config: Any) -> Any:
+    """What handles the rounded weights of a plan; None where there are none."""
+    packed = config.plan.get("packed")
+    return None if packed is None else CODES[packed["code"]]
 
 
 def _guard_name(plan: dict[str, Any]) -> str | None:
@@ -65,6 +71,8 @@ class LowRankMixin:
             ignored = self._keys_to_ignore_on_load_unexpected or []
             self._keys_to_ignore_on_load_unexpected = [*ignored, rf"(^|\.){re.escape(guard)}$"]
         super().post_init()
+        if (packing := _packing(config)) is not None:
+            packing.expect_(self)
 
     def post_init(self: Any) -> None:
         # The host calls this at the end of its `__init__` to initialize and tie what it has built: too early.
@@ -76,6 +84,8 @@ class LowRankMixin:
         model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
         if not getattr(model, "_hf_peft_config_loaded", False):  # then it is told of the adapter's weights
             check_loaded(model, info)
+        if (packing := _packing(model.config)) is not None:
+            packing.decode_(model, model.config.materialize)
         return (model, info) if output_loading_info else model
 
     @classmethod
@@ -115,6 +125,8 @@ class LowRankMixin:
         is_main, guard = kwargs.get("is_main_process", True), _guard_name(config.plan)
         if is_main and not getattr(self, "_hf_peft_config_loaded", False):
             state = kwargs.pop("state_dict", None) or self.state_dict()
+            if (packing := _packing(config)) is not None:
+                state = packing.packed_state(self, state)
             if not getattr(self, "is_quantized", False):
                 check_saved(self, state)
             if guard is not None:
@@ -126,11 +138,19 @@ class LowRankMixin:
         if is_main:
             save_code(config.plan, save_directory)
 
+    def _adjust_bias(self: Any, output_embeddings: Any, input_embeddings: Any) -> None:
+        # While a model is loaded, a rounded table is bytes: how many says nothing of the length of the bias.
+        weight = getattr(output_embeddings, "weight", None)
+        if weight is None or weight.dtype != torch.uint8:
+            super()._adjust_bias(output_embeddings, input_embeddings)
+
     def _load_from_state_dict(self: Any, state_dict: Any, prefix: str, *args: Any) -> None:
         guard = _guard_name(self.config.plan)
         for name in (f"{prefix}{guard}", f"{prefix}{self.base_model_prefix}.{guard}"):
             if name in state_dict and not state_dict[name].numel():
                 del state_dict[name]  # torch's own copy of what it was given
+        if (packing := _packing(self.config)) is not None:
+            packing.decoded_state(self, state_dict, prefix)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def resize_token_embeddings(

@@ -24,7 +24,7 @@ import difflib
 from collections.abc import Iterable
 from typing import Any
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # of plans with rounded weights; 1 without
 
 Spec = dict[str, Any]
 Plan = dict[str, Any]
@@ -66,10 +66,11 @@ def validate_plan(plan: Plan, structures: dict[str, Any], shared_parts: dict[str
             f"compression.format_version must be between 1 and {FORMAT_VERSION}, got {version!r}. "
             "Load the model with the code it was saved with, or a newer hf_lowrank."
         )
-    for key in ("modules", "shared", "provenance"):
+    for key in ("modules", "shared", "packed", "provenance"):
         value = plan.get(key)
         if not isinstance(value, dict) and (value is not None or key == "modules"):
             raise PlanError(f"compression.{key} must be a JSON object, got {value!r:.50}. Restore config.json.")
+    _validate_packed(plan.get("packed"))
     modules, parts = plan["modules"], plan.get("shared") or {}
     head = plan.get("output_embeddings")
     for name, spec in [*modules.items(), *([] if head is None else [("output_embeddings", head)])]:
@@ -79,6 +80,15 @@ def validate_plan(plan: Plan, structures: dict[str, Any], shared_parts: dict[str
         _validate_spec(name, spec, shared_parts)
         if not members_of(plan, name):
             raise PlanError(f"{name}: no module of the plan uses this shared part. Restore config.json.")
+
+
+def _validate_packed(packed: Any) -> None:
+    for part in ("tensors", "outside"):
+        sizes = (packed or {}).get(part, {})
+        if not isinstance(sizes, dict) or any(type(size) is not int or size < 1 for size in sizes.values()):
+            raise PlanError(
+                f"packed.{part} must hold a number of bytes by name, got {sizes!r:.50}. Restore config.json."
+            )
 
 
 def _validate_spec(name: str, spec: Spec, structures: dict[str, Any]) -> None:

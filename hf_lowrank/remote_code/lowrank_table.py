@@ -12,6 +12,7 @@ from .lowrank_joint import JointLinear, SharedDown
 from .lowrank_kronecker import KroneckerLinear
 from .lowrank_linear import LowRankEmbedding, LowRankLinear
 from .lowrank_nonlinear_table import NonlinearAutoencoderEmbedding, NonlinearAutoencoderHead
+from .lowrank_packed import Packing
 from .lowrank_pivoted import PivotedLinear
 from .lowrank_tensor_train import CentralCore, SharedTensorTrainLinear, TensorTrainLinear
 from .lowrank_tucker import BankedTuckerLinear, TuckerLinear
@@ -43,4 +44,9 @@ SHARED_PARTS: dict[str, Any] = {
     "tucker_basis": TuckerBasis,
     "tucker_bank": TuckerBank,
     "central_core": CentralCore,
+}
+
+# How rounded weights are kept.
+CODES: dict[str, Any] = {
+    "grid": Packing,
 }

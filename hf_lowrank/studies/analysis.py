@@ -23,7 +23,8 @@ from hf_lowrank.options import checked
 from hf_lowrank.planning.allocation import ALLOCATIONS
 from hf_lowrank.planning.timing import LayerTimes
 from hf_lowrank.progress import Progress, no_progress
-from hf_lowrank.records.report import CompressionReport, ModuleReport, make_report
+from hf_lowrank.records.module_reports import ModuleReport
+from hf_lowrank.records.report import CompressionReport, make_report
 from hf_lowrank.remote_code.configuration_lowrank import compressed_config_class
 from hf_lowrank.remote_code.lowrank_plan import Plan
 from hf_lowrank.remote_code.modeling_lowrank import compressed_model_class

@@ -60,7 +60,7 @@ def _add_compress(commands: Commands) -> None:
     parser = add_command(commands, "compress", "make a model smaller and save it", _COMPRESS_EXAMPLES + methods)
     parser.add_argument("model", metavar="MODEL", help="Hub id or folder of a dense model")
     add_out(parser)
-    budget = parser.add_argument_group("budget, exactly one (none with a method that names its ranks)")
+    budget = parser.add_argument_group("budget, exactly one (none with --bits or a method that names its ranks)")
     add_flags(budget.add_mutually_exclusive_group(), CompressOptions, names_of_flags(CompressOptions, "budget"))
     choice = parser.add_argument_group("what is compressed, and how")
     add_flags(choice, CompressOptions, names_of_flags(CompressOptions, "choice"))

@@ -19,7 +19,7 @@ _LPAF_EXAMPLES = """examples:
 MODEL is fine-tuned on the task already. Prunes it, factorizes what is left, trains the factors, both
 towards the model as it was."""
 
-_SHARED = ["text_column", "label_column", "max_seq_length", "max_examples", "batch_size", "work_dir"]
+_SHARED = ["text_column", "label_column", "max_examples", "batch_size", "work_dir"]
 
 
 def add_training_commands(commands: Commands) -> None:
@@ -28,7 +28,7 @@ def add_training_commands(commands: Commands) -> None:
     parser.add_argument("path", metavar="PATH", help="folder or Hub id of a compressed model")
     _add_data(parser)
     parser.add_argument("--teacher", metavar="MODEL", required=True, help="the dense model it came from")
-    add_flags(parser, RecoveryOptions, ["losses", "epochs", "learning_rate", *_SHARED])
+    add_flags(parser, RecoveryOptions, ["losses", "epochs", "learning_rate", "max_seq_length", *_SHARED])
     _add_lpaf(commands)
 
 

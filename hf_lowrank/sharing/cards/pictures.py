@@ -3,7 +3,7 @@
 import re
 from collections.abc import Sequence
 
-from hf_lowrank.records.report import ModuleReport
+from hf_lowrank.records.module_reports import ModuleReport
 from hf_lowrank.remote_code.lowrank_table import STRUCTURES
 
 _BLOCKS = "▁▂▃▄▅▆▇█"

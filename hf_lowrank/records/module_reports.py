@@ -1,0 +1,85 @@
+"""One row of a report for each matrix."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from hf_lowrank.hosts.multiply_adds import dense_multiply_adds, shape_of
+from hf_lowrank.records.wording import few_tokens_in_words
+from hf_lowrank.remote_code.lowrank_structures import dense_at, is_bias, structure_name
+
+
+@dataclass(frozen=True)
+class ModuleReport:
+    """One matrix before and after.
+
+    Args:
+        structure: What holds it now; `dense` if it was left as it was. A part that several matrices share has a row of
+            its own, with nothing dense before it.
+        rank: Inner size, None where there is none.
+        shape: `(O, I)`, `(V, D)` of a table, `(E, O, I)` of experts.
+        dense_parameters: Stored numbers while dense, bias not counted.
+        multiply_adds: For one token; `dense_multiply_adds` is what it was.
+        relative_error: `||W - W'||_F / ||W||_F`, None where nothing was replaced.
+        note: Why it stayed dense, or which experts saw too little; or empty.
+    """
+
+    name: str
+    structure: str
+    rank: int | None
+    shape: tuple[int, ...]
+    dense_parameters: int
+    parameters: int
+    dense_multiply_adds: int
+    multiply_adds: int
+    relative_error: float | None
+    note: str = ""
+
+
+def replaced_modules(model: PreTrainedModel, provenance: dict[str, Any]) -> list[ModuleReport]:
+    """Of the structures of a compressed model, and of what they share."""
+    plan, base, errors = model.config.plan, model.base_model, provenance.get("relative_errors", {})
+    names = [*sorted(plan.get("shared") or {}), *sorted(plan["modules"])]
+    found: list[tuple[str, Any]] = [(name, base.get_submodule(name)) for name in names]
+    if plan.get("output_embeddings") and structure_name(model.get_output_embeddings()):
+        found.append(("output_embeddings", model.get_output_embeddings()))
+    kinds = {**(plan.get("shared") or {}), **plan["modules"], "output_embeddings": plan.get("output_embeddings")}
+    return [
+        ModuleReport(
+            name=name,
+            structure=kinds[name]["structure"],
+            rank=getattr(structure, "rank", None),
+            shape=shape_of(structure),
+            dense_parameters=math.prod(shape_of(structure)) if structure_name(structure) else 0,
+            parameters=sum(p.numel() for key, p in structure.named_parameters() if not is_bias(structure, key)),
+            dense_multiply_adds=dense_multiply_adds(structure),
+            multiply_adds=structure.multiply_adds(),
+            relative_error=None if errors.get(name) is None else float(errors[name]),
+            note=few_tokens_in_words(provenance.get("experts_with_few_tokens", {}).get(name, 0), shape_of(structure)),
+        )
+        for name, structure in found
+    ]
+
+
+def dense_modules(model: PreTrainedModel, provenance: dict[str, Any], bits: Mapping[str, float]) -> list[ModuleReport]:
+    """Of the candidates that no structure took the place of.
+
+    Args:
+        bits: What a number of each rounded parameter takes.
+    """
+    kept, errors = [], provenance.get("rounding_errors", {})
+    prefix = "" if model.base_model is model else f"{model.base_model_prefix}."
+    for name, (shape, role, note) in sorted(provenance.get("kept_dense", {}).items()):
+        size = math.prod(shape)
+        products = 0 if role == "embedding" else size
+        if role == "experts":
+            products = dense_multiply_adds(dense_at(model.base_model, name))
+        key = f"{prefix}{name}.weight"
+        said = f"{bits[key]:.2f} bits a number" if key in bits else note
+        kept.append(
+            ModuleReport(name, "dense", None, tuple(shape), size, size, products, products, errors.get(key), said)
+        )
+    return kept
