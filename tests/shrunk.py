@@ -54,7 +54,6 @@ _ROUTED = {"num_experts_per_tok": 2, "n_routed_experts": 4, "n_shared_experts": 
 _ROTARY = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]}
 _SECTIONS = {"text_config": {"rope_parameters": _ROTARY}}
 RECIPES = {
-    "encoder-decoder": {"pad_token_id": 0},
     "esm": {"vocab_size": 33, "mask_token_id": 4, "pad_token_id": 1, "position_embedding_type": "rotary"},
     "esmc": {"num_key_value_heads": 4},
     "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
@@ -198,5 +197,5 @@ def outputs_of(model, inputs, goes_on):
                 found[f"{name}.{place}"] = part.clone().contiguous()
     if goes_on:
         started = {name: value for name, value in inputs.items() if not name.startswith("decoder")}
-        found["generated"] = model.generate(**started, max_new_tokens=3, do_sample=False)
+        found["generated"] = model.generate(**started, max_new_tokens=3, do_sample=False).contiguous()
     return found

@@ -146,3 +146,13 @@ def test_a_model_that_names_no_vocabulary_is_refused_in_one_line_where_tokens_ar
     with pytest.raises(InputError, match="names no vocab_size") as caught:
         compress(build_shrunk("canine"), keep_targets=0.5)
     assert "\n" not in str(caught.value)
+
+
+def test_a_model_of_several_widths_is_compressed_by_images_and_refused_where_one_width_is_needed(folders):
+    images = [{"pixel_values": torch.randn(2, 3, 32, 32)} for _ in range(3)]
+
+    small = compress(folders / "convnext", keep_targets=0.5, calibration=images, fast=True)
+
+    assert small.config.compression["modules"]
+    with pytest.raises(InputError, match="needs one hidden size"):
+        compress(folders / "convnext", method="tucker", keep_targets=0.5)

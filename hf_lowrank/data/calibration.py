@@ -112,7 +112,7 @@ def _read(model: PreTrainedModel, source: Any, tokenizer: Any, text: Text) -> li
         pack=None if is_causal(model) else False,
     )
     require_known_tokens(batches, model, tokenizer)
-    require_tokens(batches, model.config.get_text_config().hidden_size)
+    require_tokens(batches, getattr(model.config.get_text_config(), "hidden_size", 1))  # ConvNeXt has several
     return batches
 
 

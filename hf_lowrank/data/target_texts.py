@@ -89,7 +89,8 @@ def _with_decoder_inputs(batch: Batch, model: PreTrainedModel) -> Batch:
 def _shifted(labels: torch.Tensor, model: Any) -> torch.Tensor:
     """Labels (B, T) as inputs of the decoder: one token to start with, and all labels but the last."""
     shift = getattr(model, "prepare_decoder_input_ids_from_labels", None)
-    if shift is not None and getattr(model.config, "decoder_start_token_id", None) is not None:
+    named = [getattr(model.config, name, None) for name in ("decoder_start_token_id", "pad_token_id")]
+    if shift is not None and None not in named:  # a wrapper of two models may name neither
         found: torch.Tensor = shift(labels=labels)
         return found
     padding = _setting(model, "pad_token_id", "eos_token_id")

@@ -9,6 +9,8 @@ import torch
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
+from hf_lowrank.errors import InputError
+
 Batch = Mapping[str, torch.Tensor]
 
 IGNORED_LABEL = -100
@@ -30,7 +32,16 @@ class Said:
     rows: torch.Tensor
 
     def distance(self, reference: "Said") -> torch.Tensor:
-        """How far each row is from the reference's, (N); see `OUTPUTS`."""
+        """How far each row is from the reference's, (N); see `OUTPUTS`.
+
+        Raises:
+            InputError: If there are other rows: what the model says is as long as its weights make it.
+        """
+        if self.rows.shape != reference.rows.shape:
+            raise InputError(
+                f"The model's outputs are {tuple(self.rows.shape)} with changed weights and "
+                f"{tuple(reference.rows.shape)} without, so they cannot be compared. Compress with method svd."
+            )
         return OUTPUTS[self.kind].distance(self.rows, reference.rows)
 
     def random_gradient_loss(self, generator: torch.Generator) -> torch.Tensor:

@@ -7,6 +7,7 @@ from typing import Any, Protocol
 import torch
 from transformers import PreTrainedModel
 
+from hf_lowrank.errors import InputError
 from hf_lowrank.files.checkpoint import Checkpoint
 from hf_lowrank.hosts.matrices import DenseMatrix, Matrix
 from hf_lowrank.hosts.targets import Targets
@@ -93,8 +94,15 @@ class Problem:
 
     @property
     def width(self) -> int:
-        """Hidden size of the model."""
-        return int(self.model.config.get_text_config().hidden_size)
+        """Hidden size of the model.
+
+        Raises:
+            InputError: If it has none, or several.
+        """
+        size = getattr(self.model.config.get_text_config(), "hidden_size", None)
+        if not isinstance(size, int):
+            raise InputError(f"{self.method} needs one hidden size, and {type(self.model).__name__} has {size}.")
+        return size
 
     @property
     def seed(self) -> int:
