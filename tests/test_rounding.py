@@ -40,6 +40,10 @@ CODES = {
     "none but zeros": drawn(40, 40, 0),
     "of many bits": drawn(30, 70, 1000),
     "rows unlike each other": drawn(90, 30, 1) * torch.arange(90)[:, None].int(),
+    "as large as they come": (drawn(20, 20, 2).long() << 29).int(),
+    "rows and columns of all sizes": (
+        drawn(60, 50, 1) * (2.0 ** (torch.arange(60) % 11)[:, None]) * 2.0 ** (torch.arange(50) % 13)
+    ).int(),
     "with outliers": with_outliers(drawn(64, 64, 2)),
     "one number": drawn(1, 1, 3),
     "one row": drawn(1, 5000, 3),

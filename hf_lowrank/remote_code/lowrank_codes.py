@@ -11,11 +11,12 @@ step of the column. In bytes, with everything little-endian:
     low bits       one bit plane after the other
     words          of one lane after the other (uint16)
 
-A step is `largest * 2**(-u / 16)`. The class of a code is the sum of its row's and its column's, less 64: the code is
-a draw of `p(z) ~ q**(z**2)`, the discrete normal distribution, whose variance is `2**(class / 2 - 9)`. From class 31
-on, where the low bits of a code tell nothing of each other, those are kept as they are and the rest has a lower class.
-What is left is coded by range asymmetric numeral systems (Duda, arXiv 1311.2540) with frequencies out of 4096, in
-lanes that are decoded side by side: code `n` is the one number `n // L` of lane `n % L`, of `L = ceil(O I / 2048)`.
+A step is `largest * 2**(-u / 16)`. The class of a code is the sum of its row's and its column's, less 64, within 0
+and 120: the code is a draw of `p(z) ~ q**(z**2)`, the discrete normal distribution, whose variance is `2**(class/2 -
+9)`. From class 31 on, where the low bits of a code tell nothing of each other, those are kept as they are and the
+rest has a lower class. What is left is coded by range asymmetric numeral systems (Duda, arXiv 1311.2540) with
+frequencies out of 4096, in lanes that are decoded side by side: code `n` is the one number `n // L` of lane `n % L`,
+of `L = ceil(O I / 2048)`.
 
 All tables are made of whole numbers by whole numbers, so that every machine finds the same.
 """
@@ -35,6 +36,7 @@ LOWEST_STATE = 1 << 16
 NUM_CLASSES = 31
 STEPS_PER_OCTAVE = 16
 CLASS_OFFSET = 64
+LARGEST_CLASS = 120
 _CENTER = 64
 # Codes that are decoded side by side: several numbers of 8 bytes each.
 _AT_ONCE = 1 << 25
@@ -153,7 +155,7 @@ class _Reader:
     def classes(self) -> torch.Tensor:
         """Of every code in order, filled up to whole lanes, (N / L, L)."""
         rows, columns = self.row_classes.short(), self.column_classes.short() - CLASS_OFFSET
-        return in_lanes((rows[:, None] + columns).clamp_min_(0).flatten())
+        return in_lanes((rows[:, None] + columns).clamp_(0, LARGEST_CLASS).flatten())
 
     def grid(self, high: torch.Tensor, classes: torch.Tensor) -> Grid:
         """The weight whose codes have that high part, (N / L, L)."""

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from hf_lowrank.remote_code.lowrank_codes import (
     CLASS_OFFSET,
+    LARGEST_CLASS,
     LOWEST_STATE,
     NUM_CLASSES,
     PRECISION,
@@ -21,7 +22,6 @@ from hf_lowrank.remote_code.lowrank_codes import (
 )
 
 _CENTER = 64
-_LARGEST_CLASS = 120
 # Variance of what is never seen: a code that is always 0 costs next to nothing, and may still occur.
 _LEAST_VARIANCE = 2.0**-9
 _ROUNDS = 4
@@ -49,13 +49,13 @@ def fitted_classes(codes: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         columns = (squares / rows[:, None]).mean(0)
     row_classes = 2 * (rows.log2() - rows.log2().min())
     column_classes = 2 * (columns.log2() + rows.log2().min() + 9) + CLASS_OFFSET
-    limit = _LARGEST_CLASS + CLASS_OFFSET
+    limit = LARGEST_CLASS + CLASS_OFFSET
     return row_classes.round().clamp(0, limit).long(), column_classes.round().clamp(0, limit).long()
 
 
 def _all_classes(codes: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     rows, columns = fitted_classes(codes)
-    return rows, columns, (rows[:, None] + columns - CLASS_OFFSET).clamp(0, _LARGEST_CLASS)
+    return rows, columns, (rows[:, None] + columns - CLASS_OFFSET).clamp(0, LARGEST_CLASS)
 
 
 def coded_bits(codes: torch.Tensor) -> float:
