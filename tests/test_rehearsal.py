@@ -156,3 +156,11 @@ def test_a_model_of_several_widths_is_compressed_by_images_and_refused_where_one
     assert small.config.compression["modules"]
     with pytest.raises(InputError, match="needs one hidden size"):
         compress(folders / "convnext", method="tucker", keep_targets=0.5)
+
+
+def test_a_host_that_lets_no_gradient_back_is_refused_where_one_is_needed_and_taken_without():
+    dense = build_shrunk("reformer")
+
+    with pytest.raises(InputError, match="No gradient comes back"):
+        compress(dense, keep_targets=0.5)
+    assert compress(dense, method="whitened_svd", keep_targets=0.5, fast=True).config.compression["modules"]

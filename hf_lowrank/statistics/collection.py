@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from hf_lowrank.errors import InputError
 from hf_lowrank.hosts.blocks import frozen
 from hf_lowrank.hosts.matrices import DenseMatrix, ExpertMatrices
 from hf_lowrank.hosts.outputs import Batch, real_rows, run, speaking_places
@@ -113,6 +114,11 @@ class _Collector:
         self._last_input: tuple[str, torch.Tensor] | None = None
         said = run(model, self._batch)
         self._last_input = None
+        if self.needs_gradients and not said.rows.requires_grad:  # Reformer runs its blocks in a way of its own
+            raise InputError(
+                f"No gradient comes back from the outputs of {type(model).__name__}. Take a method that needs none: "
+                "whitened_svd, or svd."
+            )
         if self.needs_gradients:
             said.random_gradient_loss(draws).backward()
         self.sums.notes = {"inputs": self.inputs}
