@@ -77,11 +77,15 @@ def _add_parts(table: Table, report: CompressionReport) -> None:
 
 def print_matrices(report: CompressionReport) -> None:
     """Print how many matrices were replaced, which were left dense and why, and where the error is largest."""
-    dense = [module for module in report.modules if module.structure == "dense"]
+    dense = [module for module in report.modules if module.structure == "dense" and module.bits is None]
+    rounded = sum(module.structure == "dense" and module.bits is not None for module in report.modules)
     shared = [module for module in report.modules if not module.dense_parameters]
-    num_replaced = len(report.modules) - len(dense) - len(shared)
+    num_replaced = len(report.modules) - len(dense) - len(shared) - rounded
     parts = f" with {len(shared)} shared parts" if shared else ""
-    print_line(f"matrices: {num_replaced} replaced{parts}, {len(dense)} left dense")
+    as_dense = f", {rounded} only rounded" if rounded else ""
+    print_line(f"matrices: {num_replaced} replaced{parts}{as_dense}, {len(dense)} left dense")
+    if report.bits:
+        print_line(f"          {report.bits[0]:.2f} to {report.bits[-1]:.2f} bits a number")
     for note, count in Counter(module.note for module in dense).items():
         print_line(f"          {count} dense: {note}")
     for reason, count in Counter(one.reason for one in report.untouched).items():
@@ -103,7 +107,7 @@ def print_modules(report: CompressionReport) -> None:
     table = Table(box=None, pad_edge=False, header_style="bold")
     table.add_column("module", overflow="fold")
     table.add_column("structure")
-    for column in ("shape", "rank", "parameters", "kept", "error"):
+    for column in ("shape", "rank", "parameters", "kept", "bits", "error"):
         table.add_column(column, justify="right")
     for module in report.modules:
         table.add_row(
@@ -113,6 +117,7 @@ def print_modules(report: CompressionReport) -> None:
             str(module.rank or ""),
             f"{module.parameters:,}",
             share(module.parameters, module.dense_parameters),
+            "" if module.bits is None else f"{module.bits:.2f}",
             "" if module.relative_error is None else f"{module.relative_error:.3f}",
         )
     Console(file=sys.stdout, highlight=False).print(table)

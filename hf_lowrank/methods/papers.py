@@ -45,6 +45,14 @@ LPAF = Paper(
     "LREC-COLING",
     "2306.14152",
 )
+GPTQ = Paper(
+    "frantar2023gptq",
+    "GPTQ: Accurate Post-Training Quantization for Generative Pre-trained Transformers",
+    "Frantar, Elias and Ashkboos, Saleh and Hoefler, Torsten and Alistarh, Dan",
+    2023,
+    "International Conference on Learning Representations",
+    "2210.17323",
+)
 ECKART_YOUNG = Paper(
     "eckart1936approximation",
     "The approximation of one matrix by another of lower rank",

@@ -177,8 +177,9 @@ def known_method(name: str) -> MethodRow | None:
 
 def paper_of(name: str) -> Paper | None:
     """The paper of a method; None if it is not known, or has none."""
+    beside = {"lpaf": papers.LPAF, "rounding": papers.GPTQ}  # what is no method of single matrices or tensors
     row = known_method(name)
-    return papers.LPAF if name == "lpaf" else None if row is None else row.paper
+    return beside.get(name, None if row is None else row.paper)
 
 
 def _from_outside() -> Iterable[Any]:

@@ -25,6 +25,7 @@ class ModuleReport:
         multiply_adds: For one token; `dense_multiply_adds` is what it was.
         relative_error: `||W - W'||_F / ||W||_F`, None where nothing was replaced.
         note: Why it stayed dense, or which experts saw too little; or empty.
+        bits: What its numbers take in the mean where they are rounded, else None.
     """
 
     name: str
@@ -37,10 +38,18 @@ class ModuleReport:
     multiply_adds: int
     relative_error: float | None
     note: str = ""
+    bits: float | None = None
 
 
-def replaced_modules(model: PreTrainedModel, provenance: dict[str, Any]) -> list[ModuleReport]:
-    """Of the structures of a compressed model, and of what they share."""
+def replaced_modules(
+    model: PreTrainedModel, provenance: dict[str, Any], bits: Mapping[str, float]
+) -> list[ModuleReport]:
+    """Of the structures of a compressed model, and of what they share.
+
+    Args:
+        bits: What a number of each rounded parameter takes.
+    """
+    names_of = {id(parameter): name for name, parameter in model.named_parameters()}
     plan, base, errors = model.config.plan, model.base_model, provenance.get("relative_errors", {})
     names = [*sorted(plan.get("shared") or {}), *sorted(plan["modules"])]
     found: list[tuple[str, Any]] = [(name, base.get_submodule(name)) for name in names]
@@ -59,9 +68,16 @@ def replaced_modules(model: PreTrainedModel, provenance: dict[str, Any]) -> list
             multiply_adds=structure.multiply_adds(),
             relative_error=None if errors.get(name) is None else float(errors[name]),
             note=few_tokens_in_words(provenance.get("experts_with_few_tokens", {}).get(name, 0), shape_of(structure)),
+            bits=_mean_bits({names_of.get(id(p), ""): p.numel() for p in structure.parameters()}, bits),
         )
         for name, structure in found
     ]
+
+
+def _mean_bits(counts: Mapping[str, int], bits: Mapping[str, float]) -> float | None:
+    """What numbers take in the mean, of the parameters that are rounded."""
+    rounded = {name: count for name, count in counts.items() if name in bits}
+    return sum(bits[name] * n for name, n in rounded.items()) / sum(rounded.values()) if rounded else None
 
 
 def dense_modules(model: PreTrainedModel, provenance: dict[str, Any], bits: Mapping[str, float]) -> list[ModuleReport]:
@@ -78,8 +94,9 @@ def dense_modules(model: PreTrainedModel, provenance: dict[str, Any], bits: Mapp
         if role == "experts":
             products = dense_multiply_adds(dense_at(model.base_model, name))
         key = f"{prefix}{name}.weight"
-        said = f"{bits[key]:.2f} bits a number" if key in bits else note
         kept.append(
-            ModuleReport(name, "dense", None, tuple(shape), size, size, products, products, errors.get(key), said)
+            ModuleReport(
+                name, "dense", None, tuple(shape), size, size, products, products, errors.get(key), note, bits.get(key)
+            )
         )
     return kept

@@ -105,10 +105,17 @@ class CompressionReport:
 
     @property
     def method(self) -> str:
-        """`lpaf` if that made the model, else what its matrices were replaced by."""
+        """`lpaf` or `rounding` if that made the model, else what its matrices were replaced by."""
         if any(run.get("by") == "lpaf" for run in self.training):
             return "lpaf"
+        if self.bits and all(module.structure == "dense" for module in self.modules):
+            return "rounding"
         return str(self.provenance.get("settings", {}).get("method", ""))
+
+    @property
+    def bits(self) -> list[float]:
+        """What numbers of the rounded matrices take, the fewest first; empty where nothing is rounded."""
+        return sorted(module.bits for module in self.modules if module.bits is not None)
 
     @property
     def kept_fraction(self) -> float:
@@ -194,7 +201,7 @@ def make_report(model: PreTrainedModel) -> CompressionReport:
     plan = model.config.plan
     provenance = dict(plan.get("provenance", {}))
     sizes = weight_sizes(model)
-    modules = [*replaced_modules(model, provenance), *dense_modules(model, provenance, sizes.bits)]
+    modules = [*replaced_modules(model, provenance, sizes.bits), *dense_modules(model, provenance, sizes.bits)]
     parameters = sum(p.numel() for p in model.parameters())
     itemsize = next(model.parameters()).element_size()
     # A tied head is the embedding's second use: its multiply-adds count, its parameters do not.

@@ -25,7 +25,7 @@ from hf_lowrank.records.wording import (
 )
 from hf_lowrank.sharing.cards.learning import learning_lines
 from hf_lowrank.sharing.cards.metadata import card_data
-from hf_lowrank.sharing.cards.pictures import LEGEND, rank_picture
+from hf_lowrank.sharing.cards.pictures import LEGEND, LEGEND_OF_BITS, rank_picture
 from hf_lowrank.sharing.cards.usage import snippet
 
 REPORT_FILE = "compression_report.json"
@@ -58,7 +58,7 @@ def make_card(report: CompressionReport, repo: str, notes: str = "") -> ModelCar
         making=text.making(),
         command=text.command()[1],
         command_language=text.command()[0],
-        legend=LEGEND,
+        legend=LEGEND_OF_BITS if report.method == "rounding" else LEGEND,
         picture=rank_picture(report.modules),
         limits=text.limits(),
         method=report.method,
@@ -85,9 +85,14 @@ class _Text:
         base = f"[{html.escape(origin.base_model or '')}](https://huggingface.co/{origin.base_model})"
         link = base if origin.is_base else f"{name} (from {base})" if origin.base_model else name
         trained = ", trained on after compression" if report.training else ""
+        what = f"**{report.kept_fraction:.1%} of its parameters**, its matrices replaced by smaller ones "
+        what += f"(method `{report.method}`)"
+        if report.bits:
+            taken = f"**{share(report.size_bytes, report.dense_size_bytes)} of its bytes**, its numbers rounded to "
+            taken += f"{report.bits[0]:.1f} to {report.bits[-1]:.1f} bits"
+            what = taken if report.method == "rounding" else f"{taken}; {what}"
         return (
-            f"{link} with **{report.kept_fraction:.1%} of its parameters**, its matrices replaced by smaller ones "
-            f"(method `{report.method}`){trained}. It loads without hf_lowrank; the code it runs is in this "
+            f"{link} with {what}{trained}. It loads without hf_lowrank; the code it runs is in this "
             'repository: read it, and pin it with `revision="<commit>"`.'
         )
 
@@ -147,9 +152,11 @@ class _Text:
         row = known_method(method)
         asked = ("allocation", "storage", *(["group"] if row is not None and row.takes == OF_TENSORS else []))
         details = [f"{name} `{settings[name]}`" for name in asked if name in settings]
-        left_dense = sum(module.structure == "dense" for module in modules)
+        left_dense = sum(module.structure == "dense" and module.bits is None for module in modules)
+        rounded = sum(module.structure == "dense" and module.bits is not None for module in modules)
         parts = sum(not module.dense_parameters for module in modules)
-        counts = f"{len(modules) - left_dense - parts} matrices replaced, {left_dense} left dense"
+        counts = f"{len(modules) - left_dense - rounded - parts} matrices replaced, {left_dense} left dense"
+        counts += f", {rounded} only rounded" if rounded else ""
         common = f", {parts} shared by several" if parts else ""
         return f"Method `{method}`{budget}{''.join(f', {part}' for part in details)}; {counts}{common}."
 

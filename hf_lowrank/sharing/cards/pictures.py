@@ -9,7 +9,9 @@ from hf_lowrank.remote_code.lowrank_table import STRUCTURES
 _BLOCKS = "▁▂▃▄▅▆▇█"
 _LAYER = re.compile(r"(?<=\.)\d+(?=\.)")  # the number inside `encoder.layer.3.output.dense`
 _FEW = 48  # layers in one line
+_FULL_BITS = 8
 LEGEND = "one block a layer, first to last; ▁ little kept, ▇ much kept, █ left dense, · shared by others"
+LEGEND_OF_BITS = "one block a layer, first to last; ▁ a bit, ▇ eight and more"
 
 
 def rank_picture(modules: Sequence[ModuleReport]) -> str:
@@ -27,6 +29,8 @@ def rank_picture(modules: Sequence[ModuleReport]) -> str:
 
 
 def _block(module: ModuleReport) -> str:
+    if module.structure == "dense" and module.bits is not None:
+        return _BLOCKS[min(int(module.bits / _FULL_BITS * (len(_BLOCKS) - 1)), len(_BLOCKS) - 2)]
     if module.structure == "dense":
         return _BLOCKS[-1]
     if not module.dense_parameters:
@@ -37,6 +41,9 @@ def _block(module: ModuleReport) -> str:
 def _ranks(group: Sequence[ModuleReport]) -> str:
     ranks = sorted({module.rank for module in group if module.rank is not None})
     full = min(_full_rank(module) for module in group)
+    bits = sorted(module.bits for module in group if module.bits is not None)
+    if not ranks and bits:
+        return f"{bits[0]:.1f} to {bits[-1]:.1f} bits" if len(bits) > 1 else f"{bits[0]:.1f} bits"
     if not ranks:
         return "dense" if all(module.structure == "dense" for module in group) else group[0].structure
     spread = f"{ranks[0]}" if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}"
