@@ -90,11 +90,11 @@ def _weights(model: PreTrainedModel, problem: Problem) -> list[_Weight]:
     known: dict[int, Callable[[], Costs]] = {}
     for path, structure in named_structures(model):
         if path in matrices:
-            sensitivity.add(structure, _costs_of(problem, matrices[path]))
+            sensitivity.add(structure, costs_of(problem, matrices[path]))
     for path, matrix in matrices.items():
         module: Any = model.get_submodule(path)
         if dense_kind(module) is not None:
-            known[id(module.weight)] = partial(_costs_of, problem, matrix)
+            known[id(module.weight)] = partial(costs_of, problem, matrix)
     found = []
     for key, parameter in model.named_parameters():
         if parameter.dim() > 1 and parameter.numel() >= _LEAST_NUMBERS and parameter.is_floating_point():
@@ -104,7 +104,7 @@ def _weights(model: PreTrainedModel, problem: Problem) -> list[_Weight]:
     return found
 
 
-def _costs_of(problem: Problem, matrix: DenseMatrix) -> Costs:
+def costs_of(problem: Problem, matrix: DenseMatrix) -> Costs:
     """Of the rows and columns of a weight (O, I): by the text, or by its own size where there is none."""
     known = problem.evidence.known(matrix, torch.device("cpu"))
     if known is None:
