@@ -85,11 +85,11 @@ def openvino(model: Any, folder: Path, **options: Any) -> Encoder:
     return Encoder(_by_arrays(lambda arrays: compiled(arrays)[0]), size, size + file.stat().st_size)
 
 
-def onnx_dynamic(model: Any, folder: Path) -> Encoder:
+def onnx_dynamic(model: Any, folder: Path, per_channel: bool) -> Encoder:
     """Weights in 8 bits, inputs while it runs, by ONNX Runtime."""
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
-    quantize_dynamic(_onnx(model, folder), folder / "int8.onnx", weight_type=QuantType.QInt8)
+    quantize_dynamic(_onnx(model, folder), folder / "int8.onnx", per_channel=per_channel, weight_type=QuantType.QInt8)
     return _in_onnx(folder / "int8.onnx")
 
 
@@ -131,16 +131,19 @@ def _by_arrays(run: Callable[[dict[str, Any]], Any]) -> Encode:
     return lambda inputs: torch.tensor(run({name: inputs[name].numpy() for name in _NAMES}))
 
 
-_INT4 = {"mode": "INT4_SYM", "ratio": 1.0, "all_layers": True}
+_INT4 = {"mode": "INT4_ASYM", "ratio": 1.0, "all_layers": True}
+_SYMMETRIC = _INT4 | {"mode": "INT4_SYM"}
 # row -> packages it needs, what makes it of a model and a folder, and options
 RIVALS: dict[str, tuple[tuple[str, ...], Callable[..., Encoder], dict[str, Any]]] = {
     "float16": ((), float16, {}),
     "torch dynamic int8, linear layers": ((), torch_dynamic, {}),
     "OpenVINO int8 weights": (("openvino", "nncf"), openvino, {"mode": "INT8_ASYM"}),
     "OpenVINO int4, groups of 32": (("openvino", "nncf"), openvino, _INT4 | {"group_size": 32}),
+    "OpenVINO int4, groups of 32, symmetric": (("openvino", "nncf"), openvino, _SYMMETRIC | {"group_size": 32}),
     "OpenVINO int4, groups of 128": (("openvino", "nncf"), openvino, _INT4 | {"group_size": 128}),
     "OpenVINO int4, per channel": (("openvino", "nncf"), openvino, _INT4 | {"group_size": -1}),
-    "ONNX Runtime dynamic int8": (("onnxruntime", "onnxscript"), onnx_dynamic, {}),
+    "ONNX Runtime dynamic int8": (("onnxruntime", "onnxscript"), onnx_dynamic, {"per_channel": False}),
+    "ONNX Runtime dynamic int8, per channel": (("onnxruntime", "onnxscript"), onnx_dynamic, {"per_channel": True}),
     "ONNX Runtime 4 bits, groups of 32": (("onnxruntime", "onnxscript"), onnx_4bit, {}),
 }
 

@@ -9,6 +9,7 @@ import torch
 from bits.rivals import Encoder, in_torch, make_rival, missing
 from bits.rows import Row, kept, slug
 from torch.nn import functional as F
+from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModel, PreTrainedModel
 
 from hf_lowrank import compress
@@ -18,6 +19,7 @@ from hf_lowrank.planning.sizes import overhead_bytes
 from hf_lowrank.sharing.saving import save_folder
 
 _DRAWS = 1000
+_BATCH = 64
 
 
 @dataclass(frozen=True)
@@ -35,12 +37,17 @@ class Study:
 @torch.inference_mode()
 def embeddings(encoder: Encoder, steps: Sequence[Step]) -> torch.Tensor:
     """Unit vectors of all sentences, the first ones of each step before its second ones, (N, D)."""
-    found = []
-    for step in steps:
-        mask = step.inputs["attention_mask"][..., None]
-        hidden = encoder.encode(step.inputs)
-        found.append(F.normalize((hidden * mask).sum(1) / mask.sum(1), dim=1))
-    return torch.cat(found).double()
+    masked = [(step.inputs["input_ids"], step.inputs["attention_mask"].bool()) for step in steps]
+    texts = [tuple(ids[mask].tolist()) for step in masked for ids, mask in zip(*step, strict=True)]
+    found: dict[tuple[int, ...], torch.Tensor] = {}
+    each = sorted(set(texts), key=len)  # once, beside others as long
+    for start in range(0, len(each), _BATCH):
+        batch = [torch.tensor(text) for text in each[start : start + _BATCH]]
+        mask = pad_sequence([torch.ones_like(ids) for ids in batch], batch_first=True)
+        inputs = {"input_ids": pad_sequence(batch, batch_first=True), "attention_mask": mask}
+        pooled = (encoder.encode(inputs) * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
+        found |= dict(zip(each[start : start + _BATCH], F.normalize(pooled, dim=1).double(), strict=True))
+    return torch.stack([found[text] for text in texts])
 
 
 def spearman(vectors: torch.Tensor, steps: Sequence[Step]) -> tuple[float, float, float]:
@@ -55,14 +62,18 @@ def spearman(vectors: torch.Tensor, steps: Sequence[Step]) -> tuple[float, float
     return 100 * rank_correlation(both.numpy()), 100 * low, 100 * high
 
 
-def scored(study: Study, encoder: Encoder, dense: Mapping[str, torch.Tensor] | None) -> Row:
-    """What a table says of an encoder."""
-    found = {name: embeddings(encoder, steps) for name, steps in study.reports.items()}
-    cosines = torch.cat([(found[name] * dense[name]).sum(1) for name in found]) if dense else torch.ones(1)
+def encoded(study: Study, encoder: Encoder) -> dict[str, torch.Tensor]:
+    """Its vectors of all sentences, by report."""
+    return {name: embeddings(encoder, steps) for name, steps in study.reports.items()}
+
+
+def scored(study: Study, encoder: Encoder, dense: Encoder, vectors: Mapping[str, torch.Tensor]) -> Row:
+    """What a table says of an encoder; `vectors` are those of the dense one."""
+    found = vectors if encoder is dense else encoded(study, encoder)
     return {
         "megabytes": encoder.num_bytes / 1e6,
         "folder": (encoder.folder_bytes or encoder.num_bytes) / 1e6,
-        "cosine": float(cosines.mean()),
+        "cosine": float(torch.cat([(found[name] * vectors[name]).sum(1) for name in found]).mean()),
         "scores": {name: spearman(found[name], steps) for name, steps in study.reports.items()},
     }
 
@@ -84,23 +95,32 @@ def ours(study: Study, megabytes: float) -> Encoder:
     return Encoder(in_torch(loaded), (folder / "model.safetensors").stat().st_size, whole)
 
 
-def print_sentences(study: Study, rivals: Sequence[str]) -> None:
-    """One row an encoder, the rivals by name."""
-    numbers = sum(parameter.numel() for parameter in study.model.parameters())
-    dense = Encoder(in_torch(study.model), 4 * numbers)
-    vectors = {name: embeddings(dense, steps) for name, steps in study.reports.items()}
+def encoders(study: Study, rivals: Sequence[str], dense: Encoder) -> dict[str, Callable[[], Encoder]]:
+    """What makes the encoder of each row."""
     makers: dict[str, Callable[[], Encoder]] = {"dense, float32": lambda: dense}
     for name in rivals:
         if absent := missing(name):
             print(f"left out: {name} (not installed: {', '.join(absent)})")
         else:
             makers[name] = lambda name=name: make_rival(name, study.model, study.work_dir / slug(name))
-    makers |= {f"**hf_lowrank, {size:g} MB**": lambda size=size: ours(study, size) for size in study.sizes}
+    return makers | {f"**hf_lowrank, {size:g} MB**": lambda size=size: ours(study, size) for size in study.sizes}
+
+
+def print_sentences(study: Study, rivals: Sequence[str]) -> None:
+    """One row an encoder, the rivals by name."""
+    size = sum(parameter.numel() * parameter.element_size() for parameter in study.model.parameters())
+    dense = Encoder(in_torch(study.model), size)
+    makers = encoders(study, rivals, dense)
+    file = study.work_dir / "dense.pt"
+    if not file.is_file():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        torch.save(encoded(study, dense), file)
+    vectors = torch.load(file)
     print("\n| | MB | whole folder | " + " | ".join(study.reports) + " | cosine to dense |")
     print("|---" * (4 + len(study.reports)) + "|")
     for name, make in makers.items():
         file = study.work_dir / "rows" / f"{slug(name)}.json"
-        row = kept(file, lambda make=make: scored(study, make(), vectors))
+        row = kept(file, lambda make=make: scored(study, make(), dense, vectors))
         shown = [f"{s:.2f} ({low:.2f} to {high:.2f})" for s, low, high in row["scores"].values()]
         sizes = f"{row['megabytes']:.2f} | {row['folder']:.2f}"
         print(f"| {name} | {sizes} | {' | '.join(shown)} | {row['cosine']:.4f} |", flush=True)
