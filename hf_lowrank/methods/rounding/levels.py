@@ -90,7 +90,8 @@ def rounded_within(
             real, bits = real * found / bits, found
         tried.append((level, bits))
         level = _next(tried, wanted)
-    contents = pack([(one.codes, one.steps) for one in rounded.values()])
+    else:
+        contents = pack([(one.codes, one.steps) for one in rounded.values()])
     size = sum(map(len, contents))
     if size > num_bytes:
         raise InputError(
