@@ -67,7 +67,8 @@ def ours_on_blocks(study: Blocks, bits: float) -> dict[str, torch.Tensor]:
         for matrix in study.matrices
     ]
     found = rounded_within(parts, bits * sum(part.num_codes for part in parts) / 8)
-    return {m.path: unpack([(found[m.path], m.shape)])[0].weight() for m in study.matrices}
+    grids = unpack([(found[matrix.path], matrix.shape) for matrix in study.matrices])
+    return {matrix.path: grid.weight() for matrix, grid in zip(study.matrices, grids, strict=True)}
 
 
 def gptq_on_blocks(study: Blocks, bits: int, group: int | None) -> dict[str, torch.Tensor]:
