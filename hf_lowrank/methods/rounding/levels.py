@@ -78,18 +78,18 @@ def rounded_within(
     """
     budget, wanted = 8 * num_bytes, 8 * num_bytes * (1 - _TOLERANCE / 2)
     level, real = _first_guess(parts, wanted), 1.0
-    tried: list[tuple[float, float]] = []  # levels, as powers of two, and bits
+    tried: list[tuple[float, float]] = []  # levels, as powers of two, and estimated bits
     for _ in range(_MOST_PASSES):
         rounded = {part.name: part.at(2**level) for part in progress(parts, "rounding")}
-        bits = real * sum(one.bits for one in rounded.values())
-        if abs(bits - wanted) < budget * _TOLERANCE / 2:
+        estimate = sum(one.bits for one in rounded.values())
+        if abs(real * estimate - wanted) < budget * _TOLERANCE / 2:
             contents = pack([(one.codes, one.steps) for one in rounded.values()])
             found = 8.0 * sum(map(len, contents))
             if budget * (1 - _TOLERANCE) < found <= budget:
                 break
-            real, bits = real * found / bits, found
-        tried.append((level, bits))
-        level = _next(tried, wanted)
+            real = found / estimate
+        tried.append((level, estimate))
+        level = _next(tried, wanted / real)
     else:
         contents = pack([(one.codes, one.steps) for one in rounded.values()])
     size = sum(map(len, contents))
