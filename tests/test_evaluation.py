@@ -42,7 +42,7 @@ def test_models_take_turns_and_warm_up_rounds_are_not_counted(monkeypatch):
         calls.append(names[id(model)])
         return pretended[calls[-1]] * (100 if len(calls) <= 4 else 1)
 
-    monkeypatch.setattr(evaluation, "_inputs", lambda *args: {})
+    monkeypatch.setattr(evaluation, "typical_inputs", lambda *args: {})
     monkeypatch.setattr(evaluation, "_time_forward", time_forward)
     latency = measure_latency(models, rounds=1)
 

@@ -53,7 +53,8 @@ ARCHITECTURES = {
     "GraniteMoeForCausalLM": {**_EXPERTS, "num_local_experts": 3},
     "DeepseekV3ForCausalLM": {
         **_EXPERTS, "n_routed_experts": 2, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1,
-        "kv_lora_rank": 6, "q_lora_rank": 6, "qk_rope_head_dim": 4, "qk_nope_head_dim": 4, "v_head_dim": 8,
+        "num_key_value_heads": 2, "kv_lora_rank": 6, "q_lora_rank": 6, "qk_rope_head_dim": 8, "qk_nope_head_dim": 4,
+        "v_head_dim": 8,
     },
     "SwinForImageClassification": _PYRAMID,
     "ViTForImageClassification": _IMAGE,

@@ -90,6 +90,8 @@ def make_calibration(model: PreTrainedModel, source: Any, tokenizer: Any, text: 
 
 def _read(model: PreTrainedModel, source: Any, tokenizer: Any, text: Text) -> list[Batch]:
     source = list(source) if isinstance(source, Iterator) else source
+    if isinstance(source, (list, tuple)) and not source:
+        raise InputError("The calibration text holds nothing. Give some, or none at all for synthetic tokens.")
     text_column, length = text.text_column, min(text.max_seq_length, longest_input(model))
     tokenizer = reader_of(source, tokenizer)
     is_text = not is_ready(source) and not reads_media(tokenizer)
