@@ -9,7 +9,7 @@ from every_structure import OF_ANY_MODEL
 from golden_folders import ARCHIVES, AUTO_CLASSES, HEADS, TOLERANCE, load_golden
 
 import hf_lowrank
-from hf_lowrank.remote_code.lowrank_table import SHARED_PARTS, STRUCTURES
+from hf_lowrank.remote_code.lowrank_table import CODES, SHARED_PARTS, STRUCTURES
 
 each_archive = pytest.mark.parametrize("archive", ARCHIVES, ids=lambda path: f"{path.parent.name}-{path.stem}")
 
@@ -41,8 +41,9 @@ def test_every_structure_and_shared_part_is_in_a_golden_folder(head):
     for archive in ARCHIVES:
         if archive.stem.endswith(head):
             plan = json.loads(zipfile.ZipFile(archive).read("config.json"))["compression"]
-            found |= {spec["structure"] for spec in [*plan["modules"].values(), *plan["shared"].values()]}
+            found |= {spec["structure"] for spec in [*plan["modules"].values(), *plan.get("shared", {}).values()]}
+            found |= {plan["packed"]["code"]} if "packed" in plan else set()
 
     tied = {name for name in STRUCTURES if name.endswith("_head")}  # follow the table, which the plan names
-    expected = {*OF_ANY_MODEL, *SHARED_PARTS} if head in HEADS else {*STRUCTURES} - {*OF_ANY_MODEL}
+    expected = {*OF_ANY_MODEL, *SHARED_PARTS, *CODES} if head in HEADS else {*STRUCTURES} - {*OF_ANY_MODEL}
     assert found >= expected - tied
