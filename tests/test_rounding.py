@@ -5,9 +5,11 @@ import logging
 
 import pytest
 import torch
+import transformers
 from elsewhere import assert_same_elsewhere
 from every_method import TENSOR_METHODS
 from safetensors.torch import load_file, load_model
+from tiny_architectures import build_architecture
 from tiny_models import build, inputs_for, largest_difference, outputs
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, BertForMaskedLM
@@ -277,6 +279,19 @@ def test_a_size_is_met_by_bits(tmp_path):
     weighs = sum(path.stat().st_size for path in tmp_path.iterdir())
     assert 0.93 * 120_000 < weighs <= 120_000
     assert small.config.plan["modules"] == {}
+
+
+# From disk: experts in one parameter, a host that looks at shapes when it draws, a weight that torch makes.
+@pytest.mark.parametrize("name", ["MixtralForCausalLM", "PegasusForConditionalGeneration", "Wav2Vec2ForCTC"])
+def test_odd_hosts_are_rounded_and_load_as_they_were(name, tmp_path, monkeypatch):
+    monkeypatch.setattr(rounding, "_LEAST_NUMBERS", 64)
+    build_architecture(name).save_pretrained(tmp_path / "dense")
+    for number, asked in enumerate(({}, {"keep_targets": 0.6})):
+        dense = getattr(transformers, name).from_pretrained(tmp_path / "dense")
+        small = compress(dense, method="svd", bits=9, **asked)
+        small.save_pretrained(tmp_path / str(number))
+        assert verify(tmp_path / str(number), small, trust_remote_code=True).ok
+        assert type(decompress(small)) is type(dense)
 
 
 def test_more_bits_are_nearer_to_the_dense_model():

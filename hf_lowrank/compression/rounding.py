@@ -9,13 +9,14 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.utils.parametrize import ParametrizationList
 from transformers import PreTrainedModel
 
 from hf_lowrank.errors import InputError
 from hf_lowrank.hosts.blocks import frozen
 from hf_lowrank.hosts.matrices import DenseMatrix
-from hf_lowrank.methods.matrix.data_aware_svd import TwoSidedSVD
-from hf_lowrank.methods.metric import identity
+from hf_lowrank.methods.matrix.data_aware_svd import WhitenedSVD
+from hf_lowrank.methods.metric import identity, shrunk
 from hf_lowrank.methods.problem import Problem
 from hf_lowrank.methods.rounding.grids import diagonal
 from hf_lowrank.methods.rounding.levels import Costs, Part, rounded_within
@@ -86,7 +87,9 @@ def round_(model: PreTrainedModel, problem: Problem) -> None:
 
 def _weights(model: PreTrainedModel, problem: Problem) -> list[_Weight]:
     """Every matrix of the model once, whatever it is of."""
-    matrices, sensitivity = {matrix.path: matrix for matrix in problem.matrices}, Sensitivity(problem.seed)
+    # What is known of experts is known of each: a bank of them is rounded as what nothing is known of.
+    matrices = {matrix.path: matrix for matrix in problem.matrices if matrix.kind != "experts"}
+    sensitivity = Sensitivity(problem.seed)
     known: dict[int, Callable[[], Costs]] = {}
     for path, structure in named_structures(model):
         if path in matrices:
@@ -99,6 +102,8 @@ def _weights(model: PreTrainedModel, problem: Problem) -> list[_Weight]:
     for key, parameter in model.named_parameters():
         if parameter.dim() > 1 and parameter.numel() >= _LEAST_NUMBERS and parameter.is_floating_point():
             path, _, name = key.rpartition(".")
+            if isinstance(model.get_submodule(path), ParametrizationList):
+                continue  # torch makes a weight of them whenever it is asked for, also of bytes
             costs = known.get(id(parameter)) or sensitivity.of(parameter)
             found.append(_Weight(key, model.get_submodule(path), name, parameter, costs))
     return found
@@ -110,18 +115,14 @@ def costs_of(problem: Problem, matrix: DenseMatrix) -> Costs:
     if known is None:
         norm = float(matrix.weight.detach().double().norm()) or 1.0
         return torch.full((matrix.shape[0],), 1 / norm, dtype=torch.float64), identity()
-    rows, columns = TwoSidedSVD().metrics(known)
+    rows, columns = WhitenedSVD().metrics(known)
     if known.output_moment is not None:
-        return _shrunk(known.output_moment.diagonal()), columns
+        return shrunk(known.output_moment.diagonal(), _ROW_SHRINKAGE), columns
     uses = diagonal(rows.triangle(matrix.shape[0])).square()
     if matrix.role == "embedding" and known.head_weights is None:
         counts = problem.evidence.token_counts
         uses = uses if counts is None or len(counts) != len(uses) else counts.double() / counts.sum()
-    return _shrunk(uses), columns
-
-
-def _shrunk(costs: torch.Tensor) -> torch.Tensor:
-    return (1 - _ROW_SHRINKAGE) * costs + _ROW_SHRINKAGE * costs.mean()
+    return shrunk(uses, _ROW_SHRINKAGE), columns
 
 
 def _relative(weight: _Weight, gain: float) -> Costs:

@@ -135,9 +135,14 @@ def identity() -> Metric:
     return DiagonalMetric()
 
 
+def shrunk(weights: torch.Tensor, shrinkage: float) -> torch.Tensor:
+    """How much each row counts, pulled towards all alike so that no row is lost."""
+    return (1 - shrinkage) * weights + shrinkage * weights.mean()
+
+
 def row_metric(weights: torch.Tensor, shrinkage: float) -> Metric:
-    """The metric of how often each row counts, pulled towards all alike so that no row is lost."""
-    return DiagonalMetric((1 - shrinkage) * weights + shrinkage * weights.mean())
+    """The metric of how often each row counts; see `shrunk`."""
+    return DiagonalMetric(shrunk(weights, shrinkage))
 
 
 def shrinkage_strength(size: int, num_tokens: int, shrinkage: float) -> float:

@@ -13,8 +13,9 @@ from hf_lowrank.methods.rounding.coding import pack
 from hf_lowrank.methods.rounding.grids import Rounded, diagonal, round_in_metric
 from hf_lowrank.progress import Progress, no_progress
 
-# Of the bytes asked for, how many may be left.
+# Of the bytes asked for, how many may be left; in bits what may be left of a few.
 _TOLERANCE = 0.002
+_LEAST_SLACK = 2048.0
 _MOST_PASSES = 10
 # Of each weight, about as many rows are looked at for a first guess.
 _SAMPLED_ROWS = 64
@@ -76,16 +77,18 @@ def rounded_within(
     Raises:
         InputError: If not even the coarsest grid takes so little.
     """
-    budget, wanted = 8 * num_bytes, 8 * num_bytes * (1 - _TOLERANCE / 2)
+    budget = 8 * num_bytes
+    slack = max(budget * _TOLERANCE, _LEAST_SLACK)
+    wanted = max(budget - slack / 2, 0.0)
     level, real = _first_guess(parts, wanted), 1.0
     tried: list[tuple[float, float]] = []  # levels, as powers of two, and estimated bits
     for _ in range(_MOST_PASSES):
         rounded = {part.name: part.at(2**level) for part in progress(parts, "rounding")}
         estimate = sum(one.bits for one in rounded.values())
-        if abs(real * estimate - wanted) < budget * _TOLERANCE / 2:
+        if abs(real * estimate - wanted) < slack / 2:
             contents = pack([(one.codes, one.steps) for one in rounded.values()])
             found = 8.0 * sum(map(len, contents))
-            if budget * (1 - _TOLERANCE) < found <= budget:
+            if budget - slack < found <= budget:
                 break
             real = found / estimate
         tried.append((level, estimate))

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from hf_lowrank.methods.metric import moment_metric
+from hf_lowrank.methods.metric import moment_metric, shrunk
 from hf_lowrank.methods.rounding.levels import Costs
 
 _DRAWS = 32
@@ -53,7 +53,7 @@ class Sensitivity:
 
     def _costs(self, key: int) -> Costs:
         rows, columns = self._rows[key], self._columns[key]
-        costs = (1 - _SHRINKAGE) * rows + _SHRINKAGE * rows.mean()
+        costs = shrunk(rows, _SHRINKAGE)
         return costs / (float(rows.sum()) or 1.0), moment_metric(columns, _DRAWS * len(rows), _SHRINKAGE)
 
     def _note(self, key: int, gradient: torch.Tensor) -> None:
