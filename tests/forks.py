@@ -14,6 +14,8 @@ import sys
 from pathlib import Path
 from subprocess import CompletedProcess
 from tempfile import TemporaryDirectory
+from types import ModuleType
+from unittest import mock
 
 _FORKS = multiprocessing.get_context("forkserver")
 _PRELOADED = [
@@ -59,7 +61,9 @@ def run_in_fork(command, *, cwd=".", env=None, input="", **_):
 
 def _start(command, folder, environment, said, given=""):
     fork = _FORKS.Process(target=_program, args=(command, str(folder), environment, said, given))
-    fork.start()
+    # A fork runs its parent's main program once more, which may import hf_lowrank: it is given an empty one.
+    with mock.patch.dict(sys.modules, __main__=ModuleType("__main__")):
+        fork.start()
     return fork
 
 
