@@ -17,7 +17,7 @@ demo: $(VENV)/.demo-installed  ## compress a real model, reload it without this 
 # One thread a worker: more would only fight over the cores.
 test: $(VENV)/.dev-installed  ## all tests; ARGS='-k plan' narrows them, WORKERS=4 uses more cores
 	@echo "test: pytest, $(WORKERS) workers"
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal $(ARGS)
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
 laws: $(VENV)/.dev-installed  ## the fast tests of one folder of the package, as FOLDER=planning
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m "laws and $(FOLDER)" $(ARGS)

@@ -41,22 +41,15 @@ torch.save(results, "results.pt")
 """
 
 
-def run_elsewhere(code, folder, environment=None, run=run_in_fork, **jobs):
-    """Run `code`, which finds what it is given in `jobs`; its caches are made in `folder`, which it runs in.
-
-    Args:
-        run: `subprocess.run` starts a process from nothing, which takes seconds.
-    """
+def run_elsewhere(code, folder, environment=None, **jobs):
+    """Run `code`, which finds what it is given in `jobs`; its caches are made in `folder`, which it runs in."""
     allowed = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
     caches = {"HF_HOME": str(folder / "home"), "HF_MODULES_CACHE": str(folder / "modules"), "PYTHONNOUSERSITE": "1"}
-    done = run(
+    done = run_in_fork(
         [sys.executable, "-c", PREAMBLE + code],
         input=json.dumps({"tests": str(Path(__file__).parent), **jobs}),
         env={**allowed, **caches, **(environment or {})},
         cwd=folder,
-        text=True,
-        capture_output=True,
-        check=False,
     )
     assert done.returncode == 0, done.stderr[-3000:]
 

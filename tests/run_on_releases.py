@@ -65,7 +65,8 @@ def main():
     arguments = parser.parse_args(sys.argv[1:end])
     python = make_environment(arguments.which)
     subprocess.run([python, "-m", "pip", "list", "--disable-pip-version-check", "--format", "freeze"], check=True)
-    tests = [python, "-m", "pytest", "-q", "-n", arguments.workers, "--dist", "worksteal", *sys.argv[end + 1 :]]
+    spread = ["-n", arguments.workers, "--dist", "loadfile", "--no-loadscope-reorder"]
+    tests = [python, "-m", "pytest", "-q", *spread, *sys.argv[end + 1 :]]
     return subprocess.run(tests, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=False).returncode
 
 

@@ -2,6 +2,8 @@
 
 import itertools
 import json
+import os
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -22,6 +24,7 @@ from hf_lowrank.planning.curves import make_curve
 from hf_lowrank.planning.prices import WeightPrice
 from hf_lowrank.remote_code.lowrank_structures import named_structures
 
+KEPT = str(Path(os.environ["HF_HOME"]) / "decompositions")
 each_allocation = pytest.mark.parametrize("allocation", ALLOCATIONS)
 
 
@@ -39,7 +42,8 @@ def medium():
 
 
 def svd(model, **options):
-    return compress(model, method="svd", **options)
+    """Decomposed and measured once, whatever the budget."""
+    return compress(model, method="svd", cache_dir=KEPT, **options)
 
 
 def ranks(model):

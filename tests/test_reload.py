@@ -3,7 +3,6 @@
 import copy
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -12,6 +11,7 @@ import torch
 import transformers
 from elsewhere import run_elsewhere
 from every_structure import build_every_structure
+from forks import run_in_fork
 from safetensors.torch import load_file
 from tiny_models import CONFIGURATIONS, build, family_of, heads_of, inputs_for, largest_difference, outputs
 
@@ -81,10 +81,15 @@ def child_environment(tmp_path):
 
 
 @pytest.fixture(scope="module")
-def folders(tmp_path_factory):
+def small():
+    return {saved: compress(build(saved), keep_params=0.5, method="svd") for saved in {saved for saved, _ in CASES}}
+
+
+@pytest.fixture(scope="module")
+def folders(small, tmp_path_factory):
     root = tmp_path_factory.mktemp("saved")
-    for saved in {saved for saved, _ in CASES}:
-        compress(build(saved), keep_params=0.5, method="svd").save_pretrained(root / saved)
+    for saved, model in small.items():
+        model.save_pretrained(root / saved)
     return root
 
 
@@ -93,7 +98,7 @@ def elsewhere(folders):
     """What a process without this library saw, by folder and head."""
     cases = [(str(folders / saved), head, auto_name(head), (saved, head) in FIRST) for saved, head in CASES]
 
-    run_elsewhere(CHILD, folders, run=subprocess.run, cases=cases, results=str(folders / "results.pt"))
+    run_elsewhere(CHILD, folders, cases=cases, results=str(folders / "results.pt"))
 
     return torch.load(folders / "results.pt")
 
@@ -148,13 +153,11 @@ def test_what_was_loaded_without_this_library_is_saved_and_loaded_again(folders,
 
 
 @pytest.mark.parametrize("saved", sorted({saved for saved, _ in CASES}))
-def test_the_saved_head_is_the_compressed_model(folders, saved):
-    model = compress(build(saved), keep_params=0.5, method="svd")
-
+def test_the_saved_head_is_the_compressed_model(small, folders, saved):
     here, info = load_here(folders / saved, saved)
 
     assert not any(info.values())
-    assert largest_difference(outputs(model, inputs_for(saved)), outputs(here, inputs_for(saved))) == 0.0
+    assert largest_difference(outputs(small[saved], inputs_for(saved)), outputs(here, inputs_for(saved))) == 0.0
 
 
 @pytest.mark.parametrize("saved", sorted({saved for saved, _ in CASES}))
@@ -213,14 +216,7 @@ for folder in sys.argv[1:]:
 def test_without_the_flag_and_without_the_library_loading_raises(folders):
     saved = [str(folders / heads[0]) for heads in SAVED.values()]
 
-    done = subprocess.run(
-        [sys.executable, "-c", WITHOUT_FLAG, *saved],
-        env=child_environment(folders),
-        cwd=folders,
-        text=True,
-        capture_output=True,
-        check=False,
-    )
+    done = run_in_fork([sys.executable, "-c", WITHOUT_FLAG, *saved], env=child_environment(folders), cwd=folders)
 
     assert done.returncode == 0, done.stderr[-3000:]
 

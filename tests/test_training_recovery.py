@@ -65,7 +65,7 @@ def test_it_lowers_the_held_out_loss_of_any_head(head, config, data, has_task):
 @pytest.mark.parametrize("name", OF_ANY_MODEL)
 def test_it_trains_every_structure(name, head):
     small = build_every_structure(head, structures_with(name))
-    options = {"epochs": 4, "batch_size": 8, "learning_rate": 2e-3}
+    options = {"epochs": 2, "batch_size": 8, "learning_rate": 4e-3}
 
     recover(small, teacher=tiny_models.build(head), dataset=rows(32, length=11), **options)
     found = small.config.compression["provenance"]["recovery"]

@@ -78,12 +78,7 @@ def _add_parts(table: Table, report: CompressionReport) -> None:
 def print_matrices(report: CompressionReport) -> None:
     """Print how many matrices were replaced, which were left dense and why, and where the error is largest."""
     dense = [module for module in report.modules if module.structure == "dense" and module.bits is None]
-    rounded = sum(module.structure == "dense" and module.bits is not None for module in report.modules)
-    shared = [module for module in report.modules if not module.dense_parameters]
-    num_replaced = len(report.modules) - len(dense) - len(shared) - rounded
-    parts = f" with {len(shared)} shared parts" if shared else ""
-    as_dense = f", {rounded} only rounded" if rounded else ""
-    print_line(f"matrices: {num_replaced} replaced{parts}{as_dense}, {len(dense)} left dense")
+    print_line(report.matrices_in_words)
     if report.bits:
         print_line(f"          {report.bits[0]:.2f} to {report.bits[-1]:.2f} bits a number")
     for note, count in Counter(module.note for module in dense).items():

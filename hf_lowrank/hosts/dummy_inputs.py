@@ -85,7 +85,8 @@ def _normal(model: Any, shape: tuple[int, ...], generator: torch.Generator) -> t
 def _tokens(model: Any, shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
     """Tokens that mean nothing special, and the end of the sequence at the end where there is one."""
     size = _said(model.config, "vocab_size", "vocabulary_size") or _TOKENS
-    usual = [token for token in range(size) if token not in set(_special_tokens(model.config))]
+    special = set(_special_tokens(model.config))
+    usual = [token for token in range(size) if token not in special]
     tokens = torch.tensor(usual or [0])[torch.randint(len(usual or [0]), shape, generator=generator)]
     end = _said(model.config, "eos_token_id")
     if end is not None and 0 <= end < size:

@@ -118,6 +118,16 @@ class CompressionReport:
         return sorted(module.bits for module in self.modules if module.bits is not None)
 
     @property
+    def matrices_in_words(self) -> str:
+        """How many matrices were replaced, left dense and only rounded, and how many parts several share."""
+        bits_of_dense = [module.bits for module in self.modules if module.structure == "dense"]
+        left, shared = bits_of_dense.count(None), sum(not module.dense_parameters for module in self.modules)
+        rounded = len(bits_of_dense) - left
+        said = f"{len(self.modules) - len(bits_of_dense) - shared} matrices replaced, {left} left dense"
+        said += f", {rounded} only rounded" if rounded else ""
+        return said + (f", {shared} shared by several" if shared else "")
+
+    @property
     def kept_fraction(self) -> float:
         """Parameters that stayed, as a fraction of the whole dense model's."""
         return self.parameters / self.dense_parameters

@@ -37,7 +37,7 @@ NUM_CLASSES = 31
 STEPS_PER_OCTAVE = 16
 CLASS_OFFSET = 64
 LARGEST_CLASS = 120
-_CENTER = 64
+CENTER = 64
 # Codes that are decoded side by side: several numbers of 8 bytes each.
 _AT_ONCE = 1 << 25
 # `q` of each class, times 2**24.
@@ -53,16 +53,16 @@ def frequencies(index: int) -> list[int]:
     """How often each code from -64 to 63 occurs in 4096 draws of a class; 0 for one that the class cannot hold."""
     shift, factor = 48, _BASES[index] << 24
     square, weight, weights = factor * factor >> shift, 1 << shift, [1 << shift]
-    for _ in range(_CENTER - 1):
+    for _ in range(CENTER - 1):
         weight, factor = weight * factor >> shift, factor * square >> shift
         weights.append(weight)
     total = 2 * sum(weights) - weights[0]
     held = [weight for weight in weights if weight << 15 > total]
     half = [max(1, (weight << PRECISION) // total) for weight in held[1:]]
-    counts = [0] * (2 * _CENTER)
-    counts[_CENTER] = (1 << PRECISION) - 2 * sum(half)
+    counts = [0] * (2 * CENTER)
+    counts[CENTER] = (1 << PRECISION) - 2 * sum(half)
     for distance, count in enumerate(half, start=1):
-        counts[_CENTER + distance] = counts[_CENTER - distance] = count
+        counts[CENTER + distance] = counts[CENTER - distance] = count
     return counts
 
 
@@ -223,7 +223,7 @@ def _decoded(readers: Sequence[_Reader], classes: Sequence[torch.Tensor]) -> lis
     for step, (table, count) in enumerate(zip(tables, active, strict=True)):
         now, at = state[:count], place[:count]
         entry = slots[table[:count] + (now & mask)]
-        found[step, :count] = (entry & 127) - _CENTER
+        found[step, :count] = (entry & 127) - CENTER
         now = ((entry >> 7 & mask) + 1) * (now >> PRECISION) + (entry >> 19)
         short = now < LOWEST_STATE
         state[:count] = torch.where(short, now << 16 | words[at], now)

@@ -10,6 +10,7 @@ import torch
 from torch.nn import functional as F
 
 from hf_lowrank.remote_code.lowrank_codes import (
+    CENTER,
     CLASS_OFFSET,
     LARGEST_CLASS,
     LOWEST_STATE,
@@ -21,7 +22,6 @@ from hf_lowrank.remote_code.lowrank_codes import (
     split_classes,
 )
 
-_CENTER = 64
 # Variance of what is never seen: a code that is always 0 costs next to nothing, and may still occur.
 _LEAST_VARIANCE = 2.0**-9
 _ROUNDS = 4
@@ -63,7 +63,7 @@ def coded_bits(codes: torch.Tensor) -> float:
     rows, columns, classes = _all_classes(codes)
     high, low_bits, index, exceptional = _parts(codes, classes)
     counts, _, _ = _tables()
-    bits = PRECISION - counts.float().log2()[index, high + _CENTER]
+    bits = PRECISION - counts.float().log2()[index, high + CENTER]
     side = 8 * 1.4 * (len(rows) + len(columns)) + 48 * lanes_of(codes.numel()) + 40 * int(exceptional.sum()) + 600
     return float(bits.sum(dtype=torch.float64) + low_bits.sum()) + side
 
@@ -162,7 +162,7 @@ def _coded(
     lengths = torch.tensor([len(one) for one in codes for _ in range(one.shape[1])])
     actives = (lengths[:, None] > torch.arange(longest)).sum(0).tolist()
     for step, active in reversed(list(enumerate(actives))):
-        old, code, own = state[:active], now[step, :active] + _CENTER, kind[step, :active]
+        old, code, own = state[:active], now[step, :active] + CENTER, kind[step, :active]
         count = counts[own, code]
         full = old >= count << (32 - PRECISION)
         words[lanes[:active][full], written[:active][full]] = (old[full] & 0xFFFF).int()

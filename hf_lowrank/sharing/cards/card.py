@@ -145,20 +145,14 @@ class _Text:
         return lines
 
     def _method_line(self) -> str:
-        settings, modules = self.settings, self.report.modules
+        settings = self.settings
         method = str(settings.get("method", ""))
         given = [f"`{name}={_said(settings[name])}`" for name in BUDGETS if name in settings]
         budget = f", budget {given[0]}" if given else ", its sizes as published"
         row = known_method(method)
         asked = ("allocation", "storage", *(["group"] if row is not None and row.takes == OF_TENSORS else []))
         details = [f"{name} `{settings[name]}`" for name in asked if name in settings]
-        left_dense = sum(module.structure == "dense" and module.bits is None for module in modules)
-        rounded = sum(module.structure == "dense" and module.bits is not None for module in modules)
-        parts = sum(not module.dense_parameters for module in modules)
-        counts = f"{len(modules) - left_dense - rounded - parts} matrices replaced, {left_dense} left dense"
-        counts += f", {rounded} only rounded" if rounded else ""
-        common = f", {parts} shared by several" if parts else ""
-        return f"Method `{method}`{budget}{''.join(f', {part}' for part in details)}; {counts}{common}."
+        return f"Method `{method}`{budget}{''.join(f', {part}' for part in details)}; {self.report.matrices_in_words}."
 
     def command(self) -> tuple[str, str]:
         """Language and text of what made the model."""
