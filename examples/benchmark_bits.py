@@ -5,14 +5,15 @@
 
 `--studies sentences` is of the real all-MiniLM-L6-v2 (`--model` names another) on the whole of STS-B, development and
 test set; `blocks` of the masked language model `minilm-l6-mlm` and the causal one `gpt2-mini`, of which the matrices
-of the blocks alone are made smaller, on the test set of WikiText-2. Nothing is trained on a task, and the text looked
-at is the mixed corpus of `DATA`. Quantizers that are not installed are left out, with a word: openvino and nncf, onnx,
-onnxruntime and onnxscript. Finished rows are kept in the work directory and not computed again.
+of the blocks alone are made smaller, on the test set of WikiText-2 and on stories. Nothing is trained on a task, and
+the text looked at is the mixed corpus of `DATA`. Quantizers that are not installed are left out, with a word: openvino
+and nncf, onnx, onnxruntime and onnxscript. Finished rows are kept in the work directory and not computed again.
 """
 
 import argparse
+import json
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -60,18 +61,22 @@ def sentence_study(arguments: argparse.Namespace) -> Study:
 
 
 def language_study(name: str, arguments: argparse.Namespace) -> Blocks:
-    """A language model on windows of the test set of WikiText-2, drawn by seed 0."""
+    """A language model on windows of the test set of WikiText-2 and of stories, drawn by seed 0."""
     model_class, task_name, length = LANGUAGE_MODELS[name]
     model = model_class.from_pretrained(arguments.models / name, dtype=torch.float32).eval()
     tokenizer = AutoTokenizer.from_pretrained(arguments.models / name)
     task = make_task(task_name, block_length=length, max_examples=arguments.windows)
-    test = detokenized(arguments.data / "wikitext-2-raw" / "wiki.test.raw")
-    steps = task.steps(tokenizer, test, 32, model)
-    return make_blocks(name, model, tokenizer, arguments.text, steps, arguments.work_dir / name)
+    stories = (arguments.data / "tinystories-sample" / "tinystories_1000.json").read_text(encoding="utf-8")
+    texts = {
+        "WikiText-2": detokenized(arguments.data / "wikitext-2-raw" / "wiki.test.raw"),
+        "stories": [story if isinstance(story, str) else story["text"] for story in json.loads(stories)],
+    }
+    reports = {text: task.steps(tokenizer, rows, 32, model) for text, rows in texts.items()}
+    return make_blocks(name, model, tokenizer, arguments.text, reports, arguments.work_dir / name)
 
 
 def make_blocks(
-    name: str, model: PreTrainedModel, tokenizer: Any, text: Any, steps: Sequence[Step], work_dir: Path
+    name: str, model: PreTrainedModel, tokenizer: Any, text: Any, reports: Mapping[str, Sequence[Step]], work_dir: Path
 ) -> Blocks:
     """A study, its statistics kept in the work directory."""
     # A budget of the matrices of the blocks alone: what it comes to is not asked for.
@@ -79,7 +84,7 @@ def make_blocks(
     settings = settle_compression(options, has_text=True, inplace=False)
     job = prepare(model, settings, calibration=text, tokenizer=tokenizer)
     task = make_task("causal-lm" if isinstance(model, GPT2LMHeadModel) else "masked-lm")
-    return Blocks(name, job.problem, tokenizer, task, steps, work_dir)
+    return Blocks(name, job.problem, tokenizer, task, reports, work_dir)
 
 
 def smoke(work_dir: Path) -> None:
@@ -95,8 +100,8 @@ def smoke(work_dir: Path) -> None:
         [name for name in RIVALS if not RIVALS[name][0]],
     )
     model = GPT2LMHeadModel(GPT2Config(vocab_size=200, n_positions=64, n_embd=32, n_layer=1, n_head=2)).eval()
-    steps = [Step(inputs | {"labels": ids}, ids.flatten())]
-    print_blocks(make_blocks("smoke", model, None, [inputs] * 2, steps, work_dir / "blocks"), (2.5,))
+    reports = {"tokens": [Step(inputs | {"labels": ids}, ids.flatten())]}
+    print_blocks(make_blocks("smoke", model, None, [inputs] * 2, reports, work_dir / "blocks"), (2.5,))
 
 
 def main() -> None:

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 
 import pytest
 import torch
@@ -18,7 +19,7 @@ from hf_lowrank import InputError, PlanError, cli, compress, decompress
 from hf_lowrank.compression import rounding
 from hf_lowrank.methods.metric import identity, moment_metric
 from hf_lowrank.methods.rounding.coding import Steps, coded_bits, pack
-from hf_lowrank.methods.rounding.grids import round_in_metric
+from hf_lowrank.methods.rounding.grids import as_columns, round_in_metric
 from hf_lowrank.remote_code.lowrank_codes import NUM_CLASSES, frequencies, steps_of, unpack
 from hf_lowrank.sharing.saving import load_compressed
 from hf_lowrank.sharing.verification import verify
@@ -118,9 +119,9 @@ def correlated(size, seed):
     return inputs.T @ inputs / len(inputs)
 
 
-@pytest.mark.parametrize("shape", [(40, 30), (30, 100), (1, 20), (20, 1)])
-@pytest.mark.parametrize("error", [1e-4, 1e-2, 1.0])
-def test_rounding_in_a_metric_costs_what_is_asked_and_less_than_plain_rounding(shape, error):
+@pytest.mark.parametrize("shape", [(40, 30), (60, 200), (1, 20), (20, 1)])
+@pytest.mark.parametrize("level", [1e-4, 1e-2, 1.0])
+def test_rounding_in_a_metric_costs_less_than_plain_rounding_at_the_price_of_its_bits(shape, level):
     rows, columns = shape
     moment, costs = correlated(columns, 1), correlated(rows, 2).diagonal()
     weight = torch.randn(shape, generator=torch.Generator().manual_seed(3))
@@ -129,18 +130,27 @@ def test_rounding_in_a_metric_costs_what_is_asked_and_less_than_plain_rounding(s
         difference = (weight - found).double()
         return float((costs * ((difference @ moment) * difference).sum(1)).sum())
 
-    found = round_in_metric(weight, costs, moment_metric(moment, 10**9, 0.0), error)
+    found = round_in_metric(weight, costs, as_columns(moment_metric(moment, 10**9, 0.0), columns), level)
     steps = found.steps.largest * steps_of(found.steps.rows)[:, None] * steps_of(found.steps.columns)
-    plain = torch.round(weight / steps) * steps
+    plain = torch.round(weight / steps).int()
+    price = 2 * math.log(2) * level  # of a bit: `-dD / dR` of fine grids
 
-    assert cost(found.weight) <= 3 * error * weight.numel() * 1.1  # no term is above its bound
-    assert cost(found.weight) <= cost(plain) * (1 + 1e-6) or columns == 1
+    assert cost(found.weight) <= 3 * level * weight.numel() * 1.1  # hardly a term is above its bound
+    assert cost(found.weight) + price * found.bits <= cost(plain * steps) + price * coded_bits(plain)
+
+
+def test_order_of_columns_lets_the_last_ones_be_made_good_by_the_others():
+    moment = correlated(150, 1)
+    order = as_columns(moment_metric(moment, 10**9, 0.0), 150).order
+    assert sorted(order.tolist()) == [*range(150)]
+    left = torch.linalg.cholesky(moment[order][:, order]).diagonal()
+    assert all(left[1:] <= left[:-1] * (1 + 1e-3))
 
 
 def test_without_a_metric_rounding_is_to_the_nearest():
     weight = torch.randn(20, 30, generator=torch.Generator().manual_seed(0))
-    found = round_in_metric(weight, torch.ones(20), identity(), 1e-3)
-    assert float((weight - found.weight).abs().max()) <= found.steps.largest / 2 * (1 + 1e-5)
+    found = round_in_metric(weight, torch.ones(20), as_columns(identity(), 30), 1e-3)
+    assert float((weight - found.weight).abs().max()) <= found.steps.largest / 2 * 1.05  # a code pays for its bits
 
 
 @pytest.fixture(scope="module", params=HEADS)

@@ -16,7 +16,7 @@ from hf_lowrank.compression.rounding import costs_of
 from hf_lowrank.evaluation.base import Step
 from hf_lowrank.hosts.matrices import DenseMatrix
 from hf_lowrank.methods.problem import Problem
-from hf_lowrank.methods.rounding.levels import Part, rounded_within
+from hf_lowrank.methods.rounding.levels import Single, rounded_within
 from hf_lowrank.remote_code.lowrank_codes import unpack
 
 GROUPS = (32, 64, None)
@@ -26,13 +26,13 @@ _NEAR = 0.1
 
 @dataclass(frozen=True)
 class Blocks:
-    """A language model, what is known of the matrices of its blocks, and the windows it is reported on."""
+    """A language model, what is known of the matrices of its blocks, and the windows it is reported on by text."""
 
     name: str
     problem: Problem
     tokenizer: Any
     task: Any
-    steps: Sequence[Step]
+    reports: Mapping[str, Sequence[Step]]
     work_dir: Path
 
     @property
@@ -56,14 +56,17 @@ def with_weights(study: Blocks, make: Callable[[], Mapping[str, torch.Tensor]]) 
 
 
 def perplexity(study: Blocks, model: PreTrainedModel) -> Row:
-    """Of a whole model."""
-    return {"perplexity": study.task.compare({"model": model}, study.steps)["model"]["perplexity"]}
+    """Of a whole model, by text."""
+    return {
+        name: study.task.compare({"model": model}, steps)["model"]["perplexity"]
+        for name, steps in study.reports.items()
+    }
 
 
 def ours_on_blocks(study: Blocks, bits: float) -> dict[str, torch.Tensor]:
     """All matrices of the blocks at one level of error."""
     parts = [
-        Part(matrix.path, lambda m=matrix: m.weight.detach().float(), lambda m=matrix: costs_of(study.problem, m))
+        Single(matrix.path, lambda m=matrix: m.weight.detach().float(), lambda m=matrix: costs_of(study.problem, m))
         for matrix in study.matrices
     ]
     found = rounded_within(parts, bits * sum(part.num_codes for part in parts) / 8)
@@ -108,11 +111,12 @@ def rows_of_blocks(study: Blocks, bits: float) -> Iterator[tuple[str, float, Cal
 def print_blocks(study: Blocks, all_bits: Sequence[float]) -> None:
     """One block of rows a size; `g = ln(ppl / ppl_dense)`."""
     folder = study.work_dir / "rows"
-    dense = kept(folder / "dense.json", lambda: perplexity(study, study.problem.model))["perplexity"]
-    windows = sum(len(step.inputs["input_ids"]) for step in study.steps)
-    print(f"\n{study.name}: perplexity {dense:.2f} dense, {windows} windows\n")
-    print("| | bits a number | perplexity | g |\n|---|---|---|---|")
+    dense = kept(folder / "dense.json", lambda: perplexity(study, study.problem.model))
+    said = ", ".join(f"{dense[name]:.2f} on {name}" for name in study.reports)
+    print(f"\n{study.name}: dense perplexity {said}\n")
+    print("| | bits a number | " + " | ".join(study.reports) + " |\n|---|---" + "|---" * len(study.reports) + "|")
     for bits in all_bits:
         for name, stored, make in rows_of_blocks(study, bits):
-            found = kept(folder / f"{slug(name)}.json", make)["perplexity"]
-            print(f"| {name} | {stored:.2f} | {found:.2f} | {math.log(found / dense):.4f} |", flush=True)
+            found = kept(folder / f"{slug(name)}.json", make)
+            cells = [f"{found[text]:.2f} ({math.log(found[text] / dense[text]):.4f})" for text in study.reports]
+            print(f"| {name} | {stored:.2f} | {' | '.join(cells)} |", flush=True)

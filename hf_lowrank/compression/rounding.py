@@ -19,7 +19,7 @@ from hf_lowrank.methods.matrix.data_aware_svd import WhitenedSVD
 from hf_lowrank.methods.metric import identity, shrunk
 from hf_lowrank.methods.problem import Problem
 from hf_lowrank.methods.rounding.grids import diagonal
-from hf_lowrank.methods.rounding.levels import Costs, Part, rounded_within
+from hf_lowrank.methods.rounding.levels import Costs, Single, rounded_within
 from hf_lowrank.methods.rounding.sensitivity import Sensitivity
 from hf_lowrank.planning.sizes import overhead_bytes
 from hf_lowrank.remote_code.lowrank_codes import unpack
@@ -69,10 +69,12 @@ def round_(model: PreTrainedModel, problem: Problem) -> None:
     """
     with frozen(model):
         weights = _weights(model, problem)
-        parts = {one.key: Part(one.key, one.read, one.costs) for one in weights if one.costs is not None}
+        parts = {one.key: Single(one.key, one.read, one.costs) for one in weights if one.costs is not None}
         gains = [part.log_gain for part in parts.values()]
         gain = _UNKNOWN_GAIN * math.exp(sum(gains) / len(gains)) if gains else 1.0
-        parts |= {one.key: Part(one.key, one.read, partial(_relative, one, gain)) for one in weights if not one.costs}
+        parts |= {
+            one.key: Single(one.key, one.read, partial(_relative, one, gain)) for one in weights if not one.costs
+        }
         found = rounded_within(list(parts.values()), _bytes_for(model, problem, weights), problem.progress)
     prefix = "" if model.base_model is model else f"{model.base_model_prefix}."
     packed: dict[str, Any] = {"code": "grid", "tensors": {}, "outside": {}}

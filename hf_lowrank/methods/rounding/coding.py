@@ -58,14 +58,20 @@ def _all_classes(codes: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch
     return rows, columns, (rows[:, None] + columns - CLASS_OFFSET).clamp(0, LARGEST_CLASS)
 
 
-def coded_bits(codes: torch.Tensor) -> float:
-    """About how many bits the bytes of (O, I) codes will have, side and all."""
+def coded_bits(codes: torch.Tensor, num_rows: int | None = None) -> float:
+    """About how many bits the bytes of (O, I) codes will have, side and all.
+
+    Args:
+        num_rows: How many there are of what these rows are a sample of.
+    """
     rows, columns, classes = _all_classes(codes)
     high, low_bits, index, exceptional = _parts(codes, classes)
     counts, _, _ = _tables()
-    bits = PRECISION - counts.float().log2()[index, high + CENTER]
-    side = 8 * 1.4 * (len(rows) + len(columns)) + 48 * lanes_of(codes.numel()) + 40 * int(exceptional.sum()) + 600
-    return float(bits.sum(dtype=torch.float64) + low_bits.sum()) + side
+    bits = (PRECISION - counts.float().log2()[index, high + CENTER]).sum(dtype=torch.float64) + low_bits.sum()
+    share = 1.0 if num_rows is None else num_rows / len(rows)
+    num_codes = round(share * codes.numel())
+    side = 8 * 1.4 * (share * len(rows) + len(columns)) + 48 * lanes_of(num_codes) + 600
+    return share * float(bits + 40 * exceptional.sum()) + side
 
 
 def _parts(

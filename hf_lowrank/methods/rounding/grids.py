@@ -7,6 +7,11 @@ Frantar et al., ICLR 2023; Chen et al., 2507.18553). With steps in proportion to
 terms are alike, and the sum of the logarithms of the steps, which the entropy of the codes hangs on, is the largest
 for that error: reverse water-filling (WaterSIC, 2603.04956), here also among rows and among the weights of a model.
 
+Columns go in the order of a pivoted Cholesky decomposition, each time the one that those before it say least of, so
+that at few bits as many as can be are all zeros, and those before them make them good. And a code pays for its bits:
+of a normal distribution of variance `v` a code `z` takes `z^2 log2(e) / (2 v)` of them, each of which is worth
+`ln(2) / 6` of a squared step, so that what is best is not the nearest to `x` but to `x v / (v + 1/12)`.
+
 Costs of rows by a whole matrix `G`, with feedback among rows as well, predict a third less error in the metric, and
 measure no better: the estimate of `G` is not good enough to lean on.
 """
@@ -47,21 +52,65 @@ class Rounded:
         return coded_bits(self.codes)
 
 
-def round_in_metric(weight: torch.Tensor, row_costs: torch.Tensor, column_metric: Metric, error: float) -> Rounded:
-    """A weight (O, I) rounded to an expected cost of `error` for each of its numbers.
+@dataclass(frozen=True)
+class Columns:
+    """A metric `C = L L^T` of columns, made ready to round in.
 
-    A uniform error within steps of `r_i c_j`: `error = g_i (r_i c_j L[j, j])^2 / 12`.
+    Args:
+        order: The columns as rows and columns of `L` stand for them, (I).
+        diagonal: Of `L`, (I), float64.
+        unit: `L` over its diagonal, (I, I), float32, which says how an error is made good; None if nothing is beside
+            that.
+    """
+
+    order: torch.Tensor
+    diagonal: torch.Tensor
+    unit: torch.Tensor | None
+
+
+def as_columns(metric: Metric, size: int) -> Columns:
+    """A metric of so many columns, made ready."""
+    root = metric.triangle(size)
+    if root.dim() == 1:
+        return Columns(torch.arange(size), root, None)
+    moment = root @ root.T
+    order = _leading(moment)
+    root = torch.linalg.cholesky(moment[order][:, order])
+    return Columns(order, root.diagonal().clone(), (root / root.diagonal()).float())
+
+
+def _leading(moment: torch.Tensor) -> torch.Tensor:
+    """An order in which each column is the one that those before it leave most of, (I)."""
+    left = (moment / moment.diagonal().max()).float()
+    spare, order = left.diagonal().clone(), list[int]()
+    for start in range(0, len(left), _BLOCK):
+        panel = left.new_zeros(len(left), min(_BLOCK, len(left) - start))
+        for place in range(panel.shape[1]):
+            column = int(spare.argmax())
+            order.append(column)
+            panel[:, place] = left[column] - panel @ panel[column]
+            panel[:, place] /= spare[column].clamp_min(torch.finfo(torch.float32).tiny).sqrt()
+            spare -= panel[:, place].square()
+            spare[order] = -math.inf
+        left -= panel @ panel.T
+    return torch.tensor(order)
+
+
+def round_in_metric(weight: torch.Tensor, row_costs: torch.Tensor, columns: Columns, level: float) -> Rounded:
+    """A weight (O, I) rounded at a level: the cost of a uniform error within steps, of each number.
+
+    With steps of `r_i c_j` the level is `g_i (r_i c_j L[j, j])^2 / 12`.
 
     Args:
         row_costs: `g`, (O), positive.
     """
-    root = column_metric.triangle(weight.shape[1])
     row_steps, largest_row = _steps(row_costs.double().sqrt())
-    column_steps, largest_column = _steps(diagonal(root))
-    largest = float(torch.tensor(math.sqrt(12 * error) * largest_row * largest_column))
-    unit = None if root.dim() == 1 else (root / root.diagonal()).float()
-    codes = _codes(weight.float(), unit, largest * steps_of(row_steps), steps_of(column_steps))
-    return Rounded(codes.clamp(-_LARGEST_CODE, _LARGEST_CODE).int(), Steps(largest, row_steps, column_steps))
+    column_steps, largest_column = _steps(columns.diagonal)
+    largest = float(torch.tensor(math.sqrt(12 * level) * largest_row * largest_column))
+    steps = largest * steps_of(row_steps), steps_of(column_steps)
+    codes, back = _codes(weight.float()[:, columns.order], columns.unit, *steps), columns.order.argsort()
+    codes = codes[:, back].clamp(-_LARGEST_CODE, _LARGEST_CODE).int()
+    return Rounded(codes, Steps(largest, row_steps, column_steps[back]))
 
 
 def diagonal(root: torch.Tensor) -> torch.Tensor:
@@ -77,21 +126,22 @@ def _steps(roots: torch.Tensor) -> tuple[torch.Tensor, float]:
 
 
 def _codes(weight: torch.Tensor, unit: torch.Tensor | None, rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
-    """All codes of a column at once, the last column first.
-
-    Args:
-        unit: `L` with ones on its diagonal, below which it says how an error is made good; None if nothing is there.
-    """
-    if unit is None:
-        return torch.round(weight / rows[:, None] / columns)
+    """All codes of a column at once, the last column first; see `Columns` for `unit`."""
+    energies = (weight / rows[:, None] / columns).square().mean(1)
+    shares = energies / energies.mean().clamp_min(torch.finfo(torch.float32).tiny)
     errors, codes = torch.zeros_like(weight.T), torch.zeros_like(weight.T)  # (I, O): a column is a piece
     wanted = weight.T.contiguous()
     for stop in range(weight.shape[1], 0, -_BLOCK):
         start = max(0, stop - _BLOCK)
-        owed = unit[stop:, start:stop].T @ errors[stop:]  # (b, O)
+        owed = wanted[start:stop]  # (b, O)
+        if unit is not None:
+            owed = owed + unit[stop:, start:stop].T @ errors[stop:]
         for column in range(stop - 1, start - 1, -1):
-            due = owed[column - start] + unit[column + 1 : stop, column] @ errors[column + 1 : stop]
-            step = rows * columns[column]
-            codes[column] = torch.round((wanted[column] + due) / step)
+            due, step = owed[column - start], rows * columns[column]
+            if unit is not None:
+                due = due + unit[column + 1 : stop, column] @ errors[column + 1 : stop]
+            exact = due / step
+            variances = exact.square().mean() * shares
+            codes[column] = torch.round(exact * (variances / (variances + 1 / 12)))
             errors[column] = wanted[column] - codes[column] * step
     return codes.T.contiguous()

@@ -1,89 +1,144 @@
 """One level of error for all weights of a model: the one at which they come to a number of bytes."""
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
+from pathlib import Path
+from typing import Protocol
 
 import torch
 
 from hf_lowrank.errors import InputError
+from hf_lowrank.files.scratch import scratch_folder
 from hf_lowrank.methods.metric import Metric
-from hf_lowrank.methods.rounding.coding import pack
-from hf_lowrank.methods.rounding.grids import Rounded, diagonal, round_in_metric
+from hf_lowrank.methods.rounding.coding import coded_bits, pack
+from hf_lowrank.methods.rounding.grids import Columns, Rounded, as_columns, round_in_metric
 from hf_lowrank.progress import Progress, no_progress
 
 # Of the bytes asked for, how many may be left; in bits what may be left of a few.
 _TOLERANCE = 0.002
 _LEAST_SLACK = 2048.0
 _MOST_PASSES = 10
-# Of each weight, about as many rows are looked at for a first guess.
+# Of each weight, about as many rows are looked at for a first guess, and how near that comes to what is wanted.
 _SAMPLED_ROWS = 64
+_NEAR_GUESS = 0.02
 _RANGE = 120.0
 _LONGEST_STEP = 8.0
 Costs = tuple[torch.Tensor, Metric]
 _NORMAL = 2 * math.pi * math.e
 
 
-@dataclass(frozen=True)
-class Part:
-    """A weight (O, I) to be rounded, and what errors in it cost.
+class Part(Protocol):
+    """Some weights to be rounded, and what errors in them cost."""
+
+    @property
+    def num_codes(self) -> int:
+        """Numbers in them."""
+        ...
+
+    @property
+    def log_gain(self) -> float:
+        """Mean logarithm of `g[i] W[i, j]^2 L[j, j]^2`: what errors weigh beside sizes."""
+        ...
+
+    def at(self, level: float) -> Mapping[str, Rounded]:
+        """Each by its name, rounded to that error for each number."""
+        ...
+
+    def predicted_bits(self, level: float) -> float:
+        """About how many they take at that level, without rounding any."""
+        ...
+
+    def sampled_bits(self, level: float) -> float:
+        """About how many they take at that level, by rounding some rows."""
+        ...
+
+
+@dataclass(eq=False)
+class Single:
+    """A weight (O, I).
 
     Args:
-        read: Gives the weight.
+        read: Gives it.
         costs: Gives what errors cost: of each row, (O), and the metric of its columns.
     """
 
     name: str
     read: Callable[[], torch.Tensor]
     costs: Callable[[], Costs]
+    _kept: list[Path] = field(default_factory=list)
 
-    def at(self, level: float) -> Rounded:
-        """It, rounded to that error for each number."""
-        return round_in_metric(self.read(), *self.costs(), level)
+    def at(self, level: float) -> Mapping[str, Rounded]:
+        """See `Part`."""
+        return {self.name: round_in_metric(self.read(), *self.known(), level)}
+
+    def known(self) -> tuple[torch.Tensor, Columns]:
+        """What errors cost, kept on disk: it takes longer to make than a weight takes to be rounded."""
+        if not self._kept:
+            rows, metric = self.costs()
+            made = (rows, as_columns(metric, self.read().shape[1]))
+            self._kept.append(scratch_folder(self) / "costs.pt")
+            torch.save(made, self._kept[0])
+        read: tuple[torch.Tensor, Columns] = torch.load(self._kept[0], mmap=True, weights_only=False)
+        return read
 
     def predicted_bits(self, level: float) -> float:
-        """About how many it takes at that level: `sum log2(1 + 2 pi e z^2) / 2` of codes `z` as if never put right."""
+        """See `Part`: `sum log2(1 + 2 pi e z^2) / 2` of codes `z` as if never put right."""
         return float((1 + _NORMAL * self._energies / level).log2().mean() / 2) * self.num_codes
+
+    def sampled_bits(self, level: float) -> float:
+        """See `Part`."""
+        (rows, columns), chosen, weight = self.known(), self._chosen, self.read()
+        return coded_bits(round_in_metric(weight[chosen], rows[chosen], columns, level).codes, len(weight))
 
     @cached_property
     def num_codes(self) -> int:
-        """Numbers in it."""
+        """See `Part`."""
         return self.read().numel()
 
     @cached_property
     def log_gain(self) -> float:
-        """Mean logarithm of `g[i] W[i, j]^2 L[j, j]^2`: what its errors weigh beside its size."""
+        """See `Part`."""
         energies = self._energies
         return float(energies[energies > 0].log().mean()) if bool((energies > 0).any()) else -math.inf
 
     @cached_property
+    def _chosen(self) -> torch.Tensor:
+        """Some rows, of few bits and of many alike."""
+        rows, weight = self.known()[0], self.read()
+        order = (rows * weight.square().mean(1)).argsort()
+        return order[torch.linspace(0, len(order) - 1, min(len(order), _SAMPLED_ROWS)).long()]
+
+    @cached_property
     def _energies(self) -> torch.Tensor:
         """Squares of some of its numbers over those of a step whose level is 1."""
-        weight, (rows, metric) = self.read(), self.costs()
-        columns = diagonal(metric.triangle(weight.shape[1]))
-        chosen = torch.linspace(0, len(weight) - 1, min(len(weight), _SAMPLED_ROWS)).long()
-        return rows[chosen, None] * (weight[chosen].double() * columns).square() / 12
+        (rows, columns), chosen = self.known(), self._chosen
+        weight = self.read()[chosen][:, columns.order].double()
+        return rows[chosen, None] * (weight * columns.diagonal).square() / 12
 
 
 def rounded_within(
     parts: Sequence[Part], num_bytes: float, progress: Progress = no_progress
 ) -> dict[str, torch.Tensor]:
-    """The bytes of each part by name, all at one level of error, `num_bytes` together at most and nearly.
+    """The bytes of each weight by name, all at one level of error, `num_bytes` together at most and nearly.
 
-    The damage to second order is the sum of all terms, so it is least where all are alike. A first guess is made on
-    some rows of each; then the size of the whole says how far to go, `n / 2` bits for each factor of two.
+    The damage to second order is the sum of all terms, so it is least where all are alike. Some rows of each say where
+    to begin; then the size of the whole says how far to go.
 
     Raises:
         InputError: If not even the coarsest grid takes so little.
     """
     budget = 8 * num_bytes
     slack = max(budget * _TOLERANCE, _LEAST_SLACK)
-    wanted = max(budget - slack / 2, 0.0)
-    level, real = _first_guess(parts, wanted), 1.0
-    tried: list[tuple[float, float]] = []  # levels, as powers of two, and estimated bits
+    wanted, real = max(budget - slack / 2, 0.0), 1.0
+    guessed = guesses(parts, wanted)  # levels, as powers of two, and estimated bits
+    tried: list[tuple[float, float]] = []
+    level = _next(guessed, wanted)
     for _ in range(_MOST_PASSES):
-        rounded = {part.name: part.at(2**level) for part in progress(parts, "rounding")}
+        rounded: dict[str, Rounded] = {}
+        for part in progress(parts, "rounding"):
+            rounded |= part.at(2**level)
         estimate = sum(one.bits for one in rounded.values())
         if abs(real * estimate - wanted) < slack / 2:
             contents = pack([(one.codes, one.steps) for one in rounded.values()])
@@ -92,7 +147,7 @@ def rounded_within(
                 break
             real = found / estimate
         tried.append((level, estimate))
-        level = _next(tried, wanted / real)
+        level = _next([*guessed[:-1], *tried], wanted / real)
     else:
         contents = pack([(one.codes, one.steps) for one in rounded.values()])
     size = sum(map(len, contents))
@@ -103,14 +158,21 @@ def rounded_within(
     return dict(zip(rounded, contents, strict=True))
 
 
-def _first_guess(parts: Sequence[Part], bits: float) -> float:
-    """The power of two of the level at which that many bits are predicted."""
+def guesses(parts: Sequence[Part], bits: float) -> list[tuple[float, float]]:
+    """Powers of two of levels and the bits that some rows say they come to, the last nearly those."""
     low, high = -_RANGE, _RANGE
     for _ in range(40):
         middle = (low + high) / 2
         predicted = sum(part.predicted_bits(2**middle) for part in parts)
         low, high = (middle, high) if predicted > bits else (low, middle)
-    return (low + high) / 2
+    tried: list[tuple[float, float]] = []
+    level = (low + high) / 2
+    for _ in range(_MOST_PASSES):
+        tried.append((level, sum(part.sampled_bits(2**level) for part in parts)))
+        if abs(tried[-1][1] - bits) < _NEAR_GUESS * bits:
+            break
+        level = _next(tried, bits)
+    return tried
 
 
 def _next(tried: Sequence[tuple[float, float]], wanted: float) -> float:
