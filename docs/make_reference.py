@@ -52,6 +52,12 @@ CONTENTS = {
         "CardCallback",
     ],
     "Sharing": ["push_to_hub", "sharing.hub.Push", "sharing.verification.verify", "sharing.verification.Verification"],
+    "Running elsewhere": [
+        "export",
+        "runtimes.options.ExportOptions",
+        "runtimes.export.Export",
+        "runtimes.check.Check",
+    ],
     "Methods": [
         "register_method",
         "methods.table.MethodRow",

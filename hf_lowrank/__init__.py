@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from hf_lowrank.methods.table import register_method as register_method
     from hf_lowrank.records.report import make_report as make_report
     from hf_lowrank.remote_code.lowrank_plan import PlanError as PlanError
+    from hf_lowrank.runtimes.export import export as export
     from hf_lowrank.sharing.cards.callback import CardCallback as CardCallback
     from hf_lowrank.sharing.hub import push_to_hub as push_to_hub
     from hf_lowrank.sharing.inspection import saved_report as saved_report
@@ -53,6 +54,7 @@ _HOMES = {
     "compress": "hf_lowrank.compression.compress",
     "convert_storage_": "hf_lowrank.compression.conversion",
     "decompress": "hf_lowrank.compression.compress",
+    "export": "hf_lowrank.runtimes.export",
     "evaluate": "hf_lowrank.evaluation.evaluation",
     "make_report": "hf_lowrank.records.report",
     "FirstOrderPruningCallback": "hf_lowrank.training.callbacks.pruning",

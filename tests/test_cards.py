@@ -357,14 +357,15 @@ def test_what_the_dense_model_was_fine_tuned_from_is_named_beside_it(folder):
     assert saved_report(folder).origin.name == name
 
 
-def test_a_card_of_the_users_is_replaced_on_request_only(folder, capsys):
+def test_a_card_of_the_users_is_never_replaced(folder, capsys):
     (folder / "README.md").write_text("# Mine\n")
 
     write_record(folder, saved_report(folder))
     assert main(["card", str(folder)]) == 2
-    assert "--overwrite" in capsys.readouterr().err
+    assert "move it away" in capsys.readouterr().err
     assert (folder / "README.md").read_text() == "# Mine\n"
-    assert main(["card", str(folder), "--overwrite"]) == 0
+    (folder / "README.md").unlink()
+    assert main(["card", str(folder)]) == 0
     assert KEPT_LINE in (folder / "README.md").read_text()
 
 

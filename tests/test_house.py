@@ -19,7 +19,7 @@ ORDER = (
     ("statistics", "evaluation"),
     ("methods",),
     ("compression", "sharing"),
-    ("training", "studies"),
+    ("training", "studies", "runtimes"),
     ("cli", "registration"),
     ("__init__",),
 )
@@ -35,7 +35,10 @@ BORROWED = {
     *("_cdata", "_checkpointing", "_disabled_torch_function_impl", "_DropoutNd", "_to_copy"),  # torch
     *("_make_wrapper_subclass", "_python_dispatch", "_pytree"),
 }
-WORDS = {"_per_second", "_runtime", "_token_id"}  # ends of names, in strings
+WORDS = {
+    *("_per_second", "_runtime", "_token_id", "_data", "_to_dense", "_from_dense"),
+    *("_qint8_avx512_vnni", "_q4", "_qint8_quantized", "_qint4_quantized"),
+}  # ends of names, in strings
 
 MAX_LAYERS = 9
 MAX_ROOMS = 24

@@ -28,7 +28,6 @@ def run(arguments: argparse.Namespace) -> int:
     analysis = analyze(
         arguments.model,
         calibration=arguments.calibration,
-        latency=arguments.latency,
         progress=progress_bar,
         **given(arguments, CompressOptions),
     )

@@ -18,11 +18,7 @@ def run(arguments: argparse.Namespace) -> int:
         raise InputError(f"{folder} is not a folder. Give the folder of a saved compressed model.")
     report = saved_report(folder)
     if has_own_card(folder):
-        if not arguments.overwrite:
-            raise InputError(
-                f"{folder / CARD_FILE} was not written by hf_lowrank. Keep it, or replace it (--overwrite)."
-            )
-        (folder / CARD_FILE).unlink()
+        raise InputError(f"{folder / CARD_FILE} was not written by hf_lowrank. Keep it, or move it away first.")
     said: dict[str, Any] = {}
     if arguments.base_model is not None:
         said |= {"name": arguments.base_model, "base_model": arguments.base_model, "is_base": True}

@@ -27,6 +27,8 @@ SIDE_FILES = (
     "additional_chat_templates/*.jinja", "*processor_config.json", "modules.json", "*sentence*config.json",
     "config_sentence_transformers.json", "LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*",
 )  # fmt: skip
+# What `export` writes: of these very weights, so that no other folder gets them.
+RUNTIME_FILES = ("onnx/*.onnx", "onnx/*.onnx_data", "openvino/*.xml", "openvino/*.bin")
 _MODULE_FILES = ("config.json", "model.safetensors", "pytorch_model.bin", *SIDE_FILES)
 
 
@@ -144,6 +146,11 @@ def module_folders(folder: Path) -> list[str]:
     except (OSError, ValueError, TypeError, KeyError, RecursionError):
         return []
     return [path.rstrip("/") for path in paths if path and is_inside(folder / path, folder)]
+
+
+def is_runtime_file(name: str) -> bool:
+    """Whether a path inside a folder is of what `export` writes."""
+    return _is_one_of(name, RUNTIME_FILES)
 
 
 def _is_one_of(name: str, patterns: tuple[str, ...]) -> bool:

@@ -21,6 +21,7 @@ from hf_lowrank.hosts.folder_contents import (
     VOCABULARY_FILES,
     all_files,
     is_inside,
+    is_runtime_file,
     links_out,
     module_folders,
     side_files_of,
@@ -163,7 +164,7 @@ def folder_files(folder: Path, include: Sequence[str] = ()) -> tuple[dict[str, P
 
 def _is_needed(name: str) -> bool:
     """Whether a path inside a folder is of what this library or `save_pretrained` writes there."""
-    return name in (*_SAVED, RESULTS_FILE) or ("/" not in name and name.endswith(".py"))
+    return name in (*_SAVED, RESULTS_FILE) or ("/" not in name and name.endswith(".py")) or is_runtime_file(name)
 
 
 def side_file_bytes(source: str | Path) -> int:

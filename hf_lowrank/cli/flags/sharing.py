@@ -1,16 +1,24 @@
-"""What `push`, `card` and `doctor` can be told."""
+"""What `export`, `push`, `card` and `doctor` can be told."""
 
 from hf_lowrank.cli.flags.commands import Commands, add_command
 from hf_lowrank.options import add_flags
+from hf_lowrank.runtimes.options import ExportOptions
 from hf_lowrank.sharing.push_options import PushOptions
 
 _PUSH_EXAMPLES = """examples:
   hf-lowrank push small-bert me/small-bert --dry-run         list the files
   hf-lowrank push small-bert me/small-bert --private
-  hf-lowrank push small-bert someone/small-bert --create-pr
+  hf-lowrank push small-bert someone/small-bert --revision smaller
 
 The folder is verified first, and everything is published in one commit, by the token in HF_TOKEN or that of
 `hf auth login`. Interrupted, run it again."""
+
+_EXPORT_EXAMPLES = """examples:
+  hf-lowrank export small-bert                                        onnx/model.onnx
+  hf-lowrank export small-bert --precision int8                       onnx/model_qint8_avx512_vnni.onnx
+  hf-lowrank export small-bert --runtime openvino --precision int8    openvino/openvino_model_qint8_quantized.xml
+
+Every file is compared with the model on text before it appears in the folder."""
 
 _CARD_EXAMPLES = """examples:
   hf-lowrank card small-bert
@@ -21,6 +29,9 @@ What you wrote below the card's last line is kept."""
 
 def add_sharing_commands(commands: Commands) -> None:
     """Add the commands that share a model, and the one that looks for what stands in the way."""
+    parser = add_command(commands, "export", "write the files by which other runtimes run a model", _EXPORT_EXAMPLES)
+    parser.add_argument("path", metavar="PATH", help="folder of a compressed model")
+    add_flags(parser, ExportOptions, ["runtime", "precision", "force"])
     _add_push(commands)
     _add_card(commands)
     summary = "show versions, machine and caches, and what commonly stands in the way"
@@ -32,7 +43,7 @@ def _add_push(commands: Commands) -> None:
     parser = add_command(commands, "push", "publish a compressed model on the Hub", _PUSH_EXAMPLES)
     parser.add_argument("path", metavar="PATH", help="folder of a compressed model")
     parser.add_argument("repo", metavar="REPO", help="owner/name on the Hub; made if it does not exist")
-    flags = ("private", "revision", "create_pr", "dry_run", "include", "trust_remote_code")
+    flags = ("private", "revision", "dry_run", "include", "trust_remote_code")
     add_flags(parser, PushOptions, flags)
 
 
@@ -46,4 +57,3 @@ def _add_card(commands: Commands) -> None:
     base.add_argument("--finetuned-from", metavar="ID", help="Hub id of what the dense model was fine-tuned from")
     parser.add_argument("--license", help="of the dense model, as the Hub writes it, such as apache-2.0")
     parser.add_argument("--language", nargs="+", metavar="CODE", help="such as en de")
-    parser.add_argument("--overwrite", action="store_true", help="replace a card that hf_lowrank did not write")

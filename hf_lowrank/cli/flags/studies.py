@@ -11,7 +11,7 @@ from hf_lowrank.options import add_flags
 _ANALYZE_EXAMPLES = """examples:
   hf-lowrank analyze my-bert --method svd                      looks at no text: seconds
   hf-lowrank analyze my-bert --calibration texts.txt --plot bert.html
-  hf-lowrank analyze my-bert --calibration texts.txt --keep-targets 0.7 0.5 --latency --json"""
+  hf-lowrank analyze my-bert --calibration texts.txt --keep-targets 0.7 0.5 --json"""
 
 _COMPARE_EXAMPLES = """examples:
   hf-lowrank compare my-bert --dataset test.txt --task masked-lm --calibration train.txt \\
@@ -28,7 +28,6 @@ def add_study_commands(commands: Commands) -> None:
     _add_fractions(parser, ANALYZED)
     add_flags(parser, CompressOptions, ["method"])
     add_flags(add_calibration(parser), CompressOptions, ["text_column", "cache_dir"])
-    parser.add_argument("--latency", action="store_true", help="time layers of each shape, and predict from that")
 
     parser = add_command(commands, "compare", "score methods side by side at equal sizes", _COMPARE_EXAMPLES)
     _add_model(parser)

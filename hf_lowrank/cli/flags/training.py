@@ -28,7 +28,7 @@ def add_training_commands(commands: Commands) -> None:
     parser.add_argument("path", metavar="PATH", help="folder or Hub id of a compressed model")
     _add_data(parser)
     parser.add_argument("--teacher", metavar="MODEL", required=True, help="the dense model it came from")
-    add_flags(parser, RecoveryOptions, ["losses", "epochs", "learning_rate", "max_seq_length", *_SHARED])
+    add_flags(parser, RecoveryOptions, ["losses", "epochs", "learning_rate", *_SHARED])
     _add_lpaf(commands)
 
 

@@ -1,0 +1,1 @@
+"""What runs a compressed model where there is no torch: ONNX Runtime and OpenVINO."""
