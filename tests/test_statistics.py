@@ -100,7 +100,7 @@ def test_query_key_and_value_share_one_input_moment_and_mean(collect):
     assert found.inputs[f"{first}.key"] == found.inputs[f"{first}.value"] == f"{first}.query"
     for kind in ("input_moment", "input_mean"):
         assert torch.equal(getattr(found[f"{first}.key"], kind), getattr(found[f"{first}.query"], kind))
-    with safe_open(found.path, framework="pt") as file:
+    with safe_open(found.paths[0], framework="pt") as file:
         assert {key for key in file.keys() if f"{first}.key" in key} == {f"count/{first}.key"}  # noqa: SIM118
 
 
@@ -147,11 +147,11 @@ def test_collecting_leaves_the_model_as_it_was(collect):
 def test_statistics_are_read_from_their_file_alone(collect):
     found = collect(build("BertModel"), [batch_of([9])])
 
-    loaded = Statistics.load(found.path)
+    loaded = Statistics.load(found.paths[0])
 
     assert loaded.fingerprint == "abc"
     assert_equal(found, loaded)
-    assert list(found.path.parent.iterdir()) == [found.path]
+    assert list(found.paths[0].parent.iterdir()) == [found.paths[0]]
 
 
 @pytest.mark.parametrize("width", [1, 255, 256, 257, 600])

@@ -11,11 +11,14 @@ from transformers import PreTrainedModel
 
 from hf_lowrank.cli import tables
 from hf_lowrank.compression.compress import compress
-from hf_lowrank.compression.job import Job, prepare, settle_compression
+from hf_lowrank.compression.job import Job, prepare
 from hf_lowrank.compression.settings import CompressOptions
+from hf_lowrank.compression.settled import settle_compression
+from hf_lowrank.compression.tier import opened
 from hf_lowrank.compression.vocabulary import reduce_vocabulary
 from hf_lowrank.errors import InputError, Note
-from hf_lowrank.hosts.loading import find_tokenizer, load_dense
+from hf_lowrank.hosts.loading import find_tokenizer
+from hf_lowrank.hosts.offloaded import offloaded
 from hf_lowrank.hosts.targets import ALL_LINEAR
 from hf_lowrank.options import given, settle
 from hf_lowrank.planning.budgets import parse_size
@@ -36,7 +39,8 @@ def run(arguments: argparse.Namespace) -> int:
     """Compress, save, measure and print."""
     options = _options(arguments)
     asked = settle(CompressOptions, options, "compress")
-    dense, tokenizer = load_dense(arguments.model), None
+    settings = settle_compression(options, has_text=arguments.calibration is not None)
+    dense, tokenizer = opened(arguments.model, settings)[0], None
     if arguments.vocabulary is not None:
         dense, tokenizer = reduce_vocabulary(
             dense, find_tokenizer(dense), arguments.vocabulary, text_column=arguments.text_column
@@ -54,7 +58,7 @@ def run(arguments: argparse.Namespace) -> int:
     small.config.compression["provenance"] |= made_by
     folder = save_folder(small, arguments.out, arguments.model, arguments.overwrite, tokenizer)
     report = make_report(small)
-    if not arguments.no_latency:
+    if not arguments.no_latency and offloaded(small) is None:
         # The folder is saved by now: who does not want to wait for this loses nothing.
         try:
             report = replace(report, latency=compare_latency(dense, small))

@@ -9,34 +9,34 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from hf_lowrank.compression.anchoring import anchor_
 from hf_lowrank.compression.block_refinement import refine_blocks_
 from hf_lowrank.compression.conversion import convert_storage_
-from hf_lowrank.compression.filling import relative_error, replace_matrices_
-from hf_lowrank.compression.job import Job, prepare, settle_compression
+from hf_lowrank.compression.filling import become_compressed_, cast_, relative_error, replace_matrices_, retype_
+from hf_lowrank.compression.job import Job, prepare
 from hf_lowrank.compression.refinement import refine_
 from hf_lowrank.compression.rounding import round_
+from hf_lowrank.compression.settled import settle_compression
+from hf_lowrank.compression.streaming import stream_
 from hf_lowrank.hosts.gradients import with_gradients
 from hf_lowrank.hosts.loading import held_compressed_model
 from hf_lowrank.hosts.matrices import Matrix, turned
+from hf_lowrank.hosts.offloaded import offloaded
 from hf_lowrank.hosts.rehearsal import require_same_inputs
 from hf_lowrank.methods.encoding import DECODERS
 from hf_lowrank.options import checked
 from hf_lowrank.progress import Progress, no_progress
-from hf_lowrank.remote_code.configuration_lowrank import compressed_config_class, stock_class
+from hf_lowrank.remote_code.configuration_lowrank import stock_class
 from hf_lowrank.remote_code.lowrank_plan import Plan
 from hf_lowrank.remote_code.lowrank_structures import (
     dense_at,
-    install_plan_,
     is_bias,
     named_shared_parts,
     named_structures,
     replace_,
 )
-from hf_lowrank.remote_code.lowrank_weights import skeleton
-from hf_lowrank.remote_code.modeling_lowrank import compressed_model_class
 
 
 @checked
@@ -70,7 +70,9 @@ def compress(
     settings = settle_compression(options, has_text=calibration is not None, inplace=inplace)
     about: Any = {"calibration": calibration, "tokenizer": tokenizer, "inplace": inplace, "progress": progress}
     job = prepare(model, settings, **about)
-    dense, dtype = job.model, job.problem.dtype
+    if offloaded(job.model) is not None:
+        return stream_(job)
+    settings, dense, dtype = job.settings, job.model, job.problem.dtype
     plan, replaced = job.plan()
     held = [member.held for matrix in replaced for member in matrix.members]
     is_ours = (inplace or job.is_ours) and not settings.learning
@@ -80,9 +82,9 @@ def compress(
         _compress_and_learn_(small, plan, replaced, job)
     else:
         replace_matrices_(small, replaced, plan, job, dtype, frees=is_ours)
-        _become_compressed_(small, plan)
+        become_compressed_(small, plan)
     if is_retyped or settings.learning:
-        _cast_(small, dtype)
+        cast_(small, dtype)
     if job.settings.options.rounds:
         round_(small, job.problem)
     require_same_inputs(small, job.rehearsal.inputs)
@@ -96,7 +98,7 @@ def _compress_and_learn_(small: PreTrainedModel, plan: Plan, matrices: Sequence[
         if spec["structure"] in DECODERS:
             spec["structure"] = "low_rank"
     replace_matrices_(small, matrices, pairs, job, small.dtype, frees=False)
-    _become_compressed_(small, pairs)
+    become_compressed_(small, pairs)
     plan["provenance"] |= _learn_(small, matrices, job)
     plan["provenance"]["relative_errors"] = {
         member.name: relative_error(member.weight, small.get_submodule(member.path))
@@ -151,43 +153,13 @@ def decompress(model: PreTrainedModel) -> Any:
         delattr(dense.get_submodule(parent), leaf)
     for ours in ("_tied_weights_keys", "_weight_conversions"):  # the stock class has its own names, here and on disk
         dense.__dict__.pop(ours, None)
-    _retype_(dense, host_class, config)
+    retype_(dense, host_class, config)
     return dense
 
 
 def _copy_sharing(model: PreTrainedModel, held: Iterable[nn.Module | nn.Parameter]) -> PreTrainedModel:
     """A deep copy that holds these themselves: they are about to be replaced, so their weights need no copy."""
     return copy.deepcopy(model, {id(part): part for part in held})
-
-
-def _cast_(small: Any, dtype: torch.dtype) -> None:
-    """Make it what it would be loaded as in that type: what a constructor makes keeps the type it is made in."""
-    before = dict(small.named_buffers())
-    usual = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        made = dict(skeleton(type(small), small.config).named_buffers())
-    finally:
-        torch.set_default_dtype(usual)
-    small.to(dtype)
-    saved = small.state_dict(keep_vars=True)
-    for name, buffer in before.items():
-        if name in made and name not in saved:
-            parent, _, leaf = name.rpartition(".")
-            setattr(small.get_submodule(parent), leaf, buffer.to(made[name].dtype))
-
-
-def _become_compressed_(model: PreTrainedModel, plan: Plan) -> None:
-    """Give a model whose matrices are replaced the class, the configuration and the tied head it is loaded with."""
-    config = copy.deepcopy(model.config)
-    config.__class__ = compressed_config_class(type(model.config))
-    config.compression = plan
-    dense_head = model.get_output_embeddings()
-    install_plan_(model, plan)
-    head: Any = model.get_output_embeddings()
-    if head is not dense_head and getattr(dense_head, "bias", None) is not None:
-        head.get_submodule(head.BIAS.rpartition(".")[0]).bias = dense_head.bias
-    _retype_(model, compressed_model_class(type(model)), config)
 
 
 def _dense_module(host: Any, structure: Any) -> nn.Module:
@@ -202,15 +174,3 @@ def _dense_module(host: Any, structure: Any) -> nn.Module:
     for name, parameter in host.named_parameters():
         parameter.requires_grad_(trainable[name == "bias"])
     return host  # type: ignore[no-any-return]  # any of several classes
-
-
-def _retype_(model: PreTrainedModel, model_class: type, config: PreTrainedConfig) -> None:
-    """Make `model` an instance of another class of the same fields, with that configuration everywhere in it."""
-    old = model.config
-    for module in model.modules():
-        for name, value in vars(module).items():
-            if value is old:
-                setattr(module, name, config)
-    model.__class__ = model_class
-    model.all_tied_weights_keys = model.get_expanded_tied_weights_keys(all_submodels=True)
-    model.tie_weights()

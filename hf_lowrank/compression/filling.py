@@ -1,19 +1,29 @@
-"""Putting structures with the numbers a solver has found in the place of matrices, and how far they are from these."""
+"""Putting structures with the numbers a solver has found in the place of matrices, and what the model becomes then."""
 
+import copy
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from hf_lowrank.compression.job import Job
 from hf_lowrank.hosts.matrices import DenseMatrix, Matrix
 from hf_lowrank.methods.encoding import StateDict, sizes_beside_rank
 from hf_lowrank.planning.plans import specs_of
+from hf_lowrank.remote_code.configuration_lowrank import compressed_config_class
 from hf_lowrank.remote_code.lowrank_plan import Plan, Spec
-from hf_lowrank.remote_code.lowrank_structures import build_shared_part, build_structure, is_bias, replace_
+from hf_lowrank.remote_code.lowrank_structures import (
+    build_shared_part,
+    build_structure,
+    install_plan_,
+    is_bias,
+    replace_,
+)
+from hf_lowrank.remote_code.lowrank_weights import skeleton
+from hf_lowrank.remote_code.modeling_lowrank import compressed_model_class
 
 
 def replace_matrices_(
@@ -26,7 +36,7 @@ def replace_matrices_(
         dtype: Type to store the numbers in.
         frees: Whether nobody needs the dense weights any more.
     """
-    plan["provenance"]["relative_errors"] = {}
+    plan["provenance"].setdefault("relative_errors", {})
     specs, by_name = specs_of(plan), {member.name: member for matrix in matrices for member in matrix.members}
     for solved in job.settings.method.solve(replace(job.problem, dtype=dtype), matrices, plan):
         members, part = [by_name[name] for name in solved.members], None
@@ -97,3 +107,45 @@ def relative_error(weight: torch.Tensor, structure: Any) -> float:
     with torch.no_grad():
         difference = torch.linalg.norm(structure.to_dense().to(wide).sub_(weight))
     return float(difference / norm) if norm > 0 else 0.0
+
+
+def become_compressed_(model: PreTrainedModel, plan: Plan) -> None:
+    """Give a model whose matrices are replaced the class, the configuration and the tied head it is loaded with."""
+    config = copy.deepcopy(model.config)
+    config.__class__ = compressed_config_class(type(model.config))
+    config.compression = plan
+    dense_head = model.get_output_embeddings()
+    install_plan_(model, plan)
+    head: Any = model.get_output_embeddings()
+    if head is not dense_head and getattr(dense_head, "bias", None) is not None:
+        head.get_submodule(head.BIAS.rpartition(".")[0]).bias = dense_head.bias
+    retype_(model, compressed_model_class(type(model)), config)
+
+
+def retype_(model: PreTrainedModel, model_class: type, config: PreTrainedConfig) -> None:
+    """Make `model` an instance of another class of the same fields, with that configuration everywhere in it."""
+    old = model.config
+    for module in model.modules():
+        for name, value in vars(module).items():
+            if value is old:
+                setattr(module, name, config)
+    model.__class__ = model_class
+    model.all_tied_weights_keys = model.get_expanded_tied_weights_keys(all_submodels=True)
+    model.tie_weights()
+
+
+def cast_(small: Any, dtype: torch.dtype) -> None:
+    """Make it what it would be loaded as in that type: what a constructor makes keeps the type it is made in."""
+    before = dict(small.named_buffers())
+    usual = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        made = dict(skeleton(type(small), small.config).named_buffers())
+    finally:
+        torch.set_default_dtype(usual)
+    small.to(dtype)
+    saved = small.state_dict(keep_vars=True)
+    for name, buffer in before.items():
+        if name in made and name not in saved:
+            parent, _, leaf = name.rpartition(".")
+            setattr(small.get_submodule(parent), leaf, buffer.to(made[name].dtype))

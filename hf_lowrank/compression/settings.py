@@ -85,6 +85,8 @@ class CompressOptions(Options):
         refine_learning_rate: Of that training.
         bias_correction: Add to each bias what its replaced weight loses on the mean input, so that the mean output on
             the text is that of the dense layer.
+        memory: What a model may take, such as `"6GB"`: one that needs more is compressed block by block, its weights
+            left in their files; see `stream_`. Default: four fifths of what this machine has free.
         fast: A quarter of the text, ranks by prediction (`first_order`) instead of measurement, and no refinement.
         cache_dir: Folder where statistics, decompositions and measurements are kept, so that the same model and text
             are looked at once whatever the budget, and a killed run goes on where it was. Without it they are in the
@@ -124,6 +126,7 @@ class CompressOptions(Options):
     refine_passes: int | None = option(None, at_least=0, at_most=MOST_PASSES, of=[OF_MATRICES])
     refine_learning_rate: float = option(1e-4, above=0, at_most=1, of=[OF_MATRICES])
     bias_correction: bool = option(False, of=[OF_MATRICES])
+    memory: str | float | None = option(None, metavar="SIZE", flags="text")
     fast: bool = option(False, of=[OF_MATRICES], flags="text")
     cache_dir: str | None = option(None, metavar="DIR", flags="text")
 

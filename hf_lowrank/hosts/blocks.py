@@ -90,10 +90,10 @@ class Walk:
         """What the present block returns for batch `index`; nothing if it is left as it reaches module `before`."""
         passed = self._names[: self._position]
         outputs = {name: self._returned[index][_stack(name)] for name in passed}
-        with replayed_outputs(self.model, passed, outputs), _left_at(self.model, self.block, before):
+        with replayed_outputs(self.model, passed, outputs), left_at(self.model, self.block, before):
             try:
                 run(self.model, self.batches[index])
-            except _Reached as reached:
+            except Reached as reached:
                 return reached.output
         raise RuntimeError(f"{self.block} was not run.")
 
@@ -111,15 +111,23 @@ def _stack(block: str) -> str:
     return block.rpartition(".")[0]
 
 
-class _Reached(Exception):
+class Reached(Exception):
+    """Leaves a run where all that is wanted of it is known.
+
+    Args:
+        output: What the block that was left gave.
+    """
+
     def __init__(self, output: Any) -> None:
         self.output = output
 
 
 @contextmanager
-def _left_at(model: PreTrainedModel, after: str, before: str | None) -> Iterator[None]:
+def left_at(model: PreTrainedModel, after: str, before: str | None) -> Iterator[None]:
+    """Within, a run is left, by `Reached`, after a block or before a module."""
+
     def leave(output: Any) -> None:
-        raise _Reached(output)
+        raise Reached(output)
 
     hooks = [model.get_submodule(after).register_forward_hook(lambda module, inputs, output: leave(output))]
     if before is not None:

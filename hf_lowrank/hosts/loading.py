@@ -23,6 +23,7 @@ from transformers import (
 from hf_lowrank.errors import InputError, one_line
 from hf_lowrank.hosts.config_file import read_config
 from hf_lowrank.hosts.folder_contents import TOKENIZER_FILES
+from hf_lowrank.hosts.stored import is_away
 from hf_lowrank.remote_code.lowrank_model import LowRankMixin
 
 # Where wrappers keep the model they run: DataParallel and its kin, torch.compile.
@@ -106,14 +107,14 @@ def held_compressed_model(given: Any, purpose: str) -> Any:
 
 
 def require_finite(model: nn.Module) -> None:
-    """Check every weight and buffer in memory, each read once.
+    """Check every weight and buffer in memory, each read once; others are checked whenever they are read.
 
     Raises:
         InputError: Naming the first that holds NaN, or that is saved and holds Inf.
     """
     saved = model.state_dict(keep_vars=True)
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-        if not tensor.is_floating_point() or tensor.is_meta or not tensor.numel():
+        if not tensor.is_floating_point() or tensor.is_meta or is_away(tensor) or not tensor.numel():
             continue
         ends = torch.stack(tensor.detach().aminmax())  # NaN if there is one anywhere, and no copy of the tensor
         # A mask made by the constructor may hold -Inf.

@@ -9,6 +9,8 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from hf_lowrank.hosts.stored import numbers_of
+
 
 @dataclass(frozen=True)
 class DenseMatrix:
@@ -83,7 +85,7 @@ class Expert(DenseMatrix):
     @property
     def weight(self) -> torch.Tensor:
         """The weight, (O, I)."""
-        return dense_weight(self.module)[self.index]
+        return dense_weight(self.module, self.index)
 
 
 @dataclass(frozen=True)
@@ -113,7 +115,8 @@ class ExpertMatrices(DenseMatrix):
     @cached_property
     def parts(self) -> tuple[DenseMatrix, ...]:
         """The matrix of each expert."""
-        names = [f"{self.name}.{index}" for index in range(len(self.weight))]
+        held: Any = self.module.weight
+        names = [f"{self.name}.{index}" for index in range(len(held))]
         return tuple(Expert(n, self.path, "block", self.module, self.shape, i) for i, n in enumerate(names))
 
     @property
@@ -168,10 +171,10 @@ class JointMatrix:
 Matrix = DenseMatrix | JointMatrix
 
 
-def dense_weight(module: nn.Module) -> torch.Tensor:
-    """The weight as `(O, I)`, or `(E, O, I)` of experts."""
+def dense_weight(module: nn.Module, index: int | None = None) -> torch.Tensor:
+    """The weight as `(O, I)`, or `(E, O, I)` of experts, of which `index` takes one; wherever its numbers are."""
     stored: Any = module.weight
-    return turned(module, stored.detach())
+    return turned(module, numbers_of(stored, index))
 
 
 def turned(module: nn.Module, weight: torch.Tensor) -> torch.Tensor:

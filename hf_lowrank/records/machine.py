@@ -2,6 +2,8 @@
 
 import os
 import platform
+import re
+from contextlib import suppress
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -11,7 +13,8 @@ import torch
 from hf_lowrank.errors import InputError
 from hf_lowrank.version import __version__
 
-_CPU_INFO = Path("/proc/cpuinfo")
+_CPU_INFO, _MEMORY_INFO = Path("/proc/cpuinfo"), Path("/proc/meminfo")
+_GROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
 LIBRARIES = ("torch", "transformers", "huggingface_hub", "safetensors")
 
 
@@ -63,3 +66,14 @@ def _processor() -> str:
 
 def _count(number: int, noun: str) -> str:
     return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
+def free_memory() -> int:
+    """Bytes that this process can still take: what the system has free, or what its group of processes may have."""
+    limits = [os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
+    with suppress(OSError):
+        found = re.search(r"MemAvailable:\s+(\d+) kB", _MEMORY_INFO.read_text(encoding="utf-8"))
+        limits = [int(found[1]) * 1024] if found else limits
+    with suppress(OSError, ValueError):  # "max" where there is none
+        limits.append(int(_GROUP_LIMIT.read_text(encoding="utf-8")))
+    return min(limits)

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from hf_lowrank.errors import InputError
 from hf_lowrank.hosts.blocks import frozen
 from hf_lowrank.hosts.matrices import DenseMatrix, ExpertMatrices
-from hf_lowrank.hosts.outputs import Batch, real_rows, run, speaking_places
+from hf_lowrank.hosts.outputs import Batch, Said, real_rows, run, speaking_places
 from hf_lowrank.hosts.targets import is_tied
 from hf_lowrank.progress import Progress, no_progress
 from hf_lowrank.statistics.experts import Split, experts_watched
@@ -63,19 +63,27 @@ def collect_statistics(
         "num_batches": len(batches),
     }
     with RunningSums(path, about) as sums:
-        collector = _Collector(kinds, sums, **sums.notes)
-        with frozen(model), collector.watching(model, matrices):
+        collector = Collector(kinds, sums, **sums.notes)
+        with frozen(model), collector.watching(model, matrices, matrices):
             for index in progress(range(sums.num_batches, len(batches)), "collecting statistics"):
-                # Draws of their own for each batch, so that it does not matter where a killed run goes on.
-                draws = torch.Generator().manual_seed(random.Random(f"{seed} {index}").getrandbits(63))
-                collector.see(model, batches[index], draws)
+                collector.see(model, batches[index], draws_of(seed, index))
                 sums.commit()
         sums.save(make_metadata(names, collector.inputs, fingerprint))
     return Statistics.load(path)
 
 
+def draws_of(seed: int, index: int) -> torch.Generator:
+    """Draws of their own for each batch, so that it does not matter where a killed run goes on."""
+    return torch.Generator().manual_seed(random.Random(f"{seed} {index}").getrandbits(63))
+
+
+def needs_gradients(kinds: frozenset[str]) -> bool:
+    """Whether batches are run backwards too."""
+    return bool(kinds & {"output_moment", "fisher"})
+
+
 @dataclass
-class _Collector:
+class Collector:
     """Adds up what hooks see while the model runs.
 
     Args:
@@ -88,19 +96,25 @@ class _Collector:
 
     @property
     def needs_gradients(self) -> bool:
-        """Whether batches are run backwards too."""
-        return bool(self.kinds & {"output_moment", "fisher"})
+        """See `needs_gradients`."""
+        return needs_gradients(self.kinds)
 
     @contextmanager
-    def watching(self, model: PreTrainedModel, matrices: Sequence[DenseMatrix]) -> Iterator[None]:
-        """Within, what the matrices are given and what comes back is added up."""
+    def watching(
+        self, model: PreTrainedModel, matrices: Sequence[DenseMatrix], tables: Sequence[DenseMatrix]
+    ) -> Iterator[None]:
+        """Within, what the matrices are given and what comes back is added up.
+
+        Args:
+            tables: Of these the one that is the model's head is watched as such.
+        """
         # A table that is tied to others is looked up in each of them.
         hooks: list[Any] = [
             module.register_forward_hook(self._hook(matrix))
             for matrix in matrices
             for module in (_lookups(model, matrix) if matrix.role == "embedding" else [matrix.module])
         ]
-        hooks += self._head_hooks(model, matrices)
+        hooks += self._head_hooks(model, tables)
         try:
             with torch.set_grad_enabled(self.needs_gradients), experts_watched(matrices, self):
                 yield
@@ -110,17 +124,19 @@ class _Collector:
 
     def see(self, model: PreTrainedModel, batch: Batch, draws: torch.Generator) -> None:
         """Run one batch; labels for the gradients are drawn by `draws`."""
-        self._batch = {name: value.to(model.device) for name, value in batch.items()}
+        placed = {name: value.to(model.device) for name, value in batch.items()}
+        with self.looking_at(placed):
+            said = run(model, placed)
+            if self.needs_gradients:
+                random_loss(model, said, draws).backward()
+
+    @contextmanager
+    def looking_at(self, batch: Batch) -> Iterator[None]:
+        """Within, what is run is that batch, where the model is."""
+        self._batch = batch
         self._last_input: tuple[str, torch.Tensor] | None = None
-        said = run(model, self._batch)
+        yield
         self._last_input = None
-        if self.needs_gradients and not said.rows.requires_grad:  # Reformer runs its blocks in a way of its own
-            raise InputError(
-                f"No gradient comes back from the outputs of {type(model).__name__}. Take a method that needs none: "
-                "whitened_svd, or svd."
-            )
-        if self.needs_gradients:
-            said.random_gradient_loss(draws).backward()
         self.sums.notes = {"inputs": self.inputs}
 
     def _hook(self, matrix: DenseMatrix) -> Any:
@@ -235,6 +251,20 @@ class _Collector:
         for start, panel in gram_panels(rows, weights):
             for key in keys:
                 self.sums.add(f"{key}/{start}", panel)
+
+
+def random_loss(model: PreTrainedModel, said: Said, draws: torch.Generator) -> torch.Tensor:
+    """See `Said.random_gradient_loss`.
+
+    Raises:
+        InputError: If no gradient comes back from it.
+    """
+    if not said.rows.requires_grad:  # Reformer runs its blocks in a way of its own
+        raise InputError(
+            f"No gradient comes back from the outputs of {type(model).__name__}. Take a method that needs none: "
+            "whitened_svd, or svd."
+        )
+    return said.random_gradient_loss(draws)
 
 
 def _with_gradient(output: torch.Tensor) -> torch.Tensor:

@@ -3,16 +3,21 @@
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import safe_open
+from safetensors.torch import save_file
 
 from hf_lowrank.errors import InputError
+from hf_lowrank.files.scratch import write_file
+from hf_lowrank.files.tensors import stored_tensors
 from hf_lowrank.statistics.panels import from_panels
 
 FORMAT = "hf_lowrank statistics 5"
+_MOMENTS = ("input_moment", "output_moment")
 
 
 @dataclass(frozen=True)
@@ -54,14 +59,14 @@ class Statistics(Mapping[str, MatrixStatistics]):
     They stay in their file: those of a matrix are read each time it is asked for, and held by who asked.
 
     Args:
-        path: A safetensors file of float64 sums over tokens: `"<kind>/<matrix name>"`, and
+        paths: Safetensors files of float64 sums over tokens: `"<kind>/<matrix name>"`, and
             `"<kind>/<matrix name>/<first row>"` for each panel of a moment; see `hf_lowrank.statistics.panels`. How
-            many tokens they are over is `"count/<matrix name>"`.
+            many tokens they are over is `"count/<matrix name>"`. Sums of one name are parts of one sum.
         inputs: Matrix name -> name of the matrix under which the moment and mean of their common input are kept.
         fingerprint: What model, text and settings they were made with.
     """
 
-    path: Path
+    paths: tuple[Path, ...]
     names: tuple[str, ...]
     inputs: Mapping[str, str]
     fingerprint: str
@@ -70,19 +75,19 @@ class Statistics(Mapping[str, MatrixStatistics]):
         if name not in self.names:
             raise KeyError(name)
         source = self.inputs.get(name, name)
-        with safe_open(self.path, framework="pt") as file:
-            if f"routed/{names_of_expert(name)[1]}" in file.keys():  # noqa: SIM118  # no mapping
-                return _of_expert(file, name)
-            read = _Reader(file, name)
-            return MatrixStatistics(
-                num_tokens=read.count,
-                input_moment=read.moment(f"input_moment/{source}"),
-                input_mean=read.mean(f"input_mean/{source}"),
-                output_moment=read.moment(f"output_moment/{name}"),
-                fisher=read.mean(f"fisher/{name}"),
-                row_weights=read.mean(f"row_weights/{name}"),
-                head_weights=read.mean(f"head_weights/{name}"),
-            )
+        sums = _Sums(self.paths)
+        if f"routed/{names_of_expert(name)[1]}" in sums.keys:
+            return _of_expert(sums, name)
+        read = _Reader(sums, name)
+        return MatrixStatistics(
+            num_tokens=read.count,
+            input_moment=read.moment(f"input_moment/{source}"),
+            input_mean=read.mean(f"input_mean/{source}"),
+            output_moment=read.moment(f"output_moment/{name}"),
+            fisher=read.mean(f"fisher/{name}"),
+            row_weights=read.mean(f"row_weights/{name}"),
+            head_weights=read.mean(f"head_weights/{name}"),
+        )
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.names)
@@ -92,26 +97,35 @@ class Statistics(Mapping[str, MatrixStatistics]):
 
     def count(self, name: str) -> int:
         """How many tokens one expert saw."""
-        with safe_open(self.path, framework="pt") as file:
-            return _Reader(file, name).count
+        return _Reader(_Sums(self.paths), name).count
 
     @classmethod
-    def load(cls, path: Path) -> "Statistics":
-        """Those in a file that `collect_statistics` wrote.
+    def load(cls, *paths: Path) -> "Statistics":
+        """Those in files that `collect_statistics` wrote, all of one model on one text.
 
         Raises:
-            InputError: If the file is something else.
+            InputError: If a file is something else.
         """
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-        if metadata.get("format") != FORMAT:
-            raise InputError(f"{path} holds no statistics of this library. Collect them again.")
-        return cls(
-            path=path,
-            names=tuple(json.loads(metadata["names"])),
-            inputs=json.loads(metadata["inputs"]),
-            fingerprint=metadata["fingerprint"],
-        )
+        names: dict[str, None] = {}
+        inputs: dict[str, str] = {}
+        for path in paths:
+            with safe_open(path, framework="pt") as file:
+                metadata = file.metadata() or {}
+            if metadata.get("format") != FORMAT:
+                raise InputError(f"{path} holds no statistics of this library. Collect them again.")
+            names |= dict.fromkeys(json.loads(metadata["names"]))
+            inputs |= json.loads(metadata["inputs"])
+        return cls(paths, tuple(names), inputs, metadata["fingerprint"])
+
+    def forget_moments(self) -> None:
+        """Remove from the files what decompositions alone are made of, which is nearly all."""
+        for path in self.paths:
+            with safe_open(path, framework="pt") as file:
+                about = file.metadata()
+            tensors = stored_tensors(path).items()
+            kept = {key: tensor.read() for key, tensor in tensors if key.partition("/")[0] not in _MOMENTS}
+            if len(kept) < len(tensors):
+                write_file(path, partial(save_file, kept, metadata=about))
 
 
 def make_metadata(names: Sequence[str], inputs: Mapping[str, str], fingerprint: str) -> dict[str, str]:
@@ -129,18 +143,18 @@ def names_of_expert(name: str) -> tuple[str, str]:
     return name, name.rpartition(".")[0]
 
 
-def _of_expert(file: Any, name: str) -> MatrixStatistics:
+def _of_expert(sums: "_Sums", name: str) -> MatrixStatistics:
     """Of the tokens one expert saw, each error weighted by their share of all tokens.
 
     An expert that saw fewer tokens than it has inputs, whose moments would say little, has those of all experts.
     """
     together = names_of_expert(name)[1]
-    own, everyone = _Reader(file, name), _Reader(file, together)
+    own, everyone = _Reader(sums, name), _Reader(sums, together)
     moment, common = own.moment(f"input_moment/{name}"), everyone.moment(f"input_moment/{together}")
     source, read = name, own
     if common is not None and own.count < len(common):
         source, read, moment = together, everyone, common
-    share = max(own.count, 1) / int(file.get_tensor(f"routed/{together}"))
+    share = max(own.count, 1) / int(sums.get(f"routed/{together}"))
     fisher = own.mean(f"fisher/{name}")
     return MatrixStatistics(
         num_tokens=read.count,
@@ -150,20 +164,34 @@ def _of_expert(file: Any, name: str) -> MatrixStatistics:
     )
 
 
-class _Reader:
-    """Reads the averages of one matrix from an open file of sums."""
+class _Sums:
+    """Files of sums, read as one."""
 
-    def __init__(self, file: Any, name: str) -> None:
-        self._file = file
-        self._keys = set(file.keys())
+    def __init__(self, paths: Sequence[Path]) -> None:
+        self._files = [stored_tensors(path) for path in paths]
+        self.keys = set[str]().union(*self._files)
+
+    def get(self, key: str) -> torch.Tensor:
+        """The sum of that name, which is the caller's own."""
+        first, *others = [file[key].read() for file in self._files if key in file]
+        for other in others:
+            first += other
+        return first
+
+
+class _Reader:
+    """Reads the averages of one matrix."""
+
+    def __init__(self, sums: _Sums, name: str) -> None:
+        self._sums = sums
         # A matrix that was never reached has no sums.
-        self.count = int(file.get_tensor(f"count/{name}")) if f"count/{name}" in self._keys else 0
+        self.count = int(sums.get(f"count/{name}")) if f"count/{name}" in sums.keys else 0
 
     def mean(self, key: str) -> torch.Tensor | None:
-        mean: torch.Tensor | None = self._file.get_tensor(key) / max(self.count, 1) if key in self._keys else None
+        mean: torch.Tensor | None = self._sums.get(key) / max(self.count, 1) if key in self._sums.keys else None
         return mean
 
     def moment(self, key: str) -> torch.Tensor | None:
-        starts = [int(name.rpartition("/")[2]) for name in self._keys if name.rpartition("/")[0] == key]
-        panels = {start: self._file.get_tensor(f"{key}/{start}") for start in starts}
+        starts = [int(name.rpartition("/")[2]) for name in self._sums.keys if name.rpartition("/")[0] == key]
+        panels = {start: self._sums.get(f"{key}/{start}") for start in starts}
         return from_panels(panels).div_(max(self.count, 1)) if panels else None

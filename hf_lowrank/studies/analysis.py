@@ -10,8 +10,9 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from hf_lowrank.compression.job import Job, prepare, settle_compression
+from hf_lowrank.compression.job import Job, prepare
 from hf_lowrank.compression.settings import ANALYZED
+from hf_lowrank.compression.settled import settle_compression
 from hf_lowrank.errors import InputError
 from hf_lowrank.hosts.gradients import with_gradients
 from hf_lowrank.hosts.matrices import DenseMatrix, JointMatrix, Matrix

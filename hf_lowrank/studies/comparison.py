@@ -10,8 +10,8 @@ import torch
 from transformers import PreTrainedModel
 
 from hf_lowrank.compression.compress import compress
-from hf_lowrank.compression.job import Settings, settle_compression
 from hf_lowrank.compression.settings import ComparisonOptions, CompressOptions
+from hf_lowrank.compression.settled import Settings, settle_compression
 from hf_lowrank.data.calibration import described_text, make_calibration
 from hf_lowrank.data.rows import source_name
 from hf_lowrank.errors import InputError

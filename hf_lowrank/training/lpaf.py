@@ -8,8 +8,8 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from hf_lowrank.compression.compress import compress
-from hf_lowrank.compression.job import settle_compression
 from hf_lowrank.compression.settings import CompressOptions
+from hf_lowrank.compression.settled import settle_compression
 from hf_lowrank.errors import InputError
 from hf_lowrank.hosts.gradients import with_gradients
 from hf_lowrank.hosts.loading import find_tokenizer, load_dense
