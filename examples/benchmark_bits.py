@@ -33,7 +33,8 @@ from transformers import (
     PreTrainedModel,
 )
 
-from hf_lowrank.compression.job import prepare, settle_compression
+from hf_lowrank.compression.job import prepare
+from hf_lowrank.compression.settled import settle_compression
 from hf_lowrank.evaluation import make_task
 from hf_lowrank.evaluation.base import Step
 

@@ -61,7 +61,7 @@ def read(package):
 
 
 def room(module):
-    return module.split(".")[1]
+    return module.split(".")[1].replace("__main__", "cli")  # which is called by the package's name too
 
 
 def owner(name, modules):

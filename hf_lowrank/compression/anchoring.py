@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -139,7 +140,7 @@ class _Pair:
             start = stop
 
     def _set_factors(self, matrix: Matrix, target: AnchoredTarget, output_metric: OutputMetric) -> None:
-        metric = BlockMetric([(output_metric(member), member.shape[0]) for member in matrix.members])
+        metric = BlockMetric([(cache(partial(output_metric, member)), member.shape[0]) for member in matrix.members])
         structures: list[Any] = [self.small.model.get_submodule(member.path) for member in matrix.members]
         factors = decompose(target.weight, metric, target.input_metric).factors(structures[0].rank)
         change = target.bias_change(matrix.weight, factors.product)

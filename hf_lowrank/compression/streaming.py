@@ -71,7 +71,7 @@ def _replace_unit_(
             specs_of(plan)[one].update(spec)
         _install_(small, matrices, plan)
         errors |= known["errors"]
-        moved_out_(small.get_submodule(name), weights, name, dtype)
+        moved_out_(small.get_submodule(name), weights, name, dtype, small.device)
         return
     with away.present(small.get_submodule(name)):
         replace_matrices_(small, matrices, plan, job, dtype, frees=True)

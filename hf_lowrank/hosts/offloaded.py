@@ -190,24 +190,28 @@ def move_out_(module: nn.Module, path: Path, prefix: str, dtype: torch.dtype) ->
     new = {n: value.detach() for n, value in module.state_dict(keep_vars=True).items() if not can_leave(value)}
     state = {f"{prefix}.{n}": v.to(_type_in(dtype, v), copy=True).cpu().contiguous() for n, v in new.items()}
     write_file(path, lambda draft: save_file(state, draft))
-    moved_out_(module, path, prefix, dtype)
+    moved_out_(module, path, prefix, dtype, "cpu")
 
 
 @torch.no_grad()
-def moved_out_(module: nn.Module, path: Path, prefix: str, dtype: torch.dtype) -> None:
-    """Leave the weights of a module, which may have none yet, to the file that `move_out_` wrote."""
+def moved_out_(module: nn.Module, path: Path, prefix: str, dtype: torch.dtype, device: torch.device | str) -> None:
+    """Leave the weights of a module to the file that `move_out_` wrote.
+
+    Args:
+        device: Of those that are nowhere yet.
+    """
     written = stored_tensors(path)
     for name, parameter in [*module.named_parameters()]:
         holder, _, leaf = name.rpartition(".")
         source = written.get(f"{prefix}.{name}") or source_of(parameter)
         if parameter.is_meta:
-            parameter = nn.Parameter(nothing(parameter.shape, parameter.dtype, "cpu"), requires_grad=False)
+            parameter = nn.Parameter(nothing(parameter.shape, parameter.dtype, device), requires_grad=False)
             setattr(module.get_submodule(holder), leaf, parameter)
         keep_in_(parameter, replace(source, dtype=_type_in(dtype, parameter)))
     for name, buffer in [*module.named_buffers()]:
         if buffer.is_meta:
             holder, _, leaf = name.rpartition(".")
-            module.get_submodule(holder)._buffers[leaf] = written[f"{prefix}.{name}"].read()
+            module.get_submodule(holder)._buffers[leaf] = written[f"{prefix}.{name}"].read().to(device)
 
 
 def retype_stored_(model: nn.Module, dtype: torch.dtype) -> None:

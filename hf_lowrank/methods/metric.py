@@ -1,7 +1,7 @@
 """Positive definite metrics on one side of a matrix, by a root that is never inverted."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
@@ -103,10 +103,10 @@ class BlockMetric(Metric):
     """The metrics of several vectors on all their entries, one after the other: `M = diag(M_1, M_2, ...)`.
 
     Args:
-        blocks: Each with the length of its vectors.
+        blocks: What makes each when it is used, so that one is in memory at a time, with the length of its vectors.
     """
 
-    def __init__(self, blocks: Sequence[tuple[Metric, int]]) -> None:
+    def __init__(self, blocks: Sequence[tuple[Callable[[], Metric], int]]) -> None:
         self._metrics = [metric for metric, _ in blocks]
         self._lengths = [length for _, length in blocks]
 
@@ -127,7 +127,7 @@ class BlockMetric(Metric):
             yield from metric.rooted_chunks(part, size)
 
     def _parts(self, rows: torch.Tensor) -> Iterator[tuple[Metric, torch.Tensor]]:
-        return zip(self._metrics, rows.split(self._lengths), strict=True)
+        return zip((make() for make in self._metrics), rows.split(self._lengths), strict=True)
 
 
 def identity() -> Metric:

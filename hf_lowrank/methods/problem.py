@@ -121,7 +121,8 @@ class Problem:
 
     def place(self, matrix: Matrix) -> torch.device:
         """Where a matrix is decomposed."""
-        return self.device or matrix.members[0].weight.device
+        held: Any = matrix.members[0].module.weight
+        return self.device or held.device
 
     def weight(self, matrix: Matrix) -> torch.Tensor:
         """A weight (O, I) where it is decomposed."""

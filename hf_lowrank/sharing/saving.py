@@ -29,6 +29,7 @@ from hf_lowrank.hosts.folder_contents import (
     weight_files,
 )
 from hf_lowrank.hosts.loading import require_finite, unusable
+from hf_lowrank.hosts.offloaded import offloaded
 from hf_lowrank.records.report import make_report
 from hf_lowrank.remote_code import modeling_lowrank
 from hf_lowrank.remote_code.lowrank_model import LowRankMixin
@@ -36,6 +37,8 @@ from hf_lowrank.remote_code.lowrank_plan import PlanError
 from hf_lowrank.sharing.cards.metadata import RESULTS_FILE
 from hf_lowrank.sharing.record import RECORD_FILES, write_record
 
+# Of a model that does not fit in memory.
+_SHARD = "200MB"
 # `save_pretrained` writes these itself; a card is rendered, not copied.
 _SAVED = ("config.json", "generation_config.json", *RECORD_FILES)
 
@@ -97,7 +100,7 @@ def save_folder(
     with workshop(target) as shop:
         draft = shop / "new"
         draft.mkdir()
-        model.save_pretrained(draft)
+        _save_weights(model, draft)
         if side_files_from is not None:
             _copy_side_files(side_files_from, draft)
         if tokenizer is not None:
@@ -114,6 +117,16 @@ def save_folder(
             path.chmod(mode)
         _swap(draft, target, shop, overwrite)
     return target
+
+
+def _save_weights(model: PreTrainedModel, draft: Path) -> None:
+    """As `save_pretrained`; of a model whose weights are in files, no more than a shard at a time is in memory."""
+    if offloaded(model) is None:
+        model.save_pretrained(draft)
+        return
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Attempting to save a model with offloaded modules")
+        model.save_pretrained(draft, max_shard_size=_SHARD)
 
 
 def _swap(new: Path, target: Path, shop: Path, overwrite: bool) -> None:

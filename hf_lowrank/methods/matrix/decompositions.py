@@ -3,16 +3,18 @@
 import itertools
 from collections.abc import Sequence
 from functools import partial
+from typing import Any
 
 import torch
 
-from hf_lowrank.hosts.matrices import JointMatrix, Matrix
+from hf_lowrank.hosts.matrices import DenseMatrix, JointMatrix, Matrix
 from hf_lowrank.methods.matrix.stored import StoredDecomposition, store_decomposition
 from hf_lowrank.methods.matrix.svd import Decomposition, MetricSVD, Truncations, TruncationsOfSeveral
 from hf_lowrank.methods.problem import Problem
 from hf_lowrank.methods.tables.token_tables import TokenTable, token_table
 from hf_lowrank.planning.prices import FloatArray
 from hf_lowrank.planning.probes import Changes
+from hf_lowrank.statistics.moments import MatrixStatistics
 
 
 class Decompositions:
@@ -59,7 +61,7 @@ class Decompositions:
     def decompose(self, matrix: Matrix) -> Decomposition:
         """Every truncation of one matrix, made now."""
         weights = [self._problem.weight(member) for member in matrix.members]
-        known = [self._problem.known(member) for member in matrix.members]
+        known = _Known(self._problem, matrix.members)
         if isinstance(matrix, JointMatrix):
             return self._solver.decompose_jointly(weights, known)
         return self._solver.decompose(weights[0], known[0])
@@ -77,3 +79,17 @@ class Decompositions:
         return StoredDecomposition(
             evidence.folder / folder / f"{matrix.name}.safetensors", self._problem.place(matrix)
         )
+
+
+class _Known(Sequence[MatrixStatistics | None]):
+    """What the text says about some matrices, of which each is read when it is asked for, and held by who asks."""
+
+    def __init__(self, problem: Problem, matrices: Sequence[DenseMatrix]) -> None:
+        self._problem = problem
+        self._matrices = matrices
+
+    def __getitem__(self, index: Any) -> Any:
+        return self._problem.known(self._matrices[index])
+
+    def __len__(self) -> int:
+        return len(self._matrices)

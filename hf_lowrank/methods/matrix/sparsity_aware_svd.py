@@ -1,6 +1,7 @@
 """Low-rank approximation of pruned matrices: rows count by what pruning left of them."""
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 
@@ -55,7 +56,7 @@ class SparsityAwareSVD(MetricSVD):
     ) -> Decomposition:
         """Every truncation of weights (O, I) one above the other."""
         pairs = zip(weights, statistics, strict=True)
-        rows = [(self._row_metric(weight, known), len(weight)) for weight, known in pairs]
+        rows = [(partial(self._row_metric, weight, known), len(weight)) for weight, known in pairs]
         return decompose(torch.cat(list(weights)), BlockMetric(rows), identity())
 
     def _row_metric(self, weight: torch.Tensor, statistics: MatrixStatistics | None) -> Metric:

@@ -4,7 +4,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property, partial
 from typing import Protocol
 
 import torch
@@ -123,9 +123,14 @@ class MetricSVD(ABC):
 
         The metric of the columns is that of the first; each has its own for its rows.
         """
-        metrics = [self.metrics(known) for known in statistics]
-        rows = [(own, len(weight)) for (own, _), weight in zip(metrics, weights, strict=True)]
-        return decompose(torch.cat(list(weights)), BlockMetric(rows), metrics[0][1])
+
+        def make_metric(index: int) -> Metric:
+            return self.metrics(statistics[index])[0]
+
+        is_tall = sum(map(len, weights)) > weights[0].shape[1]  # then each is used once
+        make = make_metric if is_tall else cache(make_metric)
+        rows = [(partial(make, index), len(weight)) for index, weight in enumerate(weights)]
+        return decompose(torch.cat(list(weights)), BlockMetric(rows), self.metrics(statistics[0])[1])
 
 
 class SVD(MetricSVD):
