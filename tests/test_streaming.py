@@ -13,8 +13,8 @@ from hf_lowrank import compress
 from hf_lowrank.errors import InputError
 from hf_lowrank.evaluation.memory import _LiveBytes
 from hf_lowrank.files.scratch import write_file
-from hf_lowrank.hosts.offloaded import offloaded
-from hf_lowrank.hosts.stored import is_away
+from hf_lowrank.hosts.disk.offloaded import offloaded
+from hf_lowrank.hosts.disk.stored import is_away
 from hf_lowrank.methods.table import METHODS, OF_MATRICES
 from hf_lowrank.sharing.saving import load_compressed, save_folder
 
@@ -125,7 +125,7 @@ def killed_now_and_then(monkeypatch, draw, done):
         if left == 0:
             raise Killed
 
-    for module in ("hosts.stages", "hosts.offloaded", "methods.matrix.stored", "statistics.running_sums"):
+    for module in ("hosts.disk.stages", "hosts.disk.offloaded", "methods.matrix.stored", "statistics.running_sums"):
         monkeypatch.setattr(f"hf_lowrank.{module}.write_file", counted)
 
 

@@ -17,8 +17,8 @@ from hf_lowrank.compression.settled import settle_compression
 from hf_lowrank.compression.tier import opened
 from hf_lowrank.compression.vocabulary import reduce_vocabulary
 from hf_lowrank.errors import InputError, Note
+from hf_lowrank.hosts.disk.offloaded import offloaded
 from hf_lowrank.hosts.loading import find_tokenizer
-from hf_lowrank.hosts.offloaded import offloaded
 from hf_lowrank.hosts.targets import ALL_LINEAR
 from hf_lowrank.options import given, settle
 from hf_lowrank.planning.budgets import parse_size

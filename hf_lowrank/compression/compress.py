@@ -20,10 +20,10 @@ from hf_lowrank.compression.refinement import refine_
 from hf_lowrank.compression.rounding import round_
 from hf_lowrank.compression.settled import settle_compression
 from hf_lowrank.compression.streaming import stream_
+from hf_lowrank.hosts.disk.offloaded import offloaded
 from hf_lowrank.hosts.gradients import with_gradients
 from hf_lowrank.hosts.loading import held_compressed_model
 from hf_lowrank.hosts.matrices import Matrix, turned
-from hf_lowrank.hosts.offloaded import offloaded
 from hf_lowrank.hosts.rehearsal import require_same_inputs
 from hf_lowrank.methods.encoding import DECODERS
 from hf_lowrank.options import checked

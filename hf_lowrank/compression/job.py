@@ -15,9 +15,9 @@ from hf_lowrank.compression.tier import opened
 from hf_lowrank.errors import InputError
 from hf_lowrank.files.digests import digest_of
 from hf_lowrank.files.redaction import without_tokens_inside
+from hf_lowrank.hosts.disk.offloaded import offloaded
 from hf_lowrank.hosts.loading import find_tokenizer
 from hf_lowrank.hosts.matrices import DenseMatrix, Matrix
-from hf_lowrank.hosts.offloaded import offloaded
 from hf_lowrank.hosts.rehearsal import Rehearsal, rehearse
 from hf_lowrank.hosts.targets import candidate_matrices, find_matrices
 from hf_lowrank.hosts.untouched import Untouched, find_untouched

@@ -11,14 +11,14 @@ from hf_lowrank.compression.job import Job
 from hf_lowrank.files.digests import digest_of
 from hf_lowrank.files.scratch import write_text
 from hf_lowrank.hosts.blocks import block_name
-from hf_lowrank.hosts.matrices import JointMatrix, Matrix
-from hf_lowrank.hosts.offloaded import (
+from hf_lowrank.hosts.disk.offloaded import (
     Offloaded,
     move_out_,
     moved_out_,
     offloaded,
     retype_stored_,
 )
+from hf_lowrank.hosts.matrices import JointMatrix, Matrix
 from hf_lowrank.planning.plans import specs_of
 from hf_lowrank.remote_code.lowrank_plan import Plan
 from hf_lowrank.remote_code.lowrank_structures import build_shared_part, build_structure, replace_

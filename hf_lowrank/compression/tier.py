@@ -10,8 +10,8 @@ from transformers import AutoConfig, PreTrainedModel
 
 from hf_lowrank.compression.settled import Learning, Settings
 from hf_lowrank.errors import InputError
+from hf_lowrank.hosts.disk.offloaded import load_offloaded, offloaded, take_over_
 from hf_lowrank.hosts.loading import dense_class, load_dense
-from hf_lowrank.hosts.offloaded import load_offloaded, offloaded, take_over_
 from hf_lowrank.methods.matrix.method import MatrixMethod
 from hf_lowrank.planning.budgets import parse_size
 from hf_lowrank.records.machine import free_memory, usable_device

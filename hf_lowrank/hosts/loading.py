@@ -22,8 +22,8 @@ from transformers import (
 
 from hf_lowrank.errors import InputError, one_line
 from hf_lowrank.hosts.config_file import read_config
+from hf_lowrank.hosts.disk.stored import is_away
 from hf_lowrank.hosts.folder_contents import TOKENIZER_FILES
-from hf_lowrank.hosts.stored import is_away
 from hf_lowrank.remote_code.lowrank_model import LowRankMixin
 
 # Where wrappers keep the model they run: DataParallel and its kin, torch.compile.

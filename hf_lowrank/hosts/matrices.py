@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from hf_lowrank.hosts.stored import numbers_of
+from hf_lowrank.hosts.disk.stored import numbers_of
 
 
 @dataclass(frozen=True)

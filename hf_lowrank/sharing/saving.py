@@ -16,6 +16,7 @@ from hf_lowrank.errors import InputError, Note, one_line
 from hf_lowrank.files.redaction import config_without_tokens
 from hf_lowrank.files.scratch import REPLACED, workshop, write_text
 from hf_lowrank.hosts.config_file import read_config
+from hf_lowrank.hosts.disk.offloaded import offloaded
 from hf_lowrank.hosts.folder_contents import (
     SIDE_FILES,
     VOCABULARY_FILES,
@@ -29,7 +30,6 @@ from hf_lowrank.hosts.folder_contents import (
     weight_files,
 )
 from hf_lowrank.hosts.loading import require_finite, unusable
-from hf_lowrank.hosts.offloaded import offloaded
 from hf_lowrank.records.report import make_report
 from hf_lowrank.remote_code import modeling_lowrank
 from hf_lowrank.remote_code.lowrank_model import LowRankMixin

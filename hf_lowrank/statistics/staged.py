@@ -7,8 +7,8 @@ from pathlib import Path
 
 from hf_lowrank.files.digests import digest_of
 from hf_lowrank.hosts.blocks import block_name, calls_in_order, find_blocks, frozen, hidden_states
+from hf_lowrank.hosts.disk.stages import Stages, require_stages
 from hf_lowrank.hosts.matrices import DenseMatrix
-from hf_lowrank.hosts.stages import Stages, require_stages
 from hf_lowrank.hosts.targets import BLOCK_ROLES
 from hf_lowrank.statistics.collection import Collector, draws_of, needs_gradients, random_loss
 from hf_lowrank.statistics.evidence import Evidence

@@ -19,7 +19,7 @@ from hf_lowrank.errors import InputError
 from hf_lowrank.files.scratch import scratch_folder, write_file
 from hf_lowrank.files.tensors import StoredTensor, stored_tensors
 from hf_lowrank.hosts.blocks import block_name
-from hf_lowrank.hosts.stored import bring_, can_leave, is_away, keep_in_, let_go_, nothing, numbers_of, source_of
+from hf_lowrank.hosts.disk.stored import bring_, can_leave, is_away, keep_in_, let_go_, nothing, numbers_of, source_of
 from hf_lowrank.remote_code.lowrank_structures import named_structures
 
 _STATE = "offloaded"  # where a model keeps its `Offloaded`

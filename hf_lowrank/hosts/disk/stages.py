@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from hf_lowrank.errors import InputError, one_line
 from hf_lowrank.files.scratch import write_file
 from hf_lowrank.hosts.blocks import Reached, hidden_states, left_at, replayed_outputs
-from hf_lowrank.hosts.offloaded import offloaded
+from hf_lowrank.hosts.disk.offloaded import offloaded
 from hf_lowrank.hosts.outputs import Batch, run
 from hf_lowrank.remote_code.lowrank_structures import token_table
 
