@@ -27,7 +27,13 @@ ORDER = (
 # Private names of transformers and torch that the package leans on: what to look at when a release breaks it.
 BORROWED = {
     *("_attn_implementation", "_commit_hash", "_name_or_path", "_supports_sdpa"),  # configurations
-    *("_hf_peft_config_loaded", "_is_hf_initialized", "_tied_weights_keys", "_weight_conversions"),  # models
+    *(
+        "_hf_hook",
+        "_hf_peft_config_loaded",
+        "_is_hf_initialized",
+        "_tied_weights_keys",
+        "_weight_conversions",
+    ),  # models
     *("_get_resized_embeddings", "_get_resized_lm_head"),  # their methods
     *("_extra_content", "_model_mapping"),  # auto classes
     *("_prepare_inputs", "_tokenizer"),  # Trainer, fast tokenizers

@@ -11,7 +11,7 @@ from tiny_models import VOCABULARY, build
 
 from hf_lowrank import compress
 from hf_lowrank.errors import InputError
-from hf_lowrank.evaluation.memory import _LiveBytes
+from hf_lowrank.evaluation.memory import LiveBytes
 from hf_lowrank.files.scratch import write_file
 from hf_lowrank.hosts.disk.offloaded import offloaded
 from hf_lowrank.hosts.disk.stored import is_away
@@ -95,7 +95,7 @@ def test_options_mean_the_same_block_by_block(folder, option):
 
 def peak(path, **options):
     text = batches(vocabulary=VOCABULARY)
-    with _LiveBytes() as counter:
+    with LiveBytes() as counter:
         compress(path, calibration=text, keep_targets=0.5, target_modules="all-linear", **options)
     return counter.peak
 
@@ -113,7 +113,7 @@ class Killed(BaseException):
 
 def killed_now_and_then(monkeypatch, draw, done):
     """From now on a run is killed before or after one of the files it writes; what is written is noted."""
-    left = draw.randrange(1, 13)
+    left = draw.randrange(1, 9)
 
     def counted(path, write):
         nonlocal left

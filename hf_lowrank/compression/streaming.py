@@ -4,12 +4,12 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
+from safetensors import safe_open
 from transformers import PreTrainedModel
 
 from hf_lowrank.compression.filling import become_compressed_, cast_, replace_matrices_
 from hf_lowrank.compression.job import Job
 from hf_lowrank.files.digests import digest_of
-from hf_lowrank.files.scratch import write_text
 from hf_lowrank.hosts.blocks import block_name
 from hf_lowrank.hosts.disk.offloaded import (
     Offloaded,
@@ -63,10 +63,11 @@ def _replace_unit_(
     small: PreTrainedModel, away: Offloaded, name: str, matrices: Sequence[Matrix], plan: Plan, job: Job, folder: Path
 ) -> None:
     """Replace the matrices of one block and leave it on disk; one that is there is not made again."""
-    weights, record, dtype = folder / f"{name}.safetensors", folder / f"{name}.json", job.problem.dtype
+    weights, dtype = folder / f"{name}.safetensors", job.problem.dtype
     errors = plan["provenance"].setdefault("relative_errors", {})
-    if record.is_file():
-        known = json.loads(record.read_text(encoding="utf-8"))
+    if weights.is_file():
+        with safe_open(weights, framework="pt") as file:
+            known = json.loads(file.metadata()["record"])
         for one, spec in known["specs"].items():
             specs_of(plan)[one].update(spec)
         _install_(small, matrices, plan)
@@ -75,10 +76,9 @@ def _replace_unit_(
         return
     with away.present(small.get_submodule(name)):
         replace_matrices_(small, matrices, plan, job, dtype, frees=True)
-    move_out_(small.get_submodule(name), weights, name, dtype)
     names = [member.name for matrix in matrices for member in matrix.members]
     about = {"specs": {n: specs_of(plan)[n] for n in names}, "errors": {n: errors[n] for n in names}}
-    write_text(record, json.dumps(about))
+    move_out_(small.get_submodule(name), weights, name, dtype, {"record": json.dumps(about)})
 
 
 def _install_(small: PreTrainedModel, matrices: Sequence[Matrix], plan: Plan) -> None:

@@ -15,14 +15,14 @@ def peak_memory(model: Any, inputs: dict[str, torch.Tensor]) -> int:
     alike; the scratch space of single kernels is not seen.
     """
     own: set[torch.UntypedStorage] = {tensor.untyped_storage() for tensor in (*model.parameters(), *model.buffers())}
-    counter = _LiveBytes()
+    counter = LiveBytes()
     with torch.no_grad(), counter:
         model(**{name: tensor.to(model.device) for name, tensor in inputs.items()})
     weights: int = sum(storage.nbytes() for storage in own)
     return weights + counter.peak
 
 
-class _LiveBytes(TorchDispatchMode):
+class LiveBytes(TorchDispatchMode):
     """Counts the bytes of storages made while it is on, from their making to their end."""
 
     def __init__(self) -> None:
@@ -36,7 +36,7 @@ class _LiveBytes(TorchDispatchMode):
         result = func(*args, **(kwargs or {}))
         for leaf in filter(_is_tensor, tree_leaves(result)):
             storage = leaf.untyped_storage()
-            if storage._cdata not in before and storage._cdata not in self._seen:
+            if storage._cdata not in before and storage._cdata not in self._seen and not leaf.is_meta:
                 self._watch(storage)
         return result
 

@@ -185,11 +185,15 @@ def _source(weights: Any, name: str, dtype: torch.dtype) -> StoredTensor:
 
 
 @torch.no_grad()
-def move_out_(module: nn.Module, path: Path, prefix: str, dtype: torch.dtype) -> None:
-    """Leave a module's weights on disk in some type: what is in no file yet is written to this one, by full name."""
+def move_out_(module: nn.Module, path: Path, prefix: str, dtype: torch.dtype, record: dict[str, str]) -> None:
+    """Leave a module's weights on disk in some type: what is in no file yet is written to this one, by full name.
+
+    Args:
+        record: Kept with them.
+    """
     new = {n: value.detach() for n, value in module.state_dict(keep_vars=True).items() if not can_leave(value)}
     state = {f"{prefix}.{n}": v.to(_type_in(dtype, v), copy=True).cpu().contiguous() for n, v in new.items()}
-    write_file(path, lambda draft: save_file(state, draft))
+    write_file(path, lambda draft: save_file(state, draft, metadata=record))
     moved_out_(module, path, prefix, dtype, "cpu")
 
 
