@@ -107,9 +107,7 @@ def decode_pair(structure: Any) -> Factors:
 
 def decode_pivoted(structure: Any) -> Factors:
     """Factors of a `PivotedLinear`: its kept rows, and the coefficients below an identity, in the rows' order."""
-    coefficients = structure.coefficients.weight.detach()
-    rows = torch.cat([torch.eye(structure.rank).to(coefficients), coefficients])
-    return Factors(structure.put_in_order_(rows, dim=0), structure.pivots.weight.detach())
+    return Factors(structure.combinations().detach(), structure.pivots.weight.detach())
 
 
 # The linear structures that can hold any factors, and so be turned into one another without loss.

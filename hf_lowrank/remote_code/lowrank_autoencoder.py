@@ -115,11 +115,12 @@ class AutoencoderHead(CodedHead, BandedAutoencoder):
         weight = self.materialized()
         if weight is not None:
             return F.linear(hidden_states, weight, self.bias)
-        seen = F.linear(hidden_states, torch.cat([self.basis, self.offset]))  # (..., I) -> (..., sum of R_k + K)
-        *parts, offsets = seen.split([*self.ranks, len(self.bands)], dim=-1)
-        bands = [
-            band(part) + offsets[..., k, None] for k, (band, part) in enumerate(zip(self.codes, parts, strict=True))
-        ]
+        decoders = zip(self.basis.split(self.ranks), self.offset.split(1), strict=True)
+        seen = F.linear(
+            hidden_states, torch.cat([rows for pair in decoders for rows in pair])
+        )  # (..., sum of R_k + 1)
+        parts = seen.split([size for rank in self.ranks for size in (rank, 1)], dim=-1)
+        bands = [band(code) + offset for band, code, offset in zip(self.codes, parts[::2], parts[1::2], strict=True)]
         output = torch.cat(bands, dim=-1).index_select(-1, self.places.long())  # (..., O)
         return output if self.bias is None else output + self.bias
 

@@ -80,6 +80,16 @@ def named_dense(root: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             yield f"{name}.{leaf}" if name else leaf, experts
 
 
+def is_exported() -> bool:
+    """Whether what is computed now becomes a graph that runs elsewhere, with any number of tokens.
+
+    Nothing may then hang on what was computed before, on a number of tokens or on whether there are gradients. What
+    is formed of weights alone is no work: runtimes fold it.
+    """
+    tracing: Any = torch.jit  # torch says no types of it
+    return bool(tracing.is_tracing() or torch.compiler.is_exporting())
+
+
 _INITIALIZERS = ("uniform_", "normal_", "zero_", "fill_")
 
 

@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from .lowrank_dense import is_exported
 from .lowrank_products import state_of
 
 MODES = ("each_forward", "once")
@@ -47,7 +48,7 @@ class Materializing(nn.Module):
 
     def materialized(self) -> torch.Tensor | None:
         """The dense weight, where it is kept; None where it is to be decoded now."""
-        if not self.keeps_weight or torch.compiler.is_compiling():
+        if not self.keeps_weight or torch.compiler.is_compiling() or is_exported():
             self._kept = None
             return None
         sources = self.sources()

@@ -8,6 +8,7 @@ from torch.nn import functional as F
 from transformers import initialization as init
 
 from .lowrank_autoencoder_linear import NonlinearDecoder
+from .lowrank_dense import is_exported
 from .lowrank_linear import resized_rows
 from .lowrank_tables import CodedEmbedding, CodedHead, CodedRows
 
@@ -61,14 +62,14 @@ class NonlinearAutoencoderTable(CodedRows):
 
     def to_dense(self) -> torch.Tensor:
         """The weight this module stands for, (V, D)."""
-        rows = self._decoded(self.codes, self.norms)
+        rows = self._decoded(self.codes, self.norms[:, None])
         return rows if self.added is None else torch.cat([rows, self.added])
 
     def _decoded(self, codes: torch.Tensor, norms: torch.Tensor) -> torch.Tensor:
-        """(N, R), (N) -> (N, D), brought to their lengths in float32 at least."""
+        """(N, R), (N, 1) -> (N, D), brought to their lengths in float32 at least."""
         wide = torch.promote_types(codes.dtype, torch.float32)
         directions = F.normalize(self.decoder(codes).to(wide), dim=1)
-        return (directions * norms.to(wide)[:, None]).to(codes.dtype)
+        return (directions * norms.to(wide)).to(codes.dtype)
 
     def reset_parameters(self, std: float) -> None:
         """Draw codes, decoder and added rows so that the rows' entries have standard deviation `std`."""
@@ -126,7 +127,7 @@ class NonlinearAutoencoderEmbedding(CodedEmbedding, NonlinearAutoencoderTable):
         return 0 if self.keeps_weight else self.decoder.decoding_cost()
 
     def _looked_up(self, input_ids: torch.Tensor) -> torch.Tensor:
-        if torch.compiler.is_compiling():  # no shape may depend on the tokens
+        if torch.compiler.is_compiling() or is_exported():  # no shape may depend on the tokens
             return self._rows(input_ids.flatten()).unflatten(0, input_ids.shape)
         distinct, places = input_ids.unique(return_inverse=True)
         return F.embedding(places, self._rows(distinct))
@@ -135,7 +136,7 @@ class NonlinearAutoencoderEmbedding(CodedEmbedding, NonlinearAutoencoderTable):
         """(N) -> (N, D)."""
         num_decoded = len(self.codes)
         decoded = ids if self.added is None else ids.clamp(max=num_decoded - 1)
-        rows = self._decoded(F.embedding(decoded, self.codes), self.norms[decoded])
+        rows = self._decoded(F.embedding(decoded, self.codes), F.embedding(decoded, self.norms[:, None]))
         if self.added is None:
             return rows
         as_they_are = F.embedding((ids - num_decoded).clamp(min=0), self.added)

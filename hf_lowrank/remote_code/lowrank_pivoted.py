@@ -5,9 +5,10 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn import functional as F
 from transformers import initialization as init
 
-from .lowrank_dense import LinearStructure
+from .lowrank_dense import LinearStructure, is_exported
 from .lowrank_linear import check_rank, dense_product
 
 
@@ -83,8 +84,21 @@ class PivotedLinear(LinearStructure):
         output = self._written_in_place(hidden_states)
         if output is None:
             kept = self.pivots(hidden_states)  # (..., R)
+            if is_exported() and _plain_weights(self._modules["coefficients"]) is not None:
+                # Where the outputs belong is then folded into the weight: runtimes are slower at moving numbers about.
+                return F.linear(kept, self.combinations(), self._bias_after_pivots())
             output = torch.cat([kept, self.coefficients(kept)], dim=-1)  # (..., O)
         return self.put_in_order_(output, dim=-1)
+
+    def combinations(self) -> torch.Tensor:
+        """What makes every row of the kept ones, (O, R), in the rows' order."""
+        coefficients = self.coefficients.weight
+        return self.put_in_order_(torch.cat([torch.eye(self.rank).to(coefficients), coefficients]), dim=0)
+
+    def _bias_after_pivots(self) -> torch.Tensor | None:
+        if self.coefficients.bias is None:
+            return None
+        return self.put_in_order_(torch.cat([torch.zeros_like(self.pivots.bias), self.coefficients.bias]), dim=0)
 
     def put_in_order_(self, computed: torch.Tensor, dim: int) -> torch.Tensor:
         """Bring what was exchanged in (..., O, ...) `computed`, kept ones first along `dim`, to where it belongs."""
@@ -100,7 +114,7 @@ class PivotedLinear(LinearStructure):
         adapter or a quantizer that only calling the children serves. Nor on processors in 16 bits, whose products take
         numbers in pairs: of an odd rank they would read one column further, into memory nobody has written.
         """
-        if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        if torch.is_grad_enabled() or torch.compiler.is_compiling() or is_exported():
             return None
         if hidden_states.dtype.itemsize < 4 and hidden_states.device.type == "cpu":
             return None
@@ -148,7 +162,9 @@ def _plain_weights(linear: Any) -> tuple[torch.Tensor, torch.Tensor | None] | No
     """
     members = linear.__dict__
     weight = members["_parameters"].get("weight")
-    if type(linear) is not nn.Linear or type(weight) is not nn.Parameter or "forward" in members:
+    # In `torch.export` weights are of a class without numbers.
+    is_plain = type(weight) is nn.Parameter or (is_exported() and not hasattr(weight, "__tensor_flatten__"))
+    if type(linear) is not nn.Linear or not is_plain or "forward" in members:
         return None
     if members["_forward_hooks"] or members["_forward_pre_hooks"]:
         return None

@@ -7,14 +7,21 @@ from typing import Any
 import torch
 from torch import nn
 
+from .lowrank_dense import is_exported
+
 
 def cheapest_route(costs: dict[str, tuple[int, int]], num_tokens: int, is_kept: bool) -> str:
     """The way of contracting that takes the fewest multiply-adds for a call.
+
+    In a graph that is exported, the dense weight, where that is a way: small products move the states about between
+    them, which runtimes are slow at.
 
     Args:
         costs: Of each way the multiply-adds for one token, and those of what no token changes.
         is_kept: Whether the latter is kept between calls, so that it costs nothing.
     """
+    if is_exported():
+        costs, num_tokens, is_kept = {"dense": costs["dense"]} if "dense" in costs else costs, 1, True
     best, least = "", float("inf")
     for route, (token, once) in costs.items():  # the compiler breaks its graph at `min` with a key
         total = num_tokens * token + (0 if is_kept else once)
@@ -51,8 +58,8 @@ class InputProduct:
     ) -> torch.Tensor:
         """`form()`, which depends on the input, the weights and the mode alone, or what it gave for the same."""
         is_unbounded = self._num_uses is None and torch.is_grad_enabled()
-        # The compiler finds common products by itself; weights made in inference mode keep no count of their changes.
-        if is_unbounded or torch.compiler.is_compiling() or any(weight.is_inference() for weight in weights):
+        is_graph = torch.compiler.is_compiling() or is_exported()  # there common products are found without us
+        if is_unbounded or is_graph or any(weight.is_inference() for weight in weights):  # these count no changes
             return form()
         tensors, known = [hidden_states, *weights], self._known
         if known is None or not known.is_of("", tensors):
@@ -82,7 +89,8 @@ class HeldProducts(nn.Module):
 
     def keeps_products(self) -> bool:
         """Whether a product formed now would be kept, so that forming it costs nothing per call."""
-        return not (self.training or torch.is_grad_enabled() or torch.compiler.is_compiling())
+        is_graph = torch.compiler.is_compiling() or is_exported()
+        return not (self.training or torch.is_grad_enabled() or is_graph)
 
     def held(self, name: str, weights: Sequence[torch.Tensor], form: Callable[[], torch.Tensor]) -> torch.Tensor:
         """What `form()` gives of these weights, from memory where that still holds.

@@ -7,7 +7,7 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import initialization as init
 
-from .lowrank_dense import EmbeddingStructure, LinearStructure
+from .lowrank_dense import EmbeddingStructure, LinearStructure, is_exported
 from .lowrank_linear import resized_rows
 from .lowrank_materialize import Materializing
 
@@ -78,7 +78,7 @@ class CodedEmbedding(EmbeddingStructure, CodedRows):
         if table is not None:
             return F.embedding(input_ids, table)
         rows = self._looked_up(input_ids)
-        if self.padding_idx is not None and torch.is_grad_enabled():
+        if self.padding_idx is not None and torch.is_grad_enabled() and not is_exported():
             rows = torch.where((input_ids == self.padding_idx)[..., None], rows.detach(), rows)
         return rows
 

@@ -176,7 +176,7 @@ class BankedTuckerLinear(TuckerLinear):
 
     def _cores(self, *bank: torch.Tensor) -> torch.Tensor:
         (core,) = bank
-        return torch.tensordot(self.own, core.to(self.own.dtype), dims=1)
+        return (self.own @ core.to(self.own.dtype).flatten(1)).unflatten(1, core.shape[1:])
 
     def reset_parameters(self, std: float) -> None:
         """Draw the mixing weights so that a mix has the deviation of the bank; zero the bias."""
