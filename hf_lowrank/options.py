@@ -36,6 +36,8 @@ from hf_lowrank.remote_code.lowrank_plan import closest_name
 LARGEST_SEED = 2**32 - 1  # numpy's
 # More could not end.
 MOST_PASSES = 10_000
+# Choices that help names beside the flag.
+_MOST_SHOWN = 10
 _BOUNDS = {"at_least": "at least", "above": "above", "at_most": "at most"}
 _WORDS = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
 _UNIONS = (Union, types.UnionType)  # written with a name, and with a bar
@@ -148,7 +150,8 @@ def _check(field: dataclasses.Field[Any], value: Any) -> None:
     choices = said.get("choices", ())
     words = [value] if isinstance(value, str) else value if isinstance(value, Collection) else ()
     for word in (word for word in words if choices and isinstance(word, str) and word not in choices):
-        got = f"got {reprlib.repr(word)}. Closest: {closest_name(word, choices)!r}."
+        closest = closest_name(word.partition(":")[0], choices)  # of a name with more after a colon
+        got = f"got {reprlib.repr(word)}. Closest: {closest!r}."
         raise InputError(f"{field.name} must be one of {', '.join(choices)}, {got}")
     bounds = {name: said[name] for name in _BOUNDS if said.get(name) is not None}
     if _fits(value, field.type) and _are_within(value, **bounds):
@@ -229,8 +232,11 @@ def add_flags(parser: Any, cls: type[Any], names: Iterable[str]) -> None:
         shown = f"{default:g}" if isinstance(default, float) else str(default)
         if any(default is one for one in (dataclasses.MISSING, None, False)):
             shown = next((one[9:] for one in sentences[name] if one.startswith("Default: ")), "")
-        meaning = _uncapitalized(sentences[name][0]) + (f" (default: {shown})" if shown else "")
-        parser.add_argument("--" + name.replace("_", "-"), help=meaning.replace("%", "%%"), **_form(fields[name]))
+        few = choices if 0 < len(choices := fields[name].metadata.get("choices") or ()) <= _MOST_SHOWN else ()
+        more = [f"one of {', '.join(few)}"] * bool(few) + [f"default: {shown}"] * bool(shown)
+        meaning = _uncapitalized(sentences[name][0]) + (f" ({'; '.join(more)})" if more else "")
+        form = {"help": meaning.replace("%", "%%"), "required": default is dataclasses.MISSING, **_form(fields[name])}
+        parser.add_argument("--" + name.replace("_", "-"), **form)
 
 
 def _uncapitalized(sentence: str) -> str:

@@ -36,6 +36,7 @@ from fuzzing import SEED
 from hub_server import HubServer
 from laws import FOLDERS, folder_of
 
+from hf_lowrank import progress
 from hf_lowrank.methods.rows import nonlinear_method
 from hf_lowrank.methods.rows.nonlinear_autoencoder import RowTraining
 from hf_lowrank.methods.trains import tensor_train
@@ -47,6 +48,7 @@ transformers.utils.logging.disable_progress_bar()
 hypothesis.settings.register_profile("fixed", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("fixed")
 
+progress.SECONDS_A_LINE = float("inf")  # what is written on standard error is not to hang on how fast a test is
 os.fsync = lambda descriptor: None  # no test takes the power away, and disks are slow
 # The proof's own process is a fork, but where a test says that it is to be none.
 verification.subprocess = SimpleNamespace(run=run_in_fork, DEVNULL=subprocess.DEVNULL)

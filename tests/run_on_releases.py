@@ -27,9 +27,14 @@ KEPT = ("torch",)
 TOOLS = ("griffelib", "hypothesis", "markdown-it-py", "mypy", "pytest", "pytest-xdist", "ruff", "tensorly")
 
 
-def wanted(which):
-    """What pip is to install: for `newest` names, for `oldest` the versions that are stated as lower bounds."""
-    requirements = [Requirement(text) for text in importlib.metadata.requires(PACKAGE)]
+def wanted(which, packages):
+    """What pip is to install: for `newest` names, for `oldest` the versions that are stated as lower bounds.
+
+    Args:
+        packages: The folder of packages that says what is stated.
+    """
+    installed = next(iter(importlib.metadata.distributions(name=PACKAGE, path=[str(packages)])))
+    requirements = [Requirement(text) for text in installed.requires]
     stated = {
         one.name: next(bound.version for bound in one.specifier if bound.operator == ">=")
         for one in requirements
@@ -42,17 +47,17 @@ def make_environment(which):
     """Build it, or go on with the one that is there."""
     folder = ROOT / "build" / which
     python = folder / "bin" / "python"
+    here = Path(sysconfig.get_path("purelib"))
+    there = folder / here.relative_to(Path(sys.prefix))
     if not python.exists():
         venv.create(folder, with_pip=False, symlinks=True)
-        here = Path(sysconfig.get_path("purelib"))
-        there = folder / here.relative_to(Path(sys.prefix))
         shutil.copytree(
             here, there, copy_function=os.link, dirs_exist_ok=True, ignore=shutil.ignore_patterns("__pycache__")
         )
     pip = [python, "-m", "pip", "install", "-q", "--disable-pip-version-check"]
     kept = [f"{name}=={importlib.metadata.version(name)}" for name in KEPT]
-    subprocess.run([*pip, "--upgrade", *wanted(which), *kept], check=True)
     subprocess.run([*pip, "--no-deps", "-e", ROOT], check=True)
+    subprocess.run([*pip, "--upgrade", *wanted(which, there), *kept], check=True)
     return python
 
 

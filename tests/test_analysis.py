@@ -2,6 +2,8 @@
 
 import copy
 import json
+import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -150,6 +152,31 @@ def test_without_text_the_loss_is_called_energy_and_with_it_damage(dense, analys
     assert measured.matrices[-1].metric_spectrum is None
 
 
+def test_energy_is_told_as_a_share_of_all_there_is(analysis):
+    table = analysis.tables()[0][1]
+    column = [row[table[0].index("energy\nlost")] for row in table[1:]]
+
+    assert column[0] == "0.0%"
+    assert all(0 < float(share.rstrip("%")) < 100 for share in column[1:])
+    assert sum(matrix.norm for matrix in analysis.matrices if matrix.planned) > analysis.budgets[-1].predicted_loss
+
+
+@pytest.mark.parametrize(
+    ("damages", "words"),
+    [
+        ((None, None), "next: energy .* --calibration TEXT"),
+        ((0.004, 0.02), r"recommended: --keep-targets 0\.4, .*\(0\.0200\)"),
+        ((0.004, 0.2), r"recommended: --keep-targets 0\.8, .*\(0\.0040\)"),
+        ((0.09, 0.2), r"recommended: none of these as they are; .* 0\.0900, at 0\.8; .* recover"),
+    ],
+)
+def test_it_ends_in_the_least_budget_that_hardly_changes_what_is_said(analysis, damages, words):
+    budgets = [replace(analysis.budgets[0], budget=0.8), replace(analysis.budgets[-1], budget=0.4)]
+    measured = [replace(model, measured_damage=damage) for model, damage in zip(budgets, damages, strict=True)]
+
+    assert re.match(words, replace(analysis, budgets=tuple(measured)).recommendation)
+
+
 def test_nothing_is_changed():
     dense = build("BertForMaskedLM").train()
     dense.bert.embeddings.word_embeddings.weight.requires_grad_(False)
@@ -206,6 +233,7 @@ def test_the_command_prints_tables_or_one_json_object(dense, tmp_path, capsys):
     result = json.loads(capsys.readouterr().out)["analysis"]
 
     assert f"{result['budgets'][0]['parameters']:,}" in table
-    assert "energy lost: discarded" in table
+    assert "energy lost: share" in table
+    assert table.splitlines()[-1].startswith("next: ")
     assert all(matrix["name"] in table for matrix in result["matrices"])
     assert result == json.loads(json.dumps(analyze(dense, method="svd", keep_targets=0.5).to_dict()))

@@ -210,7 +210,7 @@ def places(dense, small, tmp_path_factory):
 
 BAD_INPUT = {
     "no command": ([], r"required: COMMAND"),
-    "unknown command": (["squash"], r"invalid choice: 'squash'"),
+    "unknown command": (["squash"], r"no COMMAND 'squash'. Closest: 'push'"),
     "no model": (
         ["compress", "{root}/nowhere", "{out}", *BUDGET],
         r"no folder '.*nowhere', and the Hub gave no model",
@@ -383,9 +383,15 @@ def test_there_are_no_more_flags_than_people_can_read():
     assert len([name for name in flags if name.startswith("--") and name != "--help"]) <= 100
 
 
-def test_help_names_every_method_and_what_the_recommended_ones_look_at(capsys):
+TAKES_METHODS = [
+    name for name, parser in commands().items() if {"--method", "--methods"} & parser._option_string_actions.keys()
+]
+
+
+@pytest.mark.parametrize("command", TAKES_METHODS)
+def test_help_names_every_method_and_what_the_recommended_ones_look_at(command, capsys):
     with pytest.raises(SystemExit):
-        build_parser().parse_args(["compress", "--help"])
+        build_parser().parse_args([command, "--help"])
     lines = capsys.readouterr().out.splitlines()
 
     assert any(all(name in line for name in METHODS) for line in lines)
@@ -393,11 +399,32 @@ def test_help_names_every_method_and_what_the_recommended_ones_look_at(capsys):
         assert any(name in line and row.summary in line for line in lines) is row.is_recommended
 
 
-def test_a_misspelled_method_is_told_before_anything_slow_is_imported():
-    code = "import sys; from hf_lowrank.cli import main\n"
-    code += "print(main(['compress', 'a', 'b', '--rank', '2', '--method', 'sdv']), 'torch' in sys.modules)"
+# Words that are nearly right -> what is named instead
+MISSPELLED = {
+    "compres a b --rank 2": "'compress'",
+    "compress a b --rnak 2": "--rank",
+    "compress a b --rank 2 --dryrun": "--dry-run",
+    "compress a b --rank 2 --method sdv": "'svd'",
+    "compress a b --rank 2 --method ASVD": "'svd'",
+    "analyze a --method whitend-svd": "'whitened_svd'",
+    "compare a --dataset d.tsv --task masked-lm --methods svd sdv:uniform": "'svd'",
+    "evaluate a --dataset d.tsv --task mlm": "'masked-lm'",
+    "compare a --dataset d.tsv --task mlm --methods svd": "'masked-lm'",
+    "recover a b --teacher c --dataset d.tsv --losses logit=1": "'logits'",
+    "push a b --privat": "--private",
+}
+
+
+def test_a_misspelled_word_is_told_with_the_closest_before_anything_slow_is_imported():
+    code = f"""
+import sys
+from hf_lowrank.cli import main
+for line in {list(MISSPELLED)!r}:
+    print(main(line.split()), "torch" in sys.modules)
+"""
 
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
 
-    assert done.stdout == "2 False\n"
-    assert "Closest: 'svd'" in done.stderr
+    assert done.stdout.splitlines() == ["2 False"] * len(MISSPELLED)
+    for said, closest in zip(done.stderr.splitlines(), MISSPELLED.values(), strict=True):
+        assert f"Closest: {closest}" in said

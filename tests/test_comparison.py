@@ -203,7 +203,7 @@ def test_statistics_are_collected_once_for_all_budgets(dense, monkeypatch):
     [
         ({"methods": ["svd:uniform:pivoted:1:2"]}, r"spelled NAME\[:ALLOCATION.*got 'svd:uniform:pivoted:1:2'"),
         ({"methods": ["svd:::two"]}, r"spelled NAME\[:ALLOCATION"),
-        ({"methods": ["cvd"]}, "method must be one of .*got 'cvd'"),
+        ({"methods": ["cvd"]}, "methods must be one of .*got 'cvd'. Closest: 'svd'"),
         ({"methods": ["svd:even"]}, "allocation must be one of .*got 'even'"),
         ({"methods": []}, "nothing to compare"),
         ({"budgets": []}, "nothing to compare"),

@@ -172,7 +172,12 @@ def test_the_transformer_of_a_sentence_encoder_is_compressed_and_can_be_put_back
 
 
 def with_adapter(model):
-    model.add_adapter(LoraConfig(target_modules=["query"]))
+    try:
+        model.add_adapter(LoraConfig(target_modules=["query"]))
+    except ValueError as error:
+        if "version of PEFT you are using is not compatible" not in str(error):
+            raise
+        pytest.skip("this transformers asks for a newer peft than is installed")
     return model
 
 

@@ -134,7 +134,7 @@ def test_flags_carry_the_meaning_and_the_default_of_their_fields():
         "--keep F fraction that stays, such as 40 % --rank N of every matrix that is replaced",
         "--seed N of every draw (default: 0)",
         "--rate F of learning (default: 0.0001)",
-        "--kind NAME of the optimizer (default: adam)",
+        "--kind NAME of the optimizer (one of adam, descent; default: adam)",
         "--size SIZE of the whole (default: by the data)",
     ):
         assert expected in shown

@@ -109,6 +109,7 @@ def _run(command: str, arguments: argparse.Namespace) -> int:
         for library in ("transformers.utils.logging", "huggingface_hub.utils.logging"):
             importlib.import_module(library).set_verbosity_error()
         importlib.import_module("transformers.utils.logging").disable_progress_bar()
+        importlib.import_module("hf_lowrank.progress").Lines.are_wanted = True
         with _output_of(arguments):
             status = int(importlib.import_module(f"hf_lowrank.cli.{command}").run(arguments))
         if sys.stdout is not None:  # it is closed

@@ -14,11 +14,11 @@ from hf_lowrank.extras import load_part
 from hf_lowrank.options import given
 from hf_lowrank.progress import progress_bar
 from hf_lowrank.studies.analysis import analyze
-from hf_lowrank.studies.analysis_report import Grid
+from hf_lowrank.studies.analysis_report import DAMAGE, ENERGY, Grid
 
 _LOSSES = {
-    "predicted damage": "change of the output, KL in nats or 1 - cosine, from one short run a matrix",
-    "energy lost": "discarded squared singular values over the norm; does not compare methods",
+    DAMAGE: "change of the output, KL in nats or 1 - cosine, from one short run a matrix",
+    ENERGY: "share of the squared singular values, weighed by the norm; does not compare methods",
 }
 
 
@@ -42,6 +42,7 @@ def run(arguments: argparse.Namespace) -> int:
     print_grid(model_table)
     tables.print_line(f"{analysis.loss_name}: {_LOSSES[analysis.loss_name]}")
     print_grid(matrix_table)
+    tables.print_line(analysis.recommendation)
     print_plot(arguments.plot)
     return 0
 

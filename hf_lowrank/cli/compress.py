@@ -27,6 +27,7 @@ from hf_lowrank.records.latency import compare_latency
 from hf_lowrank.records.report import CompressionReport, make_report
 from hf_lowrank.records.wording import megabytes
 from hf_lowrank.sharing.cards.card import shown_command
+from hf_lowrank.sharing.cards.usage import loading_line
 from hf_lowrank.sharing.record import record_bytes, write_record
 from hf_lowrank.sharing.saving import save_folder, side_file_bytes
 from hf_lowrank.studies.analysis import planned_report
@@ -65,7 +66,7 @@ def run(arguments: argparse.Namespace) -> int:
             write_record(folder, report)
         except InputError as error:
             warnings.warn(Note(f"Latency is not measured: {error}"), stacklevel=2)
-    _print_result(arguments, folder, report)
+    _print_result(arguments, folder, report, small)
     return 0
 
 
@@ -121,7 +122,7 @@ def _print_plan(arguments: argparse.Namespace, job: Job, settings: dict[str, Any
     return 0
 
 
-def _print_result(arguments: argparse.Namespace, folder: Path, report: CompressionReport) -> None:
+def _print_result(arguments: argparse.Namespace, folder: Path, report: CompressionReport, model: Any) -> None:
     size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     if arguments.json:
         tables.print_json(
@@ -142,8 +143,8 @@ def _print_result(arguments: argparse.Namespace, folder: Path, report: Compressi
     tables.print_steps(
         [
             f"hf-lowrank verify {arguments.out}",
-            f"hf-lowrank evaluate {arguments.out} --dense {arguments.model} --task TASK --dataset DATA --record",
+            tables.evaluation_step(report, model, arguments.out, arguments.model),
             f"hf-lowrank inspect {arguments.out} --modules",
-            f"AutoModel.from_pretrained({arguments.out!r}, trust_remote_code=True)  # needs transformers only",
+            f"{loading_line(report, arguments.out)}  # without this library",
         ]
     )

@@ -34,5 +34,5 @@ def run(arguments: argparse.Namespace) -> int:
     loss = found["held_out_loss"]
     tables.print_line(f"held-out loss: {loss['before']:.4f} factorized -> {loss['after']:.4f} trained")
     tables.print_line(f"saved: {folder}")
-    tables.print_steps([f"hf-lowrank evaluate {arguments.out} --dense {arguments.model} --dataset DATA --task TASK"])
+    tables.print_steps([tables.evaluation_step(report, small, arguments.out, arguments.model)])
     return 0

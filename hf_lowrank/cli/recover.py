@@ -4,6 +4,7 @@ import argparse
 
 from hf_lowrank.cli import tables
 from hf_lowrank.options import given
+from hf_lowrank.records.report import make_report
 from hf_lowrank.sharing.cards.card import shown_command
 from hf_lowrank.sharing.saving import save_folder
 from hf_lowrank.training.options import RecoveryOptions
@@ -29,5 +30,5 @@ def run(arguments: argparse.Namespace) -> int:
     kept = f"best after {found['step']} of {found['steps']} steps" if found["step"] else "no step helped: unchanged"
     tables.print_line(f"held-out loss: {found['before']:.4f} -> {found['after']:.4f} ({kept})")
     tables.print_line(f"saved: {folder}")
-    tables.print_steps([f"hf-lowrank evaluate {arguments.out} --dense {arguments.teacher} --dataset DATA --task TASK"])
+    tables.print_steps([tables.evaluation_step(make_report(model), model, arguments.out, arguments.teacher)])
     return 0

@@ -10,12 +10,11 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from hf_lowrank.evaluation import TASKS
 from hf_lowrank.planning.budgets import BUDGETS
-from hf_lowrank.records.module_reports import ModuleReport
 from hf_lowrank.records.report import CompressionReport
 from hf_lowrank.records.wording import megabytes, milliseconds, shape_in_words, share, speed_in_words
-
-_NUM_WORST = 3
+from hf_lowrank.sharing.cards.usage import evaluation_task
 
 
 def print_json(result: dict[str, Any]) -> None:
@@ -32,6 +31,13 @@ def print_steps(steps: Sequence[str]) -> None:
     """Print the commands to run next."""
     for index, step in enumerate(steps):
         print_line(f"{'next:' if index == 0 else '     '} {step}")
+
+
+def evaluation_step(report: CompressionReport, model: Any, path: str, dense: str) -> str:
+    """The command that scores a model in what it is for."""
+    task = evaluation_task(report, model)
+    command = f"hf-lowrank evaluate {path} --dense {dense} --task {task} --dataset DATA --record"
+    return f"{command}  # DATA: {TASKS[task].data}"
 
 
 def print_comparison(report: CompressionReport) -> None:
@@ -76,7 +82,7 @@ def _add_parts(table: Table, report: CompressionReport) -> None:
 
 
 def print_matrices(report: CompressionReport) -> None:
-    """Print how many matrices were replaced, which were left dense and why, and where the error is largest."""
+    """Print how many matrices were replaced, and which were left dense and why."""
     dense = [module for module in report.modules if module.structure == "dense" and module.bits is None]
     print_line(report.matrices_in_words)
     if report.bits:
@@ -86,15 +92,6 @@ def print_matrices(report: CompressionReport) -> None:
     for reason, count in Counter(one.reason for one in report.untouched).items():
         size = sum(one.parameters for one in report.untouched if one.reason == reason)
         print_line(f"          {count} not looked at, {size:,} parameters: {reason}")
-    if worst := worst_modules(report):
-        named = ", ".join(f"{module.name} {module.relative_error:.3f}" for module in worst)
-        print_line(f"largest relative errors: {named}")
-
-
-def worst_modules(report: CompressionReport) -> list[ModuleReport]:
-    """The replaced matrices with the largest relative errors, the worst first."""
-    known = [module for module in report.modules if module.relative_error is not None]
-    return sorted(known, key=lambda module: -(module.relative_error or 0.0))[:_NUM_WORST]
 
 
 def print_modules(report: CompressionReport) -> None:

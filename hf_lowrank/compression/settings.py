@@ -1,12 +1,12 @@
 """What `compress` can be asked for, in one place for Python, the command line and the record in `config.json`."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from hf_lowrank.errors import InputError
-from hf_lowrank.methods.table import METHOD_NAMES, OF_MATRICES, OF_TENSORS, MethodRow, find_method
+from hf_lowrank.methods.table import METHOD_NAMES, OF_MATRICES, OF_TENSORS, MethodRow, find_method, method_name
 from hf_lowrank.options import LARGEST_SEED, MOST_PASSES, Options, option
 from hf_lowrank.planning.budgets import BUDGETS, Budget, make_budget
 
@@ -132,6 +132,7 @@ class CompressOptions(Options):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        object.__setattr__(self, "method", method_name(self.method))
         for field in fields(self):
             if not self.takes(field.name) and self._asks(field.name):
                 raise InputError(
@@ -182,6 +183,19 @@ class CompressOptions(Options):
         return {key: value for key, value in asdict(self).items() if value not in (None, {})}
 
 
+class _Spellings(Collection[str]):
+    """What `compare` is told of methods: names, each with more after a colon or not."""
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(METHOD_NAMES)
+
+    def __len__(self) -> int:
+        return len(METHOD_NAMES)
+
+    def __contains__(self, spelling: object) -> bool:
+        return str(spelling).partition(":")[0] in METHOD_NAMES
+
+
 @dataclass(frozen=True, kw_only=True)
 class ComparisonOptions(Options):
     """What `compare` compares, and how, beside what `compress` can be told.
@@ -196,7 +210,7 @@ class ComparisonOptions(Options):
             nothing.
     """
 
-    methods: str | Sequence[str]
+    methods: str | Sequence[str] = option(MISSING, choices=_Spellings(), metavar="METHOD")
     budgets: Sequence[float] = option(COMPARED, above=0, at_most=1)
     baseline: str | None = option(None)
     work_dir: str | Path | None = option(None, metavar="DIR")

@@ -38,6 +38,7 @@ class MethodRow:
         ranks: Its ranks where the name says them: then it takes no budget.
         learning_rate: Peak at which `recover` trains what it makes; None is that of any.
         is_recommended: Whether it is for use; else it is to compare with.
+        also: What papers call it: it is known by these names too.
     """
 
     home: str
@@ -47,6 +48,7 @@ class MethodRow:
     ranks: tuple[int, ...] | None = None
     learning_rate: float | None = None
     is_recommended: bool = False
+    also: tuple[str, ...] = ()
 
     @property
     def method(self) -> Any:
@@ -55,9 +57,10 @@ class MethodRow:
         return getattr(importlib.import_module(module), name)
 
 
-def _matrix(home: str, summary: str, paper: Paper, is_recommended: bool = False) -> MethodRow:
+def _matrix(home: str, summary: str, paper: Paper, is_recommended: bool = False, also: Any = ()) -> MethodRow:
+    more: Any = {"is_recommended": is_recommended, "also": also}
     home = f"hf_lowrank.methods.matrix.{home}"
-    return MethodRow(home=home, summary=summary, takes=OF_MATRICES, paper=paper, is_recommended=is_recommended)
+    return MethodRow(home=home, summary=summary, takes=OF_MATRICES, paper=paper, **more)
 
 
 def _tucker(name: str, summary: str, ranks: tuple[int, ...] | None = None, is_recommended: bool = False) -> MethodRow:
@@ -75,13 +78,24 @@ def _tensor(home: str, summary: str, paper: Paper, is_recommended: bool = False)
 # `tucker-III-d` and `tucker-IV-l-d` are the models of Ren et al. (ICLR 2022): l matrices in the bank, d wide.
 METHODS: dict[str, MethodRow] = {
     "two_sided_svd": _matrix(
-        "data_aware_svd:TWO_SIDED_SVD", "inputs and gradients of every matrix, on text", papers.LEMS, True
+        "data_aware_svd:TWO_SIDED_SVD",
+        "inputs and gradients of every matrix, on text",
+        papers.LEMS,
+        True,
+        ("KFAC-SVD",),
     ),
-    "whitened_svd": _matrix("data_aware_svd:WHITENED_SVD", "inputs of every matrix, on text", papers.SVD_LLM, True),
+    "whitened_svd": _matrix(
+        "data_aware_svd:WHITENED_SVD", "inputs of every matrix, on text", papers.SVD_LLM, True, ("SVD-LLM", "DRONE")
+    ),
     "svd": _matrix("method:PLAIN_SVD", "the weights alone, in seconds", papers.ECKART_YOUNG, True),
-    "weighted_svd": _matrix("data_aware_svd:WEIGHTED_SVD", "Fisher information of the rows", papers.FWSVD),
+    "weighted_svd": _matrix(
+        "data_aware_svd:WEIGHTED_SVD", "Fisher information of the rows", papers.FWSVD, also=("FWSVD",)
+    ),
     "element_weighted_svd": _matrix(
-        "element_weighted_svd:ELEMENT_WEIGHTED_SVD", "Fisher information of every entry", papers.TFWSVD
+        "element_weighted_svd:ELEMENT_WEIGHTED_SVD",
+        "Fisher information of every entry",
+        papers.TFWSVD,
+        also=("TFWSVD",),
     ),
     "sparsity_aware_svd": _matrix(
         "sparsity_aware_svd:SPARSITY_AWARE_SVD", "what pruning left of every row", papers.LPAF
@@ -137,10 +151,20 @@ class _Names(Collection[str]):
         return True  # without asking what is installed, which takes milliseconds
 
     def __contains__(self, name: object) -> bool:
-        return name in METHODS or name in list(iter(self))
+        return isinstance(name, str) and (method_name(name) in METHODS or name in list(iter(self)))
 
 
 METHOD_NAMES = _Names()
+
+
+def method_name(name: str) -> str:
+    """The name in `METHODS` of what is called so there or in a paper, in any case and with any dashes; else `name`."""
+    called = {_plain(one): key for key, row in METHODS.items() for one in (key, *row.also)}
+    return name if name in METHODS else called.get(_plain(name), name)
+
+
+def _plain(name: str) -> str:
+    return name.lower().replace("-", "").replace("_", "")
 
 
 @checked

@@ -129,5 +129,6 @@ def sizes_of(spec: Spec) -> dict[str, Any]:
 
 
 def closest_name(name: str, known: Iterable[str]) -> str:
-    """The known name most like `name`, for an error message; empty if there are none."""
-    return next(iter(difflib.get_close_matches(name, list(known), n=1, cutoff=0.0)), "")
+    """The known name most like `name` in any case, for an error message; empty if there are none."""
+    plain = {one.lower(): one for one in known}
+    return next((plain[one] for one in difflib.get_close_matches(name.lower(), plain, n=1, cutoff=0.0)), "")

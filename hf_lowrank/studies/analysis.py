@@ -30,6 +30,8 @@ from hf_lowrank.remote_code.configuration_lowrank import compressed_config_class
 from hf_lowrank.remote_code.lowrank_plan import Plan
 from hf_lowrank.remote_code.modeling_lowrank import compressed_model_class
 from hf_lowrank.studies.analysis_report import (
+    DAMAGE,
+    ENERGY,
     Analysis,
     MatrixAnalysis,
     PlannedMatrix,
@@ -128,7 +130,7 @@ class _Study:
             allocation=first.allocation,
             storage=" or ".join(storages),
             budget_kind=first.budget.kind,
-            loss_name="predicted damage" if self._runs_model else "energy lost",
+            loss_name=DAMAGE if self._runs_model else ENERGY,
             dense=dense,
             budgets=tuple(self._whole(index, report, analyzed) for index, report in enumerate(reports)),
             matrices=analyzed,
@@ -167,6 +169,7 @@ class _Study:
             break_even_rank=rows * columns // (rows + columns),
             spectrum=spectrum_of(plain.singular_values),
             metric_spectrum=spectrum_of(found.singular_values) if looks_closer else None,
+            norm=float(found.singular_values.square().sum().sqrt()),
             planned=tuple(self._planned(module, matrix, timed) for module in modules),
         )
 

@@ -11,6 +11,10 @@ from hf_lowrank.planning.timing import NUM_TOKENS
 # Points of a spectrum that are kept, evenly spaced over its ranks: enough for a plot, little for a large model.
 _SPECTRUM_POINTS = 64
 
+ENERGY, DAMAGE = "energy lost", "predicted damage"
+# KL in nats or 1 - cosine: at 0.03 the STS-B score of an encoder stayed within 0.2 of 82 points (docs/results.md).
+_HARDLY = 0.03
+
 # Title, then rows of text, the header first.
 Grid = tuple[str, list[list[str]]]
 
@@ -66,6 +70,7 @@ class MatrixAnalysis:
         shape: `(O, I)`, `(V, D)` for an embedding, or `(E, O, I)` for experts.
         break_even_rank: `floor(O I / (O + I))`, the largest at which two factors are no larger than the matrix.
         metric_spectrum: In the metric of the method, None where it looks at no text or the matrix is no target.
+        norm: `||W||_F`, in the metric of the method where it is a target: `energy lost` of all that is in it.
         planned: One a budget; empty if the matrix is no target.
     """
 
@@ -76,6 +81,7 @@ class MatrixAnalysis:
     break_even_rank: int
     spectrum: Spectrum
     metric_spectrum: Spectrum | None
+    norm: float
     planned: tuple[PlannedMatrix, ...]
 
 
@@ -133,6 +139,33 @@ class Analysis:
         title = f"Every matrix: spectrum and relative error {how}"
         return [("The whole model", self._model_rows()), (title, self._matrix_rows())]
 
+    @property
+    def recommendation(self) -> str:
+        """What to do next: the least budget looked at that hardly changes what the model says, where that is known."""
+        known = [model for model in self.budgets if model.measured_damage is not None]
+        if not known:
+            return (
+                "next: energy says which matrices give, not what quality costs. Look again with text like that the "
+                "model is for, --calibration TEXT, and a method that looks at it."
+            )
+        good = min((model for model in known if _damage(model) <= _HARDLY), key=lambda m: m.parameters, default=None)
+        if good is not None:
+            flag = self.budget_kind.replace("_", "-")
+            return (
+                f"recommended: --{flag} {good.budget:g}, the least of these whose measured damage is at most "
+                f"{_HARDLY} ({_damage(good):.4f}), before refinement and recovery."
+            )
+        best = min(known, key=_damage)
+        return (
+            f"recommended: none of these as they are; the least damage is {_damage(best):.4f}, at {best.budget:g}; "
+            f"{_HARDLY} is hardly felt. Keep more, or compress and train it back with recover."
+        )
+
+    def _loss(self, loss: float) -> str:
+        """A predicted loss on a scale: damage as it is, energy as the share of all there is."""
+        whole = sum(matrix.norm for matrix in self.matrices if matrix.planned)
+        return f"{loss:.4g}" if self.loss_name != ENERGY else f"{loss / whole:.1%}"
+
     def _model_rows(self) -> list[list[str]]:
         header = [
             self.budget_kind,
@@ -147,7 +180,7 @@ class Analysis:
         rows = [header]
         for model in (self.dense, *self.budgets):
             row = ["dense" if model is self.dense else f"{model.budget:g}", f"{model.parameters:,}"]
-            row += [f"{model.size_bytes / 1e6:.2f} MB", f"{model.multiply_adds:,}", f"{model.predicted_loss:.4g}"]
+            row += [f"{model.size_bytes / 1e6:.2f} MB", f"{model.multiply_adds:,}", self._loss(model.predicted_loss)]
             if has_damage:
                 row.append("" if model.measured_damage is None else f"{model.measured_damage:.4g}")
             if model.seconds is not None:
@@ -165,6 +198,10 @@ class Analysis:
             shown = [f"{one.rank} ({one.metric_error:.2f})" if one.rank else one.structure for one in matrix.planned]
             rows.append(row + (shown or ["no target"] * len(self.budgets)))
         return rows
+
+
+def _damage(model: PlannedModel) -> float:
+    return model.measured_damage or 0.0
 
 
 def spectrum_of(singular_values: torch.Tensor) -> Spectrum:

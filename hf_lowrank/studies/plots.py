@@ -243,7 +243,8 @@ def _page(result: Analysis | Comparison, picture: bytes) -> str:
     image = f'<img alt="{escape(title)}" src="data:image/png;base64,{base64.b64encode(picture).decode()}">'
     tables = "".join(f"<h2>{escape(name)}</h2>{_table(rows)}" for name, rows in result.tables())
     head = f'<meta charset="utf-8"><title>{escape(title)}</title><style>{_STYLE}</style>'
-    body = f"<h1>{escape(title)}</h1>{image}{tables}"
+    end = f"<p>{escape(result.recommendation)}</p>" if isinstance(result, Analysis) else ""
+    body = f"<h1>{escape(title)}</h1>{image}{tables}{end}"
     return f"<!doctype html><html lang=en><head>{head}</head><body>{body}</body></html>\n"
 
 

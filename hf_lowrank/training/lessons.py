@@ -15,6 +15,7 @@ from hf_lowrank.files.digests import digest_of, fingerprint
 from hf_lowrank.files.scratch import temporary_folder, write_text
 from hf_lowrank.hosts.gradients import leave_inference_mode_
 from hf_lowrank.hosts.loading import require_runs
+from hf_lowrank.progress import tell
 from hf_lowrank.training.arguments import make_arguments
 from hf_lowrank.training.distillation import DistillationTrainer, default_losses
 from hf_lowrank.training.features import Features, PaddingCollator, hold_out, make_features, with_target_rows
@@ -44,6 +45,11 @@ class Lesson:
     padding: int
     temperature: float = 1.0
     dropout: bool = False
+
+
+class _StepsTold(TrainerCallback):
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        tell(f"training, {state.global_step} of {state.max_steps} steps done")
 
 
 def make_lesson(
@@ -88,7 +94,7 @@ def train(
             train_dataset=lesson.features,
             eval_dataset=lesson.held_out,
             data_collator=PaddingCollator(lesson.padding),
-            callbacks=list(callbacks),
+            callbacks=[*callbacks, _StepsTold()],
             teacher=lesson.teacher,
             losses=lesson.losses,
             temperature=lesson.temperature,

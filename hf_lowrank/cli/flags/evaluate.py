@@ -1,7 +1,7 @@
 """What `evaluate` can be told."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass, fields
+from dataclasses import MISSING, dataclass, fields
 from typing import Any
 
 from hf_lowrank.cli.flags.commands import Commands, add_command
@@ -15,6 +15,17 @@ _EXAMPLES = """examples:
 
 tasks, and the data they read:
 """
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Scored(Options):
+    """What is scored.
+
+    Args:
+        task: What a model is to do; each reads data of its own kind.
+    """
+
+    task: str = option(MISSING, choices=TASKS)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +52,7 @@ class TaskFlags(Options):
 def add_task(parser: Any, names: Iterable[str]) -> None:
     """Add the task, its data and some of its options."""
     parser.add_argument("--dataset", metavar="DATA", required=True, help="file, or NAME:CONFIG:SPLIT of the Hub")
-    parser.add_argument("--task", required=True, help=", ".join(TASKS))
+    add_flags(parser, _Scored, ["task"])
     add_flags(parser.add_argument_group("of the task"), TaskFlags, names)
 
 

@@ -2,13 +2,12 @@
 
 import argparse
 
-from hf_lowrank.cli.flags.commands import Commands, Parser, add_command, add_out
+from hf_lowrank.cli.flags.commands import Commands, Parser, add_command, add_out, methods_in_words
 from hf_lowrank.cli.flags.evaluate import add_evaluate
 from hf_lowrank.cli.flags.sharing import add_sharing_commands
 from hf_lowrank.cli.flags.studies import add_calibration, add_study_commands
 from hf_lowrank.cli.flags.training import add_training_commands
 from hf_lowrank.compression.settings import CompressOptions
-from hf_lowrank.methods.table import METHOD_NAMES, METHODS
 from hf_lowrank.options import add_flags, names_of_flags
 from hf_lowrank.version import __version__
 
@@ -28,10 +27,7 @@ _COMPRESS_EXAMPLES = """examples:
   hf-lowrank compress MODEL OUT --target-size 100MB          the whole folder, tokenizer included
   hf-lowrank compress MODEL OUT --rank 64 --rank-pattern query=32 key=32
   hf-lowrank compress MODEL OUT --keep-params 0.6 --target-modules query key value
-  hf-lowrank compress MODEL OUT --keep-params 0.6 --dry-run --json
-
-recommended methods:
-"""
+  hf-lowrank compress MODEL OUT --keep-params 0.6 --dry-run --json"""
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -55,9 +51,8 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def _add_compress(commands: Commands) -> None:
-    recommended = [f"  {name:<18}{row.summary}" for name, row in METHODS.items() if row.is_recommended]
-    methods = "\n".join([*recommended, f"all: {', '.join(METHOD_NAMES)}"])
-    parser = add_command(commands, "compress", "make a model smaller and save it", _COMPRESS_EXAMPLES + methods)
+    examples = _COMPRESS_EXAMPLES + methods_in_words()
+    parser = add_command(commands, "compress", "make a model smaller and save it", examples)
     parser.add_argument("model", metavar="MODEL", help="Hub id or folder of a dense model")
     add_out(parser)
     budget = parser.add_argument_group("budget, exactly one (none with --bits or a method that names its ranks)")

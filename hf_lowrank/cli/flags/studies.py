@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-from hf_lowrank.cli.flags.commands import Commands, Parser, add_command
+from hf_lowrank.cli.flags.commands import Commands, Parser, add_command, methods_in_words
 from hf_lowrank.cli.flags.evaluate import add_task
 from hf_lowrank.compression.settings import ANALYZED, COMPARED, ComparisonOptions, CompressOptions
 from hf_lowrank.options import add_flags
@@ -23,23 +23,20 @@ Killed, it goes on where it was when started again with the same --work-dir."""
 
 def add_study_commands(commands: Commands) -> None:
     """Add the commands that look and measure, and change nothing."""
-    parser = add_command(commands, "analyze", "show what compressing would do to each matrix", _ANALYZE_EXAMPLES)
+    parser = add_command(
+        commands, "analyze", "show what compressing would do to each matrix", _ANALYZE_EXAMPLES + methods_in_words()
+    )
     _add_model(parser)
     _add_fractions(parser, ANALYZED)
     add_flags(parser, CompressOptions, ["method"])
     add_flags(add_calibration(parser), CompressOptions, ["text_column", "cache_dir"])
 
-    parser = add_command(commands, "compare", "score methods side by side at equal sizes", _COMPARE_EXAMPLES)
+    parser = add_command(
+        commands, "compare", "score methods side by side at equal sizes", _COMPARE_EXAMPLES + methods_in_words()
+    )
     _add_model(parser)
     _add_fractions(parser, COMPARED)
-    parser.add_argument(
-        "--methods",
-        metavar="METHOD",
-        nargs="+",
-        required=True,
-        help="each NAME[:ALLOCATION[:STORAGE[:REFINE_PASSES]]], such as svd, whitened_svd:uniform or "
-        "two_sided_svd:measured:pivoted:0; what is left out is what compress does by default",
-    )
+    add_flags(parser, ComparisonOptions, ["methods"])
     add_task(parser, ["text_column", "max_examples"])
     add_calibration(parser)
     parser.add_argument("--off-calibration", metavar="DATA", help="text of another kind to score on as well")

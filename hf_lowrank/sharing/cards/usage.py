@@ -3,6 +3,7 @@
 from typing import Any
 
 from hf_lowrank.hosts.heads import auto_class
+from hf_lowrank.hosts.outputs import kind_of_head
 from hf_lowrank.records.report import CompressionReport
 from hf_lowrank.remote_code import modeling_lowrank
 
@@ -32,6 +33,18 @@ _EXAMPLES = {
     "text-generation": '"Once upon a time"',
     "token-classification": '"Ada Lovelace lived in London."',
 }
+# auto class -> the task of `evaluate` for what it says
+_SCORED = {
+    "AutoModelForCausalLM": "causal-lm",
+    "AutoModelForImageClassification": "image-classification",
+    "AutoModelForMaskedLM": "masked-lm",
+    "AutoModelForPreTraining": "masked-lm",
+    "AutoModelForQuestionAnswering": "question-answering",
+    "AutoModelForSeq2SeqLM": "seq2seq-lm",
+    "AutoModelForSequenceClassification": "text-classification",
+}
+# what a classifier's head says where that is no class -> the task for it
+_OTHER_HEADS = {"number": "text-regression", "labels": "agreement"}
 # what a model reads -> what makes it, and what that is called; of text it is a tokenizer
 _READERS = {
     "pixel_values": ("AutoImageProcessor", "processor"),
@@ -69,6 +82,21 @@ def snippet(report: CompressionReport, repo: str) -> str:
         f'model = {auto}.from_pretrained("{repo}", trust_remote_code=True)',
         f'{name} = {reader}.from_pretrained("{repo}", trust_remote_code=True)',
     )
+
+
+def evaluation_task(report: CompressionReport, model: Any) -> str:
+    """The task of `evaluate` for the model's head; agreement with the dense model where there is none of its own."""
+    if report.origin.library_name == SENTENCES:
+        return "similarity"
+    task = _SCORED.get(_auto_class(report), "agreement")
+    return _OTHER_HEADS.get(kind_of_head(model), task) if task == "text-classification" else task
+
+
+def loading_line(report: CompressionReport, repo: str) -> str:
+    """One line that loads the model from `repo`, a Hub id or a folder, as what it is."""
+    is_encoder = report.origin.library_name == SENTENCES
+    load = "SentenceTransformer" if is_encoder else f"{_auto_class(report)}.from_pretrained"
+    return f"{load}({repo!r}, trust_remote_code=True)"
 
 
 def _task(report: CompressionReport) -> str | None:
