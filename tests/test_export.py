@@ -4,9 +4,12 @@ import json
 import subprocess
 import sys
 from collections import Counter
+from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 import torch
 from every_structure import MIXTURE, OF_ANY_MODEL, build_every_structure, structures_with
@@ -24,7 +27,10 @@ from hf_lowrank.runtimes import onnx_files
 from hf_lowrank.runtimes.export import export
 from hf_lowrank.runtimes.graphs import make_graphs
 from hf_lowrank.runtimes.onnx_graph import tidied
+from hf_lowrank.runtimes.onnx_rounding import rounded
+from hf_lowrank.runtimes.options import Draft
 from hf_lowrank.runtimes.plain import plain_copy
+from hf_lowrank.runtimes.stored import stored_grids
 from hf_lowrank.sharing.saving import load_compressed, save_folder
 
 # Written in Python that has neither torch nor this library.
@@ -34,6 +40,12 @@ for name in ("torch", "transformers", "hf_lowrank"):
     sys.modules[name] = None
 import numpy as np
 given = dict(np.load("given.npz"))
+"""
+IN_OPENVINO = """
+import openvino
+model = openvino.Core().compile_model("small/openvino/openvino_model.xml", "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+found = model({one.any_name: given[one.any_name] for one in model.inputs})
+np.savez("found.npz", **{one.any_name: found[one] for one in model.outputs})
 """
 IN_ONNX = """
 import onnxruntime
@@ -66,7 +78,7 @@ def worst(reference, plain, folder):
     """The largest difference between the graphs of a model, as saved, and their files, on inputs of other sizes."""
     found = []
     for graph, torch_graph in zip(make_graphs(plain), make_graphs(reference), strict=True):
-        path = onnx_files.write(graph, plain, "float32", folder, ()).path
+        path = onnx_files.write(graph, plain, Draft("float32", folder)).path
         batches = [dummy_inputs(reference, *sizes) for sizes in ((3, 8), (1, 5), (6, 13))]
         found.append(checking.check(torch_graph, onnx_files.session(path), batches, reference, False).difference)
     return max(found)
@@ -139,15 +151,16 @@ def test_a_causal_model_writes_on_from_its_past(tmp_path):
     assert written == wanted
 
 
-def test_a_file_needs_its_runtime_alone(tmp_path):
+@pytest.mark.parametrize(("runtime", "code"), [("onnx", IN_ONNX), ("openvino", IN_OPENVINO)])
+def test_a_file_needs_its_runtime_alone(runtime, code, tmp_path):
     folder = small_folder(tmp_path / "small", "BertForSequenceClassification")
-    export(folder)
+    export(folder, runtime=runtime)
     model = load_compressed(folder)
     batch = dummy_inputs(model, 3, 7)
     batch["token_type_ids"] = torch.zeros_like(batch["input_ids"])
     np.savez(tmp_path / "given.npz", **{name: value.numpy() for name, value in batch.items()})
 
-    subprocess.run([sys.executable, "-c", ALONE + IN_ONNX], cwd=tmp_path, check=True)
+    subprocess.run([sys.executable, "-c", ALONE + code], cwd=tmp_path, check=True)
 
     with torch.no_grad():
         assert np.allclose(np.load(tmp_path / "found.npz")["logits"], model(**batch).logits, atol=1e-5)
@@ -168,7 +181,7 @@ def test_a_file_that_says_something_else_never_appears(tmp_path, capsys, monkeyp
     folder = small_folder(tmp_path / "small", "BertModel")
     before = sorted(folder.rglob("*"))
 
-    def spoiled(model):
+    def spoiled(model, keeps_rounding):
         made = plain_copy(model)
         with torch.no_grad():
             next(made.encoder.parameters()).add_(0.1)
@@ -182,6 +195,103 @@ def test_a_file_that_says_something_else_never_appears(tmp_path, capsys, monkeyp
     assert main(["export", str(folder), "--force", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["files"][0]["check"]["is_within"] is False
     assert (folder / "onnx" / "model.onnx").is_file()
+
+
+@pytest.fixture(scope="module")
+def rounded_folder(tmp_path_factory):
+    """A masked language model whose weights were rounded, some as pivoted rows."""
+    dense = build("BertForMaskedLM", hidden_size=96, num_attention_heads=4, intermediate_size=160, vocab_size=300)
+    model = compress(dense, method="svd", keep_targets=0.6, bits=4.5)
+    return save_folder(model, tmp_path_factory.mktemp("rounded") / "small")
+
+
+ROUNDED = {
+    ("onnx", "int8"): "onnx/model_qint8_avx512_vnni.onnx",
+    ("onnx", "int4"): "onnx/model_q4.onnx",
+    ("onnx", "as-stored"): "onnx/model_stored.onnx",
+    ("openvino", "float32"): "openvino/openvino_model.xml",
+    ("openvino", "int8"): "openvino/openvino_model_qint8_quantized.xml",
+    ("openvino", "int4"): "openvino/openvino_model_qint4_quantized.xml",
+    ("openvino", "as-stored"): "openvino/openvino_model_stored.xml",
+}
+
+
+@pytest.mark.parametrize(("runtime", "precision"), ROUNDED)
+def test_each_precision_is_a_file_of_its_name_that_says_nearly_the_same(runtime, precision, rounded_folder):
+    found = export(rounded_folder, runtime=runtime, precision=precision, force=True)
+
+    (file,) = found.files
+    agreement = file.check.agreement["top1_agreement"]
+    assert file.path == str(rounded_folder / ROUNDED[runtime, precision])
+    assert found.notes == ()
+    assert agreement > {"float32": 0.999, "int8": 0.9, "int4": 0.4, "as-stored": 0.9}[precision]
+    assert (file.check.difference < 1e-4) is (precision == "float32")
+
+
+def test_stored_numbers_are_those_that_run(rounded_folder, tmp_path):
+    model = load_compressed(rounded_folder)
+    plain = plain_copy(model, keeps_rounding=True)
+    graph, reference = make_graphs(plain)[0], make_graphs(model)[0]
+    made = tidied(onnx_files.traced(graph, plain, tmp_path))
+    large = [one for one in made.graph.initializer if len(one.dims) == 2 and one.dims[0] * one.dims[1] >= 1024]
+
+    made, notes = rounded(made, "as-stored", stored_grids(model), is_dynamic=False)
+    onnx_files.save_onnx(made, tmp_path / "stored.onnx")
+
+    batches = [dummy_inputs(model, *sizes) for sizes in ((3, 8), (6, 13))]
+    exact = onnxruntime.SessionOptions()
+    exact.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL  # else inputs are rounded
+    run = partial(onnxruntime.InferenceSession(tmp_path / "stored.onnx", exact).run, ["logits"])
+    found = checking.check(
+        reference,
+        lambda given: {"logits": torch.from_numpy(run({name: value.numpy() for name, value in given.items()})[0])},
+        batches,
+        model,
+        False,
+    )
+    held = [one for one in made.graph.initializer if one.data_type == onnx.TensorProto.INT8]
+    assert found.difference < 1e-5
+    assert notes == ()
+    assert len(held) >= len(large) > 20
+
+
+def test_numbers_too_wide_for_a_runtime_stay_as_they_are_and_are_named(rounded_folder, tmp_path):
+    model = load_compressed(rounded_folder)
+    plain = plain_copy(model, keeps_rounding=True)
+    made = tidied(onnx_files.traced(make_graphs(plain)[0], plain, tmp_path))
+    grids = [replace(one, codes=one.codes * 1000) for one in stored_grids(model)]
+
+    _, notes = rounded(made, "as-stored", grids)
+
+    assert any("layer.0.attention.self.query.down: in float32" in note and "8 bits" in note for note in notes)
+
+
+def test_as_stored_needs_what_is_stored_rounded(tmp_path):
+    folder = small_folder(tmp_path / "small", "BertModel")
+
+    with pytest.raises(InputError, match="not rounded"):
+        export(folder, precision="as-stored")
+
+
+def test_a_rounded_file_takes_a_byte_for_each_number(tmp_path):
+    wide = {"hidden_size": 128, "vocab_size": 16000, "intermediate_size": 256, "num_attention_heads": 4}
+    model = build_every_structure("BertModel", ("low_rank",), **wide)
+    folder = save_folder(model, tmp_path / "small")
+
+    found = export(folder, precision="int8", force=True)
+
+    sizes = [p.numel() * (1 if p.dim() > 1 else 4) for n, p in model.named_parameters() if "pooler" not in n]
+    assert found.files[0].size_bytes == pytest.approx(sum(sizes) + 4 * 16000, rel=0.03)
+
+
+def test_inputs_of_several_matrices_are_rounded_once(tmp_path):
+    folder = small_folder(tmp_path / "small", "BertModel", storage="low_rank")
+    export(folder, precision="int8", force=True)
+    nodes = onnx.load(folder / "onnx" / "model_qint8_avx512_vnni.onnx").graph.node
+
+    read = [node.input[0] for node in nodes if node.op_type == "DynamicQuantizeLinear"]
+    assert len(read) == len(set(read))
+    assert 0 < len(read) < sum(node.op_type == "MatMulInteger" for node in nodes)
 
 
 @pytest.mark.parametrize("kind", ["dense", "experts", "none"])

@@ -15,9 +15,12 @@ from hf_lowrank.options import settle
 from hf_lowrank.remote_code.lowrank_structures import named_structures
 from hf_lowrank.runtimes.check import Check, check, check_batches
 from hf_lowrank.runtimes.graphs import make_graphs
-from hf_lowrank.runtimes.options import FLOAT, ExportOptions
+from hf_lowrank.runtimes.options import FLOAT, STORED, Draft, ExportOptions
 from hf_lowrank.runtimes.plain import plain_copy
+from hf_lowrank.runtimes.stored import stored_grids
 from hf_lowrank.sharing.saving import load_compressed
+
+_REMEDY = "Choose another precision, or look at the file all the same (--force)."
 
 
 @dataclass(frozen=True)
@@ -80,12 +83,12 @@ def export(folder: str | Path, tokenizer: Any = None, **options: Any) -> Export:
     if experts := [name for name, structure in named_structures(model) if structure.HOSTS == "experts"]:
         raise InputError(f"{experts[0]} holds experts, which tokens choose: no fixed graph does. Run it in torch.")
     batches = check_batches(model, find_tokenizer(model, tokenizer), chosen.text)
-    with workshop(path / writer.FOLDER) as shop:
+    with workshop(path / chosen.runtime) as shop:
         files, notes = _drafts(model, writer, chosen, shop, batches)
         failed = [one for one in files if not one.check.is_within]
         if failed and not chosen.force:
-            return Export(False, f"{_told(failed[0])}: refused. {writer.REMEDY}", (), notes)
-        placed = tuple(_placed(one, shop, path / writer.FOLDER) for one in files)
+            return Export(False, f"{_told(failed[0])}: refused. {_REMEDY}", (), notes)
+        placed = tuple(_placed(one, shop, path / chosen.runtime) for one in files)
     return Export(True, "; ".join(map(_told, placed)), placed, notes)
 
 
@@ -93,13 +96,14 @@ def _drafts(
     model: Any, writer: Any, chosen: ExportOptions, shop: Path, batches: Sequence[Batch]
 ) -> tuple[list[ExportedFile], tuple[str, ...]]:
     """Every file of a model, written where nobody sees it, and checked."""
-    plain = plain_copy(model)
+    is_stored = chosen.precision == STORED
+    plain, stored = plain_copy(model, is_stored), stored_grids(model) if is_stored else []
     files, notes = [], []
     for graph, reference in zip(make_graphs(plain), make_graphs(model), strict=True):
         place = shop / graph.stem
         place.mkdir()
         try:
-            written = writer.write(graph, plain, chosen.precision, place, batches)
+            written = writer.write(graph, plain, Draft(chosen.precision, place, batches, stored))
         except (RuntimeError, TypeError) as error:  # tracers raise their own
             raise InputError(f"{type(model).__name__} cannot be traced as a graph: {one_line(error)}") from error
         notes += written.notes

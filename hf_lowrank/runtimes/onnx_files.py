@@ -3,7 +3,7 @@
 import io
 import logging
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Any
@@ -14,35 +14,34 @@ import onnxruntime
 import torch
 
 from hf_lowrank.files.scratch import temporary_folder
-from hf_lowrank.hosts.outputs import Batch
 from hf_lowrank.runtimes.graphs import Graph
 from hf_lowrank.runtimes.onnx_graph import tidied
-from hf_lowrank.runtimes.options import FLOAT, INT4, INT8, STORED, Written
+from hf_lowrank.runtimes.onnx_rounding import rounded
+from hf_lowrank.runtimes.options import FLOAT, INT4, INT8, STORED, Draft, Written
 
 # What ONNX Runtime, OpenVINO and text-embeddings-inference of two years ago read too.
 _OPSET = 18
 _MOST_BYTES = 1 << 31  # of one protocol buffer
 _EXTERNAL = 1024
 
-FOLDER = "onnx"
 # Ends of the names that sentence-transformers, fastembed and transformers.js look for.
 _ENDINGS = {FLOAT: "", INT8: "_qint8_avx512_vnni", INT4: "_q4", STORED: "_stored"}
-REMEDY = "Choose another precision, or look at the file all the same (--force)."
 
 
-def write(graph: Graph, whole: Any, precision: str, folder: Path, batches: Sequence[Batch]) -> Written:
+def write(graph: Graph, whole: Any, draft: Draft) -> Written:
     """Write a graph of a plain model.
 
     Args:
         whole: The model it is of.
-        folder: Where; nothing else is there.
-        batches: Of text; not needed, as inputs are scaled when they are seen.
     """
     with temporary_folder() as scratch:
         model = tidied(traced(graph, whole, scratch))
-        path = folder / f"{graph.stem}{_ENDINGS[precision]}.onnx"
+        notes: tuple[str, ...] = ()
+        if draft.precision != FLOAT:
+            model, notes = rounded(model, draft.precision, draft.stored)
+        path = draft.folder / f"{graph.stem}{_ENDINGS[draft.precision]}.onnx"
         save_onnx(model, path)
-    return Written(path, ())
+    return Written(path, notes)
 
 
 def session(path: Path) -> "OnnxSession":

@@ -1,5 +1,6 @@
 """What an export can be told."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,23 @@ from hf_lowrank.options import Options, option
 
 RUNTIMES = ("onnx", "openvino")
 FLOAT, INT8, INT4, STORED = PRECISIONS = ("float32", "int8", "int4", "as-stored")
+
+
+@dataclass(frozen=True)
+class Draft:
+    """How a graph is to be written.
+
+    Args:
+        precision: See `ExportOptions`.
+        folder: Where; nothing else is there.
+        batches: Of text.
+        stored: What the model's matrices were rounded to, for `as-stored`.
+    """
+
+    precision: str
+    folder: Path
+    batches: Sequence[Any] = ()
+    stored: Sequence[Any] = ()
 
 
 @dataclass(frozen=True)

@@ -20,12 +20,16 @@ _AS_THEY_ARE = ("low_rank", "joint_low_rank", "low_rank_embedding", "low_rank_ex
 
 
 @torch.no_grad()
-def plain_copy(model: Any) -> Any:
+def plain_copy(model: Any, keeps_rounding: bool = False) -> Any:
     """A copy of a compressed model in memory, float32, whose structures are layers that every runtime knows.
 
     A linear structure becomes two factors of the rank its weight has, with columns of equal length, or one dense
     matrix where that takes fewer multiply-adds: what several share, and what no token changes, is formed here once.
     A token table of one band becomes rows of codes in the order of the tokens, and a product.
+
+    Args:
+        keeps_rounding: Take pivoted rows as the second factor they are, whatever that costs in multiply-adds, so that
+            rounded numbers stay those that were rounded; and tables as they are stored.
     """
     copied = copy.deepcopy(model).cpu()
     for module in copied.modules():
@@ -34,19 +38,19 @@ def plain_copy(model: Any) -> Any:
                 module._parameters[name] = nn.Parameter(decoded(parameter.detach()), requires_grad=False)
     copied = copied.float().eval()
     for name, structure in named_structures(copied):
-        if (made := _plain(structure)) is not None:
+        if (made := _plain(structure, keeps_rounding)) is not None:
             replace_(copied, name, made)
     return copied
 
 
-def _plain(structure: Any) -> nn.Module | None:
+def _plain(structure: Any, keeps_rounding: bool) -> nn.Module | None:
     """What stands for a structure in a graph; None for the structure itself."""
     name = str(structure_name(structure))
     if name in _AS_THEY_ARE:
         return None
     if structure.HOSTS == "linear":
-        return plain_linear(structure)
-    if isinstance(structure, BandedAutoencoder) and len(structure.bands) == 1:
+        return plain_linear(structure, keeps_rounding)
+    if isinstance(structure, BandedAutoencoder) and len(structure.bands) == 1 and not keeps_rounding:
         codes: Any = structure.codes[0]
         table = nn.Embedding.from_pretrained(codes.weight[structure.places.long()], padding_idx=structure.padding_idx)
         decoder = nn.Linear(*structure.basis.shape)
@@ -55,12 +59,14 @@ def _plain(structure: Any) -> nn.Module | None:
     return None
 
 
-def plain_linear(structure: Any) -> nn.Module:
+def plain_linear(structure: Any, keeps_rounding: bool = False) -> nn.Module:
     """A linear structure as two factors of its weight's rank, or as a dense layer where that is cheaper."""
     bias = structure.dense_bias()
     if decode := DECODERS.get(str(structure_name(structure))):
         found = decode(structure)
-        factors: Factors | None = truncated(found.up.double(), found.down.double(), structure.rank)
+        factors: Factors | None = found
+        if not keeps_rounding:
+            factors = truncated(found.up.double(), found.down.double(), structure.rank)
     else:
         factors = _exact_factors(structure.to_dense().double())
     rows, columns = structure.out_features, structure.in_features
