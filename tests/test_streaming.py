@@ -2,10 +2,14 @@
 
 import json
 import random
+import shutil
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 import transformers
+from forks import run_forked
 from tiny_architectures import ARCHITECTURES
 from tiny_models import VOCABULARY, build
 
@@ -23,6 +27,7 @@ MIXTURES = ["MixtralForCausalLM", "GraniteMoeForCausalLM"]
 OTHERS = ["Gemma3ForCausalLM", "GPTNeoXForCausalLM", "ViTForImageClassification"]
 METHODS_OF_MATRICES = [name for name, row in METHODS.items() if row.takes == OF_MATRICES]
 KINDS = ARCHITECTURES | {"AlbertForMaskedLM": {**ARCHITECTURES["ModernBertForMaskedLM"], "embedding_size": 8}}
+HF_LOWRANK = shutil.which("hf-lowrank", path=str(Path(sys.executable).parent))
 IN_MEMORY = {"anchored": False, "refine_passes": 0}
 
 
@@ -221,3 +226,16 @@ def test_weights_that_are_not_finite_are_refused_by_name(folder):
 
 def test_a_small_model_is_held_in_memory_by_default(folder):
     assert offloaded(compress(folder("LlamaForCausalLM"), method="svd", keep_targets=0.6)) is None
+
+
+def test_two_processes_share_the_work_and_find_what_one_finds(folder, tmp_path):
+    path, options = folder("LlamaForCausalLM"), ["--keep-targets", "0.6", "--memory", "1MB", "--no-latency"]
+    for count in (1, 2):
+        (tmp_path / f"{count}").mkdir()
+        said = run_forked([HF_LOWRANK, "compress", path, "out", *options], tmp_path / f"{count}", processes=count)
+        assert said.count("saved:") == 1
+    alone, together = (load_compressed(tmp_path / f"{count}" / "out") for count in (1, 2))
+
+    assert alone.config.compression["modules"] == together.config.compression["modules"]
+    for one, other in zip(alone.parameters(), together.parameters(), strict=True):
+        assert torch.allclose(one, other, atol=1e-5)

@@ -31,6 +31,7 @@ from hf_lowrank.sharing.cards.usage import loading_line
 from hf_lowrank.sharing.record import record_bytes, write_record
 from hf_lowrank.sharing.saving import save_folder, side_file_bytes
 from hf_lowrank.studies.analysis import planned_report
+from hf_lowrank.training.processes import end_as_first
 
 # What no module name holds, but a pattern does.
 _IS_PATTERN = re.compile(r"[\\^$*+?()\[\]{}|]")
@@ -55,6 +56,8 @@ def run(arguments: argparse.Namespace) -> int:
         small = compress(dense, **about, **for_weights)
     except InputError as error:
         raise _with_side_files(error, side_bytes) from error
+    if not end_as_first():
+        return 0
     made_by = {"settings": asked.to_dict(), "command": shown_command(arguments.given, arguments.model)}
     small.config.compression["provenance"] |= made_by
     folder = save_folder(small, arguments.out, arguments.model, arguments.overwrite, tokenizer)

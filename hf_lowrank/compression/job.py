@@ -14,6 +14,7 @@ from hf_lowrank.compression.settled import Settings
 from hf_lowrank.compression.tier import opened
 from hf_lowrank.errors import InputError
 from hf_lowrank.files.digests import digest_of
+from hf_lowrank.files.processes import my_share, wait_for_all
 from hf_lowrank.files.redaction import without_tokens_inside
 from hf_lowrank.hosts.disk.offloaded import offloaded
 from hf_lowrank.hosts.loading import find_tokenizer
@@ -72,9 +73,13 @@ class Job:
         compares = problem.budget.kind != "rank" and ALLOCATIONS[problem.allocation].errors != "none"
 
         def finish(matrices: Sequence[DenseMatrix]) -> None:
-            found.store([*matrices, *(errors.joint(matrices) if compares else [])])
+            found.store(my_share([*matrices, *(errors.joint(matrices) if compares else [])]))
 
-        evidence.collect(finish, forgets=not method.solver.fits_each_rank)
+        if evidence.kinds:
+            evidence.collect(finish, forgets=not method.solver.fits_each_rank)
+        elif compares:
+            finish(problem.matrices)
+        wait_for_all()
 
     def _uncut(self) -> Plan:
         """The plan that replaces nothing."""
@@ -87,7 +92,7 @@ class Job:
             InputError: If a weight is not in memory, or the budget is out of reach.
         """
         evidence, cuts = self.problem.evidence, self.settings.options.cuts
-        if isinstance(evidence, StagedEvidence) and evidence.kinds:
+        if isinstance(evidence, StagedEvidence):
             self._decompose(evidence)
         plan, matrices = self.settings.method.plan(self.problem) if cuts else (self._uncut(), [])
         config: Any = self.model.config

@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 from hf_lowrank.compression.filling import become_compressed_, cast_, replace_matrices_
 from hf_lowrank.compression.job import Job
 from hf_lowrank.files.digests import digest_of
+from hf_lowrank.files.processes import my_share, wait_for_all
 from hf_lowrank.hosts.blocks import block_name
 from hf_lowrank.hosts.disk.offloaded import (
     Offloaded,
@@ -41,7 +42,11 @@ def stream_(job: Job) -> PreTrainedModel:
     )
     away.kept.append(evidence)
     units = _units(replaced)
-    for name in job.problem.progress(list(units), "replacing"):
+    mine = my_share(list(units))
+    for name in job.problem.progress(mine, "replacing"):
+        _replace_unit_(small, away, name, units[name], plan, job, folder)
+    wait_for_all()
+    for name in units.keys() - {*mine}:  # which other processes have made
         _replace_unit_(small, away, name, units[name], plan, job, folder)
     become_compressed_(small, plan)
     away.attach()

@@ -6,6 +6,7 @@ from functools import cached_property
 from pathlib import Path
 
 from hf_lowrank.files.digests import digest_of
+from hf_lowrank.files.processes import rank_and_count, told_by_first, wait_for_all
 from hf_lowrank.hosts.blocks import block_name, calls_in_order, find_blocks, frozen, hidden_states
 from hf_lowrank.hosts.disk.stages import Stages, require_stages
 from hf_lowrank.hosts.matrices import DenseMatrix
@@ -24,7 +25,7 @@ class StagedEvidence(Evidence):
     Forward, one block after the other is run on the whole text, and what each returns kept on disk. Backward, each is
     run again from there, and the gradient that the block after it left is taken through it: two runs forward and one
     backward of every block in all, with the weights of one block and the activations of one batch in memory. What a
-    stage needed is removed after it.
+    stage needed is removed after it. Several processes share out the batches, and what is found of each is summed.
 
     Args:
         solver: Name of what the statistics are for, which may forget moments.
@@ -48,22 +49,25 @@ class StagedEvidence(Evidence):
         stages, backward = self.stages, needs_gradients(self.kinds)
         order = list(reversed(range(len(stages)))) if backward else list(range(len(stages)))
         with frozen(self.model):
-            if not self._file(order[0]).is_file():
+            if not self._own(order[0]).is_file():
                 self._run_forward(order[:0:-1] if backward else [])
-            for stage in self.progress(order, "collecting statistics"):
-                if not self._file(stage).is_file():
+            for place, stage in enumerate(self.progress(order, "collecting statistics")):
+                if not self._own(stage).is_file():
                     self._collect_stage(stage)
-                vars(self)["_statistics"] = Statistics.load(*filter(Path.is_file, map(self._file, order)))
+                wait_for_all()
+                known = [path for one in order[: place + 1] for path in self._files(one)]
+                vars(self)["_statistics"] = Statistics.load(*known)
                 finish(self._matrices_of(stage))
+                wait_for_all()
                 if forgets and 0 < stage < len(stages) - 1:  # a table is known from both ends
-                    Statistics.load(self._file(stage)).forget_moments()
+                    Statistics.load(self._own(stage)).forget_moments()
                 stages.forget(stage if backward else stage - 1)
 
     def _run_forward(self, order: Sequence[int]) -> None:
         require_stages(self.stages, find_blocks(self.model, self.watched))
         for stage in self.progress(order, "running blocks"):
             with self.stages.weights():
-                for index in range(len(self.stages.batches)):
+                for index in self.stages.indices:
                     self.stages.advance(stage, index)
 
     def _collect_stage(self, stage: int) -> None:
@@ -71,11 +75,11 @@ class StagedEvidence(Evidence):
         is_last = stage == len(stages) - 1
         tables = [m for m in self.watched if m.role not in BLOCK_ROLES] if is_last else []
         names = [part.name for matrix in {m.name: m for m in (*matrices, *tables)}.values() for part in matrix.parts]
-        about = {"format": FORMAT, "fingerprint": self.identity, "names": names, "num_batches": len(stages.batches)}
-        with RunningSums(self._file(stage), about) as sums:
+        about = {"format": FORMAT, "fingerprint": self.identity, "names": names, "batches": list(stages.indices)}
+        with RunningSums(self._own(stage), about) as sums:
             collector = Collector(self.kinds, sums, **sums.notes)
             with stages.weights(), collector.watching(self.model, matrices, tables):
-                for index in range(sums.num_batches, len(stages.batches)):
+                for index in stages.indices[sums.num_batches :]:
                     with collector.looking_at(stages.placed(index)):
                         self._see(collector, stage, index)
                     sums.commit()
@@ -97,8 +101,18 @@ class StagedEvidence(Evidence):
         places |= {"embedding": 0, "head": len(places)}
         return [m for m in self.watched if places[block_name(m.path) if m.role in BLOCK_ROLES else m.role] == stage]
 
-    def _file(self, stage: int) -> Path:
-        return self._place / f"{stage}.safetensors"
+    def _files(self, stage: int) -> list[Path]:
+        """The sums of each process."""
+        count = rank_and_count()[1]
+        return [self._place / f"{stage}-{rank}-of-{count}.safetensors" for rank in range(count)]
+
+    def _own(self, stage: int) -> Path:
+        return self._files(stage)[rank_and_count()[0]]
+
+    @cached_property
+    def folder(self) -> Path:
+        """See `Evidence`; that of the first process."""
+        return told_by_first(super().folder)
 
     @cached_property
     def _place(self) -> Path:

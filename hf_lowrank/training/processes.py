@@ -3,11 +3,10 @@
 import gc
 import os
 from collections.abc import Iterable
-from typing import Any
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import broadcast, broadcast_object_list
+from accelerate.utils import broadcast
 from transformers import TrainingArguments
 
 from hf_lowrank.errors import InputError
@@ -31,11 +30,6 @@ def share_(tensors: Iterable[torch.Tensor]) -> None:
     """Overwrite tensors by those of the first process."""
     for tensor in tensors:
         tensor.copy_(broadcast(tensor.detach().contiguous()))
-
-
-def told_by_first(value: Any) -> Any:
-    """What the first process has as `value`."""
-    return broadcast_object_list([value])[0]
 
 
 def end_as_first() -> bool:

@@ -9,6 +9,7 @@ import torch
 from transformers import PreTrainedModel
 
 from hf_lowrank.errors import InputError, one_line
+from hf_lowrank.files.processes import my_share
 from hf_lowrank.files.scratch import write_file
 from hf_lowrank.hosts.blocks import Reached, hidden_states, left_at, replayed_outputs
 from hf_lowrank.hosts.disk.offloaded import offloaded
@@ -28,12 +29,16 @@ class Stages:
     Args:
         names: Of the blocks, in the order they run.
         folder: Of those files.
+
+    Attributes:
+        indices: Of the batches that are this process's.
     """
 
     def __init__(self, model: PreTrainedModel, names: Sequence[str], batches: Sequence[Batch], folder: Path) -> None:
         self.model = model
         self.names = names
         self.batches = batches
+        self.indices = my_share(range(len(batches)))
         self._folder = folder
 
     def __len__(self) -> int:
@@ -94,7 +99,7 @@ class Stages:
 
     def forget(self, stage: int) -> None:
         """Remove what a stage, and all after it, no longer need."""
-        for index in range(len(self.batches)):
+        for index in self.indices:
             for path in (self._output(stage, index), self._gradient(stage, index)):
                 path.unlink(missing_ok=True)
 
@@ -140,9 +145,10 @@ def require_stages(stages: Stages, blocks: Sequence[str]) -> None:
 
 @torch.no_grad()
 def _runs_the_same(stages: Stages) -> bool:
+    index = stages.indices[0]
     for stage in range(len(stages.names)):
-        stages.advance(stage, 0)
-    whole, found = run(stages.model, stages.placed(0)).rows, stages.run(len(stages.names), 0)[1].rows
+        stages.advance(stage, index)
+    whole, found = run(stages.model, stages.placed(index)).rows, stages.run(len(stages.names), index)[1].rows
     return found.shape == whole.shape and bool(torch.allclose(found, whole, _TOLERANCE, _TOLERANCE))
 
 

@@ -10,8 +10,9 @@ from safetensors.torch import save_file
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from hf_lowrank.errors import InputError
+from hf_lowrank.files.processes import told_by_first
 from hf_lowrank.files.scratch import write_file
-from hf_lowrank.training.processes import share_, told_by_first
+from hf_lowrank.training.processes import share_
 
 _FILE = "best.safetensors"
 
