@@ -56,11 +56,13 @@ class Decomposition:
         vectors = self.vectors[:, :rank]
         if wide.shape[0] <= wide.shape[1]:
             up = self.output_metric.unroot(vectors)  # L_G^-T U
-            factors = balanced(up, self.output_metric.root(vectors).T @ wide)  # U^T L_G^T W
+            down = self.output_metric.root(vectors).T @ wide  # U^T L_G^T W
         else:
             down = self.input_metric.unroot(vectors).T  # (L_C^-T V)^T
-            factors = balanced(wide @ self.input_metric.root(vectors), down)  # W L_C V
-        return Factors(factors.up * 2.0**half, factors.down * 2.0**half)
+            up = wide @ self.input_metric.root(vectors)  # W L_C V
+        del wide  # as large as a token table
+        factors = balanced(up, down)
+        return Factors(factors.up.mul_(2.0**half), factors.down.mul_(2.0**half))
 
 
 @dataclass(frozen=True)
@@ -154,7 +156,7 @@ def scaled(weight: torch.Tensor) -> tuple[torch.Tensor, int]:
     """
     wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
     half = math.frexp(float(wide.abs().max()))[1] // 2
-    return wide / 2.0**half / 2.0**half, half
+    return (wide / 2.0**half).div_(2.0**half), half
 
 
 def _metric_gram(wide: torch.Tensor, output_metric: Metric, input_metric: Metric) -> torch.Tensor:
