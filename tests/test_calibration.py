@@ -1,12 +1,17 @@
 """What a model is watched on: real text where there is some, masked for a masked head, synthetic tokens otherwise."""
 
+from dataclasses import replace
+from itertools import product
+
 import pytest
 import torch
 from tiny_models import VOCABULARY, build
+from tiny_tokenizers import encoder_tokenizer
 
 from hf_lowrank import InputError, compress
 from hf_lowrank.data.calibration import Text, is_masked_lm, make_calibration, mask_tokens, varied_lengths
 from hf_lowrank.hosts.outputs import IGNORED_LABEL
+from hf_lowrank.training.features import PaddingCollator, make_features
 
 SETTINGS = Text(num_samples=32, max_seq_length=24, batch_size=4)
 
@@ -91,3 +96,33 @@ def test_text_that_will_not_do_is_one_clear_line(source, message):
         compress(build("BertModel"), keep_targets=0.5, calibration=source)
 
     assert "\n" not in str(caught.value)
+
+
+PAIRS = [{"sentence1": f"a {one}", "sentence2": f"b b {two}"} for one, two in product("cdefgh", repeat=2)]
+WAYS = {
+    "compress": lambda model, rows: make_calibration(model, rows, encoder_tokenizer(), SETTINGS).batches[0],
+    "recover": lambda model, rows: PaddingCollator()(make_features(model, encoder_tokenizer(), rows)[:8]),
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize(
+    ("head", "together"),
+    [("BertForSequenceClassification", True), ("BertForNextSentencePrediction", True), ("BertModel", False),
+     ("BertForMaskedLM", False), ("GPT2ForSequenceClassification", True)],
+)  # fmt: skip
+def test_a_head_that_judges_pairs_is_shown_pairs_and_any_other_each_text_alone(way, head, together):
+    batch = WAYS[way](build(head), PAIRS)
+
+    first, second = (encoder_tokenizer().convert_tokens_to_ids(letter) for letter in "ab")
+    rows = [set(ids.tolist()) for ids in batch["input_ids"]]
+    assert all({first, second} <= row for row in rows) is together
+    assert any(first in row or second in row for row in rows)
+
+
+def test_a_column_that_is_named_is_the_text():
+    text = replace(SETTINGS, text_column="sentence2")
+
+    batches = make_calibration(build("BertForSequenceClassification"), PAIRS, encoder_tokenizer(), text).batches
+
+    assert not any((batch["input_ids"] == encoder_tokenizer().convert_tokens_to_ids("a")).any() for batch in batches)

@@ -99,6 +99,14 @@ def test_scores_are_those_of_evaluating_what_compress_makes(dense, result):
         assert cell.scores[text]["kl_from_dense"] > 0
 
 
+def test_it_scores_on_as_many_examples_as_it_is_told(dense):
+    found = compare(
+        dense, TEXTS, "masked-lm", tokenizer=encoder_tokenizer(), methods="svd", budgets=[0.5], max_examples=3
+    )
+
+    assert {scores["examples"] for cell in found.cells for scores in cell.scores.values()} == {3.0}
+
+
 def test_g_is_the_logarithm_of_the_ratio_of_perplexities(result):
     dense = result.cells[0].scores["held-out"]["perplexity"]
 

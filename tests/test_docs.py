@@ -166,6 +166,14 @@ def test_the_picture_has_the_numbers_of_the_tables():
     assert json.loads(drawn) == json.loads(json.dumps(written)), "run: make docs"
 
 
+def test_every_public_name_to_train_with_stands_in_a_block_that_is_run():
+    code = "".join(block.code for page in PAGES for block in blocks_of(page) if block.language == "python")
+    training = [name for name in hf_lowrank.__all__ if name.endswith(("Callback", "Trainer", "MixedRank"))]
+
+    assert len(training) >= 6
+    assert [name for name in training if not re.search(rf"\b{name}\(", code)] == []
+
+
 def test_options_and_methods_are_in_the_guides():
     pages = "".join(page.read_text(encoding="utf-8") for page in PAGES if page.name != "reference.md")
 

@@ -1,18 +1,20 @@
 """What someone new is told: where the work is, what to do next, what numbers mean, which methods papers speak of."""
 
 import io
+from dataclasses import replace
 
 import pytest
 from rich.console import Console
 from tiny_models import CONFIGURATIONS, build, heads_of
 
 from hf_lowrank import compress, make_report, progress, recover
+from hf_lowrank.cli.tables import print_comparison, print_matrices
 from hf_lowrank.compression.settings import ComparisonOptions, CompressOptions
 from hf_lowrank.evaluation import TASKS, make_task
 from hf_lowrank.hosts.heads import auto_class
 from hf_lowrank.hosts.latency import Latency
 from hf_lowrank.methods.table import METHODS, paper_of
-from hf_lowrank.records.wording import speed_in_words
+from hf_lowrank.records.latency import LatencyReport
 from hf_lowrank.sharing.cards.usage import evaluation_task, loading_line
 
 
@@ -86,8 +88,22 @@ def test_a_classifier_of_no_classes_is_scored_by_what_it_says(config, task):
 
 
 @pytest.mark.parametrize("speed_up", [2.0, 1.0, 0.5])
-def test_a_speed_that_two_times_do_not_divide_to_says_what_it_is(speed_up):
-    assert "median of rounds" in speed_in_words(Latency(1.0, 1.0, 1.0, speed_up))
+def test_a_speed_that_two_times_do_not_divide_to_says_what_it_is_in_one_line(speed_up, capsys):
+    report = make_report(compress(build("BertModel"), rank=2, method="svd"))
+    times = LatencyReport(8, 128, "", Latency(1.0, 1.0, 1.0, 1.0), Latency(0.9, 0.9, 0.9, speed_up))
+
+    print_comparison(replace(report, latency=times))
+
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("latency")]
+    assert line.rstrip().endswith("median of rounds")
+
+
+def test_no_number_without_a_scale_is_printed_of_a_compression(capsys):
+    report = make_report(compress(build("BertModel"), rank=2, method="svd"))
+
+    print_comparison(report), print_matrices(report)
+
+    assert "error" not in capsys.readouterr().out
 
 
 PAPER_NAMES = {also: name for name, row in METHODS.items() for also in row.also}

@@ -16,6 +16,8 @@ from hf_lowrank.records.report import CompressionReport
 from hf_lowrank.records.wording import megabytes, milliseconds, shape_in_words, share, speed_in_words
 from hf_lowrank.sharing.cards.usage import evaluation_task
 
+_WIDE = 120  # more than any row: one that is broken over two lines cannot be read
+
 
 def print_json(result: dict[str, Any]) -> None:
     """Print one JSON object."""
@@ -71,8 +73,9 @@ def print_comparison(report: CompressionReport) -> None:
     if (latency := report.latency) is not None:
         times = (milliseconds(latency.dense), milliseconds(latency.compressed))
         shape = shape_in_words(latency.batch_size, latency.sequence_length)
-        table.add_row(f"latency, {shape}", *times, speed_in_words(latency.compressed))
-    Console(file=sys.stdout, highlight=False).print(table)
+        # The median of ratios is not quite the ratio of the two medians beside it.
+        table.add_row(f"latency, {shape}", *times, f"{speed_in_words(latency.compressed)}, median of rounds")
+    Console(file=sys.stdout, highlight=False, width=_WIDE).print(table)
 
 
 def _add_parts(table: Table, report: CompressionReport) -> None:

@@ -128,11 +128,13 @@ class CompressOptions(Options):
     bias_correction: bool = option(False, of=[OF_MATRICES])
     memory: str | float | None = option(None, metavar="SIZE", flags="text")
     fast: bool = option(False, of=[OF_MATRICES], flags="text")
-    cache_dir: str | None = option(None, metavar="DIR", flags="text")
+    cache_dir: str | Path | None = option(None, metavar="DIR", flags="text")
 
     def __post_init__(self) -> None:
         super().__post_init__()
         object.__setattr__(self, "method", method_name(self.method))
+        if self.cache_dir is not None:
+            object.__setattr__(self, "cache_dir", str(self.cache_dir))
         for field in fields(self):
             if not self.takes(field.name) and self._asks(field.name):
                 raise InputError(
@@ -206,6 +208,7 @@ class ComparisonOptions(Options):
             out is what `compress` does by default.
         budgets: Fractions of the parameters of the replaced matrices that stay (`keep_targets`), the same for all.
         baseline: Method whose `g` the others' is divided by. None is `STANDARD` if that is among the methods.
+        max_examples: Examples or blocks to score on at most, drawn by the task's seed.
         work_dir: Folder for finished cells, statistics and measurements: what is there is not done again. None keeps
             nothing.
     """
@@ -213,6 +216,7 @@ class ComparisonOptions(Options):
     methods: str | Sequence[str] = option(MISSING, choices=_Spellings(), metavar="METHOD")
     budgets: Sequence[float] = option(COMPARED, above=0, at_most=1)
     baseline: str | None = option(None)
+    max_examples: int | None = option(None, at_least=1)
     work_dir: str | Path | None = option(None, metavar="DIR")
 
     def __post_init__(self) -> None:

@@ -25,6 +25,7 @@ from hf_lowrank.data.batches import (
 from hf_lowrank.data.rows import is_ready, load_rows, load_texts, source_name
 from hf_lowrank.data.synthetic import synthetic_batches
 from hf_lowrank.data.target_texts import pair_batches, reads_targets, target_column, with_targets
+from hf_lowrank.data.two_texts import every_text, judges_pairs, pair_columns, text_batches
 from hf_lowrank.errors import InputError
 from hf_lowrank.files.digests import fingerprint
 from hf_lowrank.hosts.loading import require_runs, vocabulary_size
@@ -101,6 +102,11 @@ def _read(model: PreTrainedModel, source: Any, tokenizer: Any, text: Text) -> li
         rows = load_rows(source, text.num_samples, text.seed)
         if target := target_column(rows[0]):
             return pair_batches(rows, tokenizer, text_column, target, length, text.batch_size)
+    if is_text and text_column is None and (columns := pair_columns(load_rows(source)[0])):
+        rows = load_rows(source, text.num_samples, text.seed)
+        if judges_pairs(model):
+            return list(text_batches(rows, columns, tokenizer, length, text.batch_size))
+        source = every_text(rows, columns)
     if is_text and not is_causal(model):
         source, text_column = varied_lengths(source, text), None
     batches = make_batches(

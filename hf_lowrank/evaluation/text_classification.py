@@ -8,23 +8,13 @@ from typing import Any, ClassVar
 import torch
 from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
 
-from hf_lowrank.data.batches import require_padding
-from hf_lowrank.data.rows import Row, as_text, find_text_column, load_rows, require_columns
+from hf_lowrank.data.rows import Row, find_text_column, load_rows, require_columns
+from hf_lowrank.data.two_texts import pair_columns, text_batches
 from hf_lowrank.errors import InputError
 from hf_lowrank.evaluation.base import Score, Step, Task
 from hf_lowrank.evaluation.blocks import block_length_of
 from hf_lowrank.evaluation.metrics import ClassificationMetric, compute
 from hf_lowrank.hosts.outputs import kind_of_head
-
-# The two texts of a row, where the columns are called so and none is named.
-_PAIRS = (
-    ("sentence1", "sentence2"),
-    ("premise", "hypothesis"),
-    ("question1", "question2"),
-    ("question", "sentence"),
-    ("query", "passage"),
-    ("query", "document"),
-)
 
 
 class _Classification(Score):
@@ -73,28 +63,20 @@ class TextClassification(Task):
     def _steps(self, tokenizer: Any, examples: Any, batch_size: int, model: Any) -> Sequence[Step]:
         rows = load_rows(examples, self.max_examples, self.seed)
         columns = self._columns(rows[0])
-        require_columns(rows, columns)
         require_columns(rows, [self.label_column], f"{self.name} needs labels: set label_column.")
-        require_padding(tokenizer)
         read_label = self._label_reader(model)
+        labels = [read_label(row[self.label_column]) for row in rows]
         length = block_length_of(model, self.max_seq_length)
-        steps = []
-        for start in range(0, len(rows), batch_size):
-            some = rows[start : start + batch_size]
-            texts = [[as_text(row[column], column) for row in some] for column in columns]
-            found = tokenizer(*texts, truncation=True, max_length=length, padding=True, return_tensors="pt")
-            steps.append(Step(dict(found), [read_label(row[self.label_column]) for row in some]))
-        return steps
+        batches = text_batches(rows, columns, tokenizer, length, batch_size)
+        return [Step(batch, labels[place * batch_size :][:batch_size]) for place, batch in enumerate(batches)]
 
     def _label_reader(self, model: Any) -> Callable[[Any], Any]:
         """What makes a target of a label."""
         return partial(_class_of, classes=_classes(model))
 
     def _columns(self, row: Row) -> list[str]:
-        if self.text_column is None and self.text_pair_column is None:
-            pair = next((pair for pair in _PAIRS if pair[0] in row and pair[1] in row), None)
-            if pair is not None:
-                return list(pair)
+        if self.text_column is None and self.text_pair_column is None and (pair := pair_columns(row)):
+            return pair
         first = find_text_column({k: v for k, v in row.items() if k != self.label_column}, self.text_column)
         return [first, *([] if self.text_pair_column is None else [self.text_pair_column])]
 

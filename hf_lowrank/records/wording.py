@@ -17,12 +17,12 @@ def megabytes(num_bytes: int) -> str:
 
 
 def speed_in_words(compressed: Latency) -> str:
-    """How much faster it is, or that it is not: not quite the ratio of two medians, so it says what it is."""
-    how_much = f"{compressed.speed_up:.2f}x"
+    """How much faster it is, or that it is not."""
     if compressed.speed_up >= _WORTH_SAYING:
-        return f"{how_much} as fast (median of rounds)"
-    slow = "no faster" if compressed.speed_up > 1 / _WORTH_SAYING else "slower"
-    return f"memory only: {slow} here ({how_much}, median of rounds)"
+        return f"{compressed.speed_up:.2f}x as fast"
+    if compressed.speed_up > 1 / _WORTH_SAYING:
+        return f"memory only: no faster here ({compressed.speed_up:.2f}x)"
+    return f"memory only: slower here ({compressed.speed_up:.2f}x)"
 
 
 def milliseconds(latency: Latency) -> str:

@@ -1,7 +1,7 @@
 """Methods side by side at equal bytes of the replaced matrices, on held-out text and on text of another kind."""
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -71,6 +71,8 @@ def compare(
     entries = _entries(settings, shared, calibration is not None)
     baseline = _baseline(settings.baseline, entries)
     task = task if isinstance(task, Task) else make_task(task)
+    if settings.max_examples is not None:
+        task = replace(task, max_examples=settings.max_examples)
     dense = load_dense(model_or_id)
     tokenizer = find_tokenizer(dense, tokenizer)
     data = {HELD_OUT: dataset} | ({} if off_calibration is None else {OFF_CALIBRATION: off_calibration})

@@ -26,6 +26,7 @@ from hf_lowrank.data.batches import (
 from hf_lowrank.data.calibration import is_causal, is_masked_lm, mask_tokens
 from hf_lowrank.data.rows import Row, drawn_places, is_ready, load_rows, require_columns
 from hf_lowrank.data.target_texts import pair_batches, reads_targets, target_column, told_apart, with_targets
+from hf_lowrank.data.two_texts import every_text, judges_pairs, pair_columns, text_batches
 from hf_lowrank.errors import InputError
 from hf_lowrank.evaluation import make_task
 from hf_lowrank.evaluation.blocks import block_length_of
@@ -134,6 +135,11 @@ def _features(
     text_column: str | None,
 ) -> Features:
     limit = _ALL if max_examples is None else max_examples
+    if text_column is None and (columns := pair_columns(rows[0])):
+        if judges_pairs(model):
+            drawn = load_rows(rows, max_examples, seed)
+            return _unbatched(text_batches(drawn, columns, tokenizer, length, _CHUNK))
+        rows = load_rows(every_text(rows, columns))
     batches = make_batches(rows, tokenizer, limit, length, _CHUNK, seed, text_column, pack=is_causal(model))
     require_known_tokens(batches, model, tokenizer)
     if is_masked_lm(model):
