@@ -21,6 +21,7 @@ CONTENTS = {
         "compression.settings.CompressOptions",
         "convert_storage_",
         "compression.conversion.as_two_factors",
+        "compression.adapters.merge_adapter_",
         "reduce_vocabulary",
     ],
     "Looking first, and comparing": [

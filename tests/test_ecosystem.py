@@ -28,13 +28,6 @@ each_structure = pytest.mark.parametrize(
 )
 
 
-# PEFT leaves a head out of "all-linear" by its own name only, and so adapts the two layers inside a compressed one.
-# Where those are the table's factors, merging changes the table.
-MERGES_INTO_THE_TABLE = pytest.mark.xfail(
-    reason="peft merges a tied compressed head's adapter into the token embedding"
-)
-
-
 def small_model(head, **options):
     return compress(build(head, **options), keep_params=0.6, method="svd")
 
@@ -135,7 +128,7 @@ def test_installing_a_plan_twice_changes_nothing():
 
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated", "ignore:fan_in_fan_out")  # of peft
-@pytest.mark.parametrize("tied", [False, pytest.param(True, marks=MERGES_INTO_THE_TABLE)], ids=["untied", "tied"])
+@each_tying
 @each_head
 def test_lora_on_all_linear_trains_and_merges(head, tied):
     small, inputs = full_tables(head, tied), inputs_for(head)

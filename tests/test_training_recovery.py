@@ -57,6 +57,7 @@ def test_it_lowers_the_held_out_loss_of_any_head(head, config, data, has_task):
     assert found["after"] < found["before"]
     assert found["step"] > 0
     assert ("task" in found["losses"]) is has_task
+    assert found["losses"]["logits"] == (10 if head == "BertModel" else 1)
     assert not healed.training
     assert all(parameter.requires_grad and parameter.grad is None for parameter in healed.parameters())
 
@@ -243,8 +244,10 @@ def test_a_folder_without_a_tokenizer_has_none(tmp_path):
 @pytest.mark.parametrize(
     ("head", "options", "rate"),
     [
-        ("BertModel", {"method": "svd", "rank": 4}, 5e-5),
-        ("BertModel", {"method": "tucker", "keep_targets": 0.5}, 5e-4),
+        ("BertForMaskedLM", {"method": "svd", "rank": 4}, 5e-5),
+        ("BertForMaskedLM", {"method": "svd", "rank": 4, "bits": 8}, 5e-4),
+        ("BertForMaskedLM", {"method": "tucker", "keep_targets": 0.5}, 5e-4),
+        ("BertModel", {"method": "svd", "rank": 4}, 5e-4),
         ("GPT2LMHeadModel", {"method": "svd", "rank": 4}, 5e-4),
     ],
 )
@@ -261,6 +264,29 @@ def test_answers_become_the_tokens_that_hold_them():
         (row,) = make_features(model, tiny_tokenizers.encoder_tokenizer(), [form], max_seq_length=20)
         chosen = row["input_ids"][row["start_positions"] : row["end_positions"] + 1]
         assert tiny_tokenizers.encoder_tokenizer().decode(chosen) == "e f"
+
+
+@pytest.mark.parametrize(
+    ("rows", "options"),
+    [
+        (["a b c. d e! f g?", "a b c.\nd e!"], {}),
+        ([{"text": "a b c. d e!", "title": "x"}, {"text": "f g?", "title": "y"}], {}),
+        ([{"sentence1": "a b c.", "sentence2": "d e!"}, {"sentence1": "f g?", "sentence2": "a b c."}], {}),
+        ([{"left": "a b c. d e! f g?", "right": "x y"}], {"text_column": "left"}),
+    ],
+)
+def test_a_model_without_a_head_learns_from_every_sentence_once(rows, options):
+    tokenizer = tiny_tokenizers.encoder_tokenizer()
+    heads = {name: tiny_models.build(name, **VOCABULARY) for name in ("BertModel", "BertForSequenceClassification")}
+
+    vectors = make_features(heads["BertModel"], tokenizer, rows, **options)
+
+    found = {tokenizer.decode(row["input_ids"], skip_special_tokens=True) for row in vectors}
+    assert found == {tokenizer.decode(tokenizer(text)["input_ids"], skip_special_tokens=True)
+                     for text in ("a b c.", "d e!", "f g?")}  # fmt: skip
+    assert len(vectors) == 3
+    if "sentence1" not in rows[0]:
+        assert len(make_features(heads["BertForSequenceClassification"], tokenizer, rows, **options)) == len(rows)
 
 
 def test_batches_lose_their_padding_and_get_it_back():

@@ -1,6 +1,6 @@
 """The same low-rank matrices in another storage."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -69,25 +69,26 @@ def as_two_factors(model: PreTrainedModel) -> Iterator[None]:
 
 
 def _convert_(model: PreTrainedModel, name: str, storage: str, dtype: torch.dtype | None) -> None:
-    base, modules = model.base_model, model.config.plan["modules"]
-    structure = base.get_submodule(name)
-    converted, sizes = _converted(structure, DECODERS[str(structure_name(structure))], storage, dtype)
-    replace_(base, name, converted)
-    modules[name] = {"structure": storage, "rank": modules[name]["rank"], **sizes}
-
-
-def _converted(
-    structure: Any, decode: Callable[[Any], Factors], storage: str, dtype: torch.dtype | None
-) -> tuple[Any, dict[str, int]]:
-    """The same matrix in another structure, and the sizes that has beside its rank."""
-    factors = decode(structure)
-    dtype = dtype or factors.up.dtype
+    structure: Any = model.base_model.get_submodule(name)
+    factors = DECODERS[str(structure_name(structure))](structure)
     wide = truncated(factors.up.double(), factors.down.double(), structure.rank)
-    bias = structure.dense_bias()
-    state = ENCODERS[storage](wide, None if bias is None else bias.detach(), dtype)
+    put_factors_(model, name, wide, storage, dtype or factors.up.dtype)
+
+
+def put_factors_(model: PreTrainedModel, name: str, factors: Factors, storage: str, dtype: torch.dtype) -> None:
+    """Put a low-rank matrix in the place of another, in that storage, and write it down in the plan.
+
+    Args:
+        factors: In float64.
+    """
+    base, modules = model.base_model, model.config.plan["modules"]
+    structure: Any = base.get_submodule(name)
+    bias, rank = structure.dense_bias(), factors.up.shape[1]
+    state = ENCODERS[storage](factors, None if bias is None else bias.detach(), dtype)
     sizes = sizes_beside_rank(state)
-    shape = (structure.in_features, structure.out_features, structure.rank)
+    shape = (structure.in_features, structure.out_features, rank)
     converted = STRUCTURES[storage](*shape, bias is not None, device="meta", dtype=dtype, **sizes)
-    placed = {name: value.to(factors.up.device).contiguous() for name, value in state.items()}
+    placed = {key: value.to(factors.up.device).contiguous() for key, value in state.items()}
     converted.load_state_dict(placed, strict=True, assign=True)
-    return converted.requires_grad_(next(structure.parameters()).requires_grad), sizes
+    replace_(base, name, converted.requires_grad_(next(structure.parameters()).requires_grad))
+    modules[name] = {"structure": storage, "rank": rank, **sizes}

@@ -4,7 +4,7 @@ Letters used in every docstring of this project: `B` batch, `T` tokens, `I` in_f
 `D` hidden size, `V` vocabulary. Weights are `(O, I)`; an embedding table is `(V, D)`.
 """
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -38,6 +38,25 @@ def resized_rows(values: torch.Tensor, num_rows: int) -> torch.Tensor:
     """The first `num_rows` rows of `values`, filled up with their mean where there are fewer."""
     added = values.mean(dim=0, keepdim=True).expand(max(num_rows - len(values), 0), *values.shape[1:])
     return torch.cat([values[:num_rows], added])
+
+
+class TiedFactor(nn.Module):
+    """A linear layer whose weight is a factor of the token table.
+
+    It is no `nn.Linear`, so that adapters and quantizers leave it alone: what is merged into it, or done to it, would
+    be done to the table.
+
+    Args:
+        linear: Has its parameters.
+    """
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.weight, self.bias = linear.weight, linear.bias
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return nn.functional.linear(hidden_states, self.weight, self.bias)
 
 
 class LowRankLinear(LinearStructure):
@@ -77,8 +96,8 @@ class LowRankLinear(LinearStructure):
         self.in_features = in_features
         self.out_features = out_features
         self.rank = rank
-        self.down = nn.Linear(in_features, rank, bias=False, device=device, dtype=dtype)
-        self.up = nn.Linear(rank, out_features, bias=bias, device=device, dtype=dtype)
+        self.down: Any = nn.Linear(in_features, rank, bias=False, device=device, dtype=dtype)
+        self.up: Any = nn.Linear(rank, out_features, bias=bias, device=device, dtype=dtype)
 
     @staticmethod
     def num_weights(out_features: int, in_features: int, *, rank: int) -> int:
@@ -102,6 +121,11 @@ class LowRankLinear(LinearStructure):
         init.normal_(self.up.weight, std=factor_std(std, self.rank))
         if self.up.bias is not None:
             init.zeros_(self.up.bias)
+
+    def follow_(self, embedding: Any) -> None:
+        """Become the head tied to a table, the factors of which are its own."""
+        if isinstance(self.up, nn.Linear):
+            self.down, self.up = TiedFactor(self.down), TiedFactor(self.up)
 
     @torch.no_grad()
     def resize_(self, out_features: int) -> None:

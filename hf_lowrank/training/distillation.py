@@ -14,6 +14,7 @@ from transformers import PreTrainedModel, Trainer
 from hf_lowrank.data.calibration import is_causal
 from hf_lowrank.errors import InputError
 from hf_lowrank.hosts.blocks import block_name, recorded_outputs
+from hf_lowrank.hosts.heads import says_vectors
 from hf_lowrank.options import checked
 from hf_lowrank.remote_code.lowrank_structures import named_structures
 from hf_lowrank.training.attention import recorded_attention
@@ -164,8 +165,13 @@ class DistillationTrainer(Trainer):
         super().log(logs, *args, **kwargs)
 
 
-def default_losses(features: Features) -> dict[str, float]:
-    """Weights where none are given: 1 for `logits`, `hidden`, and for `task` where rows have a class or an answer."""
+def default_losses(model: PreTrainedModel, features: Features) -> dict[str, float]:
+    """Weights where none are given: 1 for `logits`, `hidden`, and for `task` where rows have a class or an answer.
+
+    What a model without a head says is all it is for: `logits` counts ten times there.
+    """
+    if says_vectors(model):
+        return {"logits": 10.0, "hidden": 1.0}
     # A language model's labels are its teacher's text: the teacher's whole distribution says more.
     is_labelled = has_labels(features) and (features[0].get("labels", torch.tensor(0)).dim() == 0)
     return {"logits": 1.0, "hidden": 1.0, **({"task": 1.0} if is_labelled else {})}

@@ -1,5 +1,6 @@
 """What a model is trained on, from whatever data there are: rows of token ids, with the labels its head can use."""
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -24,7 +25,7 @@ from hf_lowrank.data.batches import (
     rows_of,
 )
 from hf_lowrank.data.calibration import is_causal, is_masked_lm, mask_tokens
-from hf_lowrank.data.rows import Row, drawn_places, is_ready, load_rows, require_columns
+from hf_lowrank.data.rows import Row, drawn_places, find_text_column, is_ready, load_rows, load_texts, require_columns
 from hf_lowrank.data.target_texts import pair_batches, reads_targets, target_column, told_apart, with_targets
 from hf_lowrank.data.two_texts import every_text, judges_pairs, pair_columns, text_batches
 from hf_lowrank.errors import InputError
@@ -32,6 +33,7 @@ from hf_lowrank.evaluation import make_task
 from hf_lowrank.evaluation.blocks import block_length_of
 from hf_lowrank.evaluation.image_classification import IMAGE_CLASSIFIERS
 from hf_lowrank.evaluation.question_answering import flat_questions
+from hf_lowrank.hosts.heads import says_vectors
 from hf_lowrank.hosts.outputs import IGNORED_LABEL, kind_of_head
 from hf_lowrank.remote_code.configuration_lowrank import PREFIX
 
@@ -41,6 +43,9 @@ _CHUNK = 64
 _ALL = 1 << 40
 _HELD_OUT = 0.1
 _MOST_HELD_OUT = 512
+# Where one sentence ends and the next begins, or the line.
+_BETWEEN_SENTENCES = re.compile(r"(?<=[.!?])\s+|(?<=[。！？])|\n")  # noqa: RUF001  # of Chinese and Japanese
+_PAIR = ("sentence1", "sentence2")
 
 
 @dataclass(frozen=True)
@@ -72,7 +77,7 @@ def make_features(
     and last token of the answer, a masked language model inputs with 15 % of the tokens masked, a causal one its own
     inputs as labels, an encoder-decoder the text that is to be written, an image classifier a class. Any other head,
     one of several labels or numbers a text, and data without labels, give inputs alone: enough to learn from a
-    teacher.
+    teacher. A model without a head, which says one vector a text, gets the sentences of the texts one by one.
 
     Args:
         source: A file, a data set of the Hub, a `datasets.Dataset`, texts or rows (see
@@ -104,6 +109,8 @@ def make_features(
     if reads_targets(model) and not reads_media(tokenizer) and (target := target_column(rows[0], label_column)):
         rows = load_rows(rows, max_examples, seed)
         return _unbatched(pair_batches(rows, tokenizer, text_column, target, length, _CHUNK))
+    if says_vectors(model) and not reads_media(tokenizer):
+        rows, text_column = _sentences(rows, text_column), None
     return _features(model, tokenizer, rows, length, max_examples, seed, text_column)
 
 
@@ -111,6 +118,18 @@ def with_target_rows(features: Features, writer: PreTrainedModel, padding: int) 
     """The rows with what a decoder is to write, which `writer` does where nobody did; see `with_targets`."""
     chunks = [padded(features[start : start + _CHUNK], padding) for start in range(0, len(features), _CHUNK)]
     return _unbatched(with_targets(chunks, writer))
+
+
+def _sentences(rows: Sequence[Row], text_column: str | None) -> list[Row]:
+    """Every sentence once, of the column of texts or of both of a pair; a text that is not cut is a sentence.
+
+    Long texts have long sentences among them; of short ones, which an encoder is asked about, they show nothing.
+    """
+    is_pair = text_column is None and all(isinstance(rows[0].get(name), str) for name in _PAIR)
+    columns = _PAIR if is_pair else [find_text_column(rows[0], text_column)]
+    texts = [text for column in columns for text in load_texts(rows, column)]
+    parts = [part.strip() for text in texts for part in _BETWEEN_SENTENCES.split(text)]
+    return [{"text": part} for part in dict.fromkeys(parts) if part]
 
 
 def _labelling_task(model: PreTrainedModel, head: str) -> str | None:

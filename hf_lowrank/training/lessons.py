@@ -75,7 +75,7 @@ def make_lesson(
         sets = [with_target_rows(features, teacher, padding) for features in sets]
     features, held_out = sets if len(sets) > 1 else hold_out(sets[0], options.seed)
     require_runs(model, PaddingCollator()(features[:1]))
-    losses = dict(options.losses or default_losses(features))
+    losses = dict(options.losses or default_losses(model, features))
     return Lesson(teacher, losses, features, held_out, padding, options.temperature)
 
 

@@ -22,7 +22,8 @@ class TrainingOptions(Options):
 
     Args:
         losses: Weight of each term: `task`, `logits`, `hidden`, `attention`. See `DistillationTrainer`.
-            Default: `logits` and `hidden` 1 each, and `task` 1 where the data have labels of classes or answers.
+            Default: `logits` and `hidden` 1 each, `task` 1 where the data have labels of classes or answers, and
+            `logits` 10 for a model without a head.
         temperature: Of the logits.
         batch_size: Examples a step.
         max_seq_length: Tokens of an example at most; longer ones are cut.

@@ -1,21 +1,25 @@
 """`recover`: train a compressed model back towards the dense one, and never make it worse."""
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedModel, TrainingArguments
+from transformers import PreTrainedModel, TrainerCallback, TrainingArguments
 
 from hf_lowrank.compression.conversion import as_two_factors
+from hf_lowrank.compression.trained_rounding import as_numbers
 from hf_lowrank.errors import InputError
 from hf_lowrank.hosts.gradients import with_gradients
+from hf_lowrank.hosts.heads import says_vectors
 from hf_lowrank.hosts.loading import find_tokenizer, held_compressed_model, load_dense
 from hf_lowrank.methods.table import known_method
 from hf_lowrank.options import checked, settle
 from hf_lowrank.sharing.saving import load_compressed
 from hf_lowrank.training.callbacks.best import BestStateCallback
+from hf_lowrank.training.callbacks.rounded import StraightThroughCallback
 from hf_lowrank.training.distillation import check_teacher
 from hf_lowrank.training.lessons import Lesson, claim_, make_lesson, train, train_in, work_folder
 from hf_lowrank.training.options import RecoveryOptions
@@ -23,8 +27,9 @@ from hf_lowrank.training.processes import check_launch
 
 # Peak of AdamW's learning rate, found by the loss on examples set aside. On classifiers pairs come as far at twice the
 # first in hundreds of steps, and less far in a hundred or where little was lost. A language model has a target at
-# every token, and far less noise in its steps. What else a method has, its row says.
-_RATE, _RATE_OF_LANGUAGE = 5e-5, 5e-4
+# every token, a model without a head a whole vector, and far less noise in their steps; the number behind a rounded
+# one has half a step of its grid to go before anything changes. What else a method has, its row says.
+_RATE, _FAST_RATE = 5e-5, 5e-4
 _STEP_DOWN = 4
 
 
@@ -66,8 +71,8 @@ def recover(
 
     Every parameter but dense embedding tables is trained to say what the teacher says (`logits`), to do in every block
     what the teacher does (`hidden`) and, where the data have labels, to be right (`task`). Pivoted layers are trained
-    as two factors of the same rank. The state with the least loss on held-out examples is kept; the one before the
-    training competes.
+    as two factors of the same rank, rounded weights as they are rounded: see `StraightThroughCallback`. The state with
+    the least loss on held-out examples is kept; the one before the training competes.
 
     Args:
         model: A compressed model, which is trained in place, or its folder or Hub id.
@@ -103,8 +108,8 @@ def recover(
         found = heal_(small, lesson, settings, (1, _STEP_DOWN))
     else:
         best = BestStateCallback()
-        with as_two_factors(small):
-            steps = train(small, lesson, _obeyed(args), [*settings.callbacks, best], resume_from_checkpoint)
+        with _in_training(small) as own:
+            steps = train(small, lesson, _obeyed(args), [*settings.callbacks, *own, best], resume_from_checkpoint)
         found = _found(best, steps, args.learning_rate, lesson)
     small.config.compression["provenance"]["recovery"] = asdict(found)
     return small
@@ -113,15 +118,29 @@ def recover(
 def heal_(small: Any, lesson: Lesson, settings: RecoveryOptions, step_downs: Sequence[int] = (1,)) -> Recovery:
     """Train a compressed model in place, at shares of the learning rate until one helps, and keep the best state."""
     rate = default_learning_rate(small) if settings.learning_rate is None else settings.learning_rate
-    with work_folder(settings.work_dir) as folder, as_two_factors(small):
+    with work_folder(settings.work_dir) as folder, _in_training(small) as own_callbacks:
         for place, step_down in enumerate(step_downs):
             best, own = BestStateCallback(), f"{folder}/slower" if place else folder
             rates = {"epochs": settings.epochs, "learning_rate": rate / step_down}
-            steps = train_in(own, small, lesson, settings, [*settings.callbacks, best], **rates)
+            steps = train_in(own, small, lesson, settings, [*settings.callbacks, *own_callbacks, best], **rates)
             found = _found(best, steps, rate / step_down, lesson)
             if found.step:
                 break
     return found
+
+
+@contextmanager
+def _in_training(small: Any) -> Iterator[list[TrainerCallback]]:
+    """Within, a model is in the form that it learns in, with the callbacks that takes; afterwards in its own.
+
+    Rounded weights stay the numbers they are of: the same in two factors would be on no grid.
+    """
+    with as_numbers(small) as rounded:
+        if rounded:
+            yield [StraightThroughCallback(rounded)]
+            return
+        with as_two_factors(small):
+            yield []
 
 
 def _found(best: BestStateCallback, steps: int, rate: float, lesson: Lesson) -> Recovery:
@@ -129,9 +148,9 @@ def _found(best: BestStateCallback, steps: int, rate: float, lesson: Lesson) -> 
 
 
 def default_learning_rate(model: PreTrainedModel) -> float:
-    """5e-5; 5e-4 for Tucker's factors, and for models that write text."""
-    if model.can_generate():
-        return _RATE_OF_LANGUAGE
+    """5e-5; 5e-4 for Tucker's factors, rounded weights, and models that write text or have no head."""
+    if model.can_generate() or says_vectors(model) or model.config.plan.get("packed"):
+        return _FAST_RATE
     method = model.config.plan.get("provenance", {}).get("settings", {}).get("method", "")
     row = known_method(method)
     return _RATE if row is None or row.learning_rate is None else row.learning_rate
