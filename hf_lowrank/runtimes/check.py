@@ -114,7 +114,7 @@ def check(
             gap = float((found[name] - value).abs().max()) if value.numel() else 0.0
             difference = max(difference, gap / scale)
         heard = graph.heard(batch, turn)
-        agreement.add(*(said(model, _output(values), heard) for values in (found, wanted)))
+        agreement.add(*(said(model, output_of(values), heard) for values in (found, wanted)))
     result = {name.removesuffix("_to_dense").removesuffix("_from_dense"): v for name, v in agreement.result().items()}
     is_like = all(result[name] >= least for name, least in GATES.items() if name in result)
     return Check(difference, result, is_like if is_rounded else difference <= MOST_DIFFERENCE)
@@ -127,5 +127,6 @@ class _Output(SimpleNamespace):
         return [*vars(self).values()]
 
 
-def _output(values: Tensors) -> Any:
+def output_of(values: Tensors) -> Any:
+    """What a graph says, as a model's output, without what it keeps."""
     return _Output(**{name: value for name, value in values.items() if not name.startswith("present.")})

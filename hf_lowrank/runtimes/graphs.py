@@ -18,6 +18,7 @@ _AXES = {4: "batch_size", 12: "sequence_length"}
 _PAST = ("key", "value")
 _BOTH = ("decoder.key", "decoder.value", "encoder.key", "encoder.value")
 
+PAST = "past_key_values"
 Tensors = dict[str, torch.Tensor]
 
 
@@ -116,7 +117,7 @@ class DecoderGraph(Graph):
         kept = [
             values[:, :, :start] for layer in cache.past_key_values.layers for values in (layer.keys, layer.values)
         ]
-        return given | _numbered("past_key_values", kept, _PAST)
+        return given | _numbered(PAST, kept, _PAST)
 
     def heard(self, batch: Batch, turn: int = 0) -> Batch:
         start = self._start(batch, turn)
@@ -126,7 +127,7 @@ class DecoderGraph(Graph):
         return 0 if turn % 2 else batch["input_ids"].shape[1] // 2
 
     def _said(self, given: Tensors) -> Tensors:
-        past = [given.pop(name) for name in [*given] if name.startswith("past_key_values.")]
+        past = [given.pop(name) for name in [*given] if name.startswith(PAST)]
         found = self.model(**given, past_key_values=_cache(past, 2, 0), use_cache=True)
         return {"logits": found.logits} | _numbered("present", _kept(found.past_key_values), _PAST)
 
@@ -149,7 +150,7 @@ class SecondDecoderGraph(Graph):
                 return given | {"encoder_hidden_states": states}
             past = self._run({**given, "input_ids": ids[:, :start], "encoder_hidden_states": states}).past_key_values
         pairs = zip(_pairs(past.self_attention_cache), _pairs(past.cross_attention_cache), strict=True)
-        return given | _numbered("past_key_values", [one for own, cross in pairs for one in (*own, *cross)], _BOTH)
+        return given | _numbered(PAST, [one for own, cross in pairs for one in (*own, *cross)], _BOTH)
 
     def heard(self, batch: Batch, turn: int = 0) -> Batch:
         return {"input_ids": batch["decoder_input_ids"][:, self._start(batch) :]}
@@ -171,7 +172,7 @@ class SecondDecoderGraph(Graph):
         )
 
     def _said(self, given: Tensors) -> Tensors:
-        past = [given[name] for name in given if name.startswith("past_key_values.")]
+        past = [given[name] for name in given if name.startswith(PAST)]
         found = self._run(given, EncoderDecoderCache(_cache(past, 4, 0), _cache(past, 4, 2)) if past else None)
         kept = found.past_key_values
         if self.has_past:

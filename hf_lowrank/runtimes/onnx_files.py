@@ -14,7 +14,7 @@ import onnxruntime
 import torch
 
 from hf_lowrank.files.scratch import temporary_folder
-from hf_lowrank.runtimes.graphs import Graph
+from hf_lowrank.runtimes.graphs import PAST, Graph
 from hf_lowrank.runtimes.onnx_graph import tidied
 from hf_lowrank.runtimes.onnx_rounding import rounded
 from hf_lowrank.runtimes.options import FLOAT, INT4, INT8, STORED, Draft, Written
@@ -44,9 +44,9 @@ def write(graph: Graph, whole: Any, draft: Draft) -> Written:
     return Written(path, notes)
 
 
-def session(path: Path) -> "OnnxSession":
+def session(path: Path, num_threads: int | None = None) -> "OnnxSession":
     """The file in ONNX Runtime, on processors."""
-    return OnnxSession(path)
+    return OnnxSession(path, num_threads)
 
 
 def traced(graph: Graph, whole: Any, folder: Path) -> onnx.ModelProto:
@@ -105,6 +105,8 @@ class OnnxSession:
         self._session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
         self._names = [one.name for one in self._session.get_inputs()]
         self._outputs = [one.name for one in self._session.get_outputs()]
+        shapes = {one.name: one.shape for one in self._session.get_inputs() if one.name.startswith(PAST)}
+        self.past = {name: (shape[1], shape[3]) for name, shape in shapes.items()}
 
     def __call__(self, given: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Every output by name; what the graph does not read is left out."""

@@ -15,7 +15,7 @@ import torch
 
 from hf_lowrank.files.scratch import temporary_folder
 from hf_lowrank.hosts.outputs import Batch
-from hf_lowrank.runtimes.graphs import Graph
+from hf_lowrank.runtimes.graphs import PAST, Graph
 from hf_lowrank.runtimes.onnx_files import save_onnx, traced
 from hf_lowrank.runtimes.onnx_graph import tidied
 from hf_lowrank.runtimes.onnx_rounding import rounded
@@ -51,9 +51,9 @@ def write(graph: Graph, whole: Any, draft: Draft) -> Written:
     return Written(path, notes)
 
 
-def session(path: Path) -> "OpenVINOSession":
+def session(path: Path, num_threads: int | None = None) -> "OpenVINOSession":
     """The file in OpenVINO, on processors."""
-    return OpenVINOSession(path)
+    return OpenVINOSession(path, num_threads)
 
 
 class OpenVINOSession:
@@ -67,13 +67,14 @@ class OpenVINOSession:
         threads = {} if num_threads is None else {"INFERENCE_NUM_THREADS": num_threads}
         hints = {"INFERENCE_PRECISION_HINT": "f32", "PERFORMANCE_HINT": "LATENCY"}
         self._model: Any = openvino.Core().compile_model(path, "CPU", {**hints, **threads})
-        self._names = [one.any_name for one in self._model.inputs]
-        self._outputs = [one.any_name for one in self._model.outputs]
+        self._inputs, self._outputs = _named(self._model.inputs), _named(self._model.outputs)
+        shapes = {name: one.partial_shape for name, one in self._inputs.items() if name.startswith(PAST)}
+        self.past = {name: (shape[1].get_length(), shape[3].get_length()) for name, shape in shapes.items()}
 
     def __call__(self, given: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Every output by name; what the graph does not read is left out."""
-        found = self._model({name: _array(given[name]) for name in self._names})
-        return {name: torch.from_numpy(np.array(found[name])) for name in self._outputs}
+        found = self._model({one: _array(given[name]) for name, one in self._inputs.items()})
+        return {name: torch.from_numpy(np.array(found[one])) for name, one in self._outputs.items()}
 
 
 def _in_eight_bits(model: Any, graph: Graph, batches: Sequence[Batch]) -> Any:
@@ -93,6 +94,11 @@ def _in_four_bits(model: Any) -> Any:
             group_size_fallback_mode=nncf.GroupSizeFallbackMode.ADJUST
         ),
     )
+
+
+def _named(places: Sequence[Any]) -> dict[str, Any]:
+    """Inputs or outputs by name; a tensor may have names of the graph's inside as well, which are paths."""
+    return {min(one.names, key=lambda name: name.startswith("/")): one for one in places}
 
 
 def _array(value: torch.Tensor) -> Any:
