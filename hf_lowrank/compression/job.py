@@ -106,6 +106,8 @@ class Job:
             "dense_size_bytes": self.dense_bytes,
             "untouched": {one.name: [list(one.shape), one.reason] for one in self.untouched},
         }
+        if any(matrix.role == "embedding" for matrix in matrices) and self.settings.runs_model:
+            said["vocabulary_seen"] = self.problem.evidence.vocabulary_seen
         if few := self.problem.evidence.experts_with_few_tokens:
             said["experts_with_few_tokens"] = few
         plan["provenance"] |= without_tokens_inside(said)

@@ -55,7 +55,7 @@ class CompressOptions(Options):
         rank_pattern: Rank by module name or last part of it; these matrices are outside the budget's sharing.
         method: How the numbers are found; see `METHODS`.
         allocation: How the budget is shared among the matrices; see `ALLOCATIONS`. Default: `measured` for a method
-            that looks at text (`first_order` with `fast`), `energy` for one that does not.
+            that looks at text, `energy` for one that does not.
         storage: Structure that holds a low-rank linear layer: `low_rank` (two factors) or `pivoted` (more rank in the
             same size). Default: `pivoted` for a `target_size` and for fractions up to 0.65, where it is as fast as two
             factors of the same size and better; above, two factors are some percent faster.
@@ -64,7 +64,8 @@ class CompressOptions(Options):
             linear layers of the blocks, and for `keep_params` and `target_size` the embeddings too.
         exclude_modules: The same, taken away again.
         embeddings: `"low_rank"`, `"autoencoder"` (longer codes for frequent tokens; see `AutoencoderEmbedding`) or
-            `"dense"`, overriding the default for the token embedding and the untied head.
+            `"dense"` for the token embedding and the untied head. Default: with `keep_params` and `target_size`
+            whichever does the whole model the least damage, of what the method's statistics can tell; else dense.
         embedding_objective: What errors of an `autoencoder` count by: `"loss"` (lowest perplexity), `"direction"`
             (lowest cosine error over all rows alike), `"published"` (trained; see `PublishedTraining`) or
             `"nonlinear"` (trained, with a non-linear decoder; see `NonlinearTable`).
@@ -87,7 +88,7 @@ class CompressOptions(Options):
             the text is that of the dense layer.
         memory: What a model may take, such as `"6GB"`: one that needs more is compressed block by block, its weights
             left in their files; see `stream_`. Default: four fifths of what this machine has free.
-        fast: A quarter of the text, ranks by prediction (`first_order`) instead of measurement, and no refinement.
+        fast: A quarter of the text, no anchoring and no refinement.
         cache_dir: Folder where statistics, decompositions and measurements are kept, so that the same model and text
             are looked at once whatever the budget, and a killed run goes on where it was. Without it they are in the
             system's temporary folder while they are needed. They take several times the room of the model's weights.

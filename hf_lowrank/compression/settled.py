@@ -8,7 +8,7 @@ from hf_lowrank.compression.settings import CompressOptions
 from hf_lowrank.data.calibration import Text
 from hf_lowrank.errors import InputError
 from hf_lowrank.hosts.targets import BLOCK_ROLES, Targets
-from hf_lowrank.methods.problem import Storage
+from hf_lowrank.methods.problem import TABLES, Storage
 from hf_lowrank.methods.tables.token_tables import TABLE_NEEDS
 from hf_lowrank.options import settle
 from hf_lowrank.planning.allocation import ALLOCATIONS
@@ -73,12 +73,13 @@ def settle_compression(given: Mapping[str, Any], *, has_text: bool, inplace: boo
     for name in ("anchored", "refine_block_passes", "refine_passes"):
         if inplace and getattr(options, name):  # None is no request
             raise InputError(f"{name} needs the dense model to learn from. Leave inplace out, or {name}.")
-    method, budget, storage = options.row.method, options.budget, _storage(options)
+    method, budget = options.row.method, options.budget
+    storage = _storage(options, looks_at_tables=method.needs >= TABLE_NEEDS)
     kinds = method.needs | (TABLE_NEEDS if storage.tables == "autoencoder" else frozenset())
     kinds |= {"input_moment"} if storage.bias_correction else frozenset()
     allocation = options.allocation or "energy"
     if options.allocation is None and kinds and options.takes("allocation"):
-        allocation = "first_order" if options.fast else "measured"
+        allocation = "measured"
     has_time = has_text and not inplace and not options.fast
     learning = _learning(options, options.cuts and has_time and allocation == "measured")
     measures = options.cuts and budget.kind != "rank" and ALLOCATIONS[allocation].errors == "probes"
@@ -91,11 +92,11 @@ def settle_compression(given: Mapping[str, Any], *, has_text: bool, inplace: boo
     return Settings(options, method, *parts)
 
 
-def _storage(options: CompressOptions) -> Storage:
+def _storage(options: CompressOptions, looks_at_tables: bool) -> Storage:
     budget = options.budget
     is_small = budget.kind in ("keep_params", "keep_targets") and budget.value <= _LARGEST_PIVOTED_FRACTION
     linear = options.storage or ("pivoted" if is_small or budget.kind == "target_size" else "low_rank")
-    tables = "autoencoder" if options.embeddings == "autoencoder" else "low_rank"
+    tables = options.embeddings if options.embeddings in TABLES else None if looks_at_tables else "low_rank"
     return Storage(linear, tables, options.embedding_objective, options.bias_correction)
 
 

@@ -87,4 +87,6 @@ def _for_blocks(settings: Settings) -> Settings:
         )
     allocation = "first_order" if settings.allocation == "measured" else settings.allocation
     learning = Learning(anchors=False, block_passes=0, passes=0, rate=settings.learning.rate)
-    return replace(settings, allocation=allocation, learning=learning, runs_model=bool(settings.kinds))
+    storage = replace(settings.storage, tables="low_rank")
+    runs_model = bool(settings.kinds)
+    return replace(settings, allocation=allocation, storage=storage, learning=learning, runs_model=runs_model)

@@ -27,7 +27,7 @@ class _Similarity(Correlation):
 
 @dataclass(frozen=True)
 class SentenceSimilarity(Task):
-    """Spearman's rank correlation between gold scores and the cosine of mean-pooled last hidden states.
+    """Spearman's rank correlation between gold scores and the cosine of embeddings, pooled as `pooling_of` says.
 
     A head, if there is one, is left out.
 

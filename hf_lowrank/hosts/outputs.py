@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from hf_lowrank.errors import InputError
+from hf_lowrank.hosts.pooling import pooled, pooling_of
 
 Batch = Mapping[str, torch.Tensor]
 
@@ -151,8 +152,8 @@ def run(model: PreTrainedModel, batch: Batch) -> Said:
 
     A token head speaks at the masked tokens where the batch has labels, else at every token that is no padding; a
     sequence head once per sequence, by classes, labels or a number; a question-answering head once for the start and
-    once for the end, a multiple-choice head once per batch; a model without a head by the mean of its last hidden
-    states over the tokens, as unit vectors.
+    once for the end, a multiple-choice head once per batch; a model without a head by its pooled last hidden states
+    (see `pooling_of`), as unit vectors.
     """
     cached = {"use_cache": False} if _has_cache(model) else {}
     return said(model, model(**inputs_of(model, batch), **cached), batch)
@@ -172,7 +173,7 @@ def said(model: Any, output: Any, batch: Batch) -> Said:
     if logits is None:
         logits = getattr(output, "prediction_logits", None)
     if logits is None:
-        return Said("embedding", _embeddings(output, batch))
+        return Said("embedding", _embeddings(model, output, batch))
     if logits.dim() == 2:
         return Said(kind_of_head(model), logits)
     if logits.dim() == 4:  # classes of pixels, (B, V, H, W)
@@ -180,14 +181,14 @@ def said(model: Any, output: Any, batch: Batch) -> Said:
     return Said("distribution", logits[speaking_places(logits, batch)])
 
 
-def _embeddings(output: Any, batch: Batch) -> torch.Tensor:
+def _embeddings(model: Any, output: Any, batch: Batch) -> torch.Tensor:
     """The unit vectors of a model without logits: of texts and images, of hidden states, or of all it says first."""
     pairs = [getattr(output, name, None) for name in ("text_embeds", "image_embeds", "audio_embeds")]
     if any(vectors is not None for vectors in pairs):
         return torch.cat([F.normalize(vectors, dim=-1) for vectors in pairs if vectors is not None])
     hidden_states = getattr(output, "last_hidden_state", None)
     if hidden_states is not None:
-        return pooled(hidden_states, batch)
+        return pooled(hidden_states, _mask_of(hidden_states, batch), pooling_of(model))
     first = next(value for value in output.values() if isinstance(value, torch.Tensor) and value.dim() > 1)
     return F.normalize(first.flatten(1), dim=-1)
 
@@ -210,15 +211,6 @@ def mean_distance(model: PreTrainedModel, reference: PreTrainedModel, batches: S
         placed = {name: value.to(model.device) for name, value in batch.items()}
         distances.append(run(model, placed).distance(run(reference, placed)))
     return float(torch.cat(distances).mean())
-
-
-def pooled(hidden_states: torch.Tensor, batch: Batch) -> torch.Tensor:
-    """Mean of the hidden states (B, T, D) or (B, D, H, W) where they are of no padding, as unit vectors (B, D)."""
-    if hidden_states.dim() == 4:
-        return F.normalize(hidden_states.mean(dim=(2, 3)), dim=-1)
-    mask = _mask_of(hidden_states, batch)
-    weights = torch.ones_like(hidden_states[..., :1]) if mask is None else mask.to(hidden_states)[..., None]
-    return F.normalize((hidden_states * weights).sum(dim=1) / weights.sum(dim=1), dim=-1)
 
 
 def real_tokens(batch: Batch, side: str = "") -> torch.Tensor | None:

@@ -19,6 +19,9 @@ from hf_lowrank.remote_code.lowrank_plan import Plan
 from hf_lowrank.statistics.evidence import Evidence
 from hf_lowrank.statistics.moments import MatrixStatistics
 
+# What may take the place of token tables.
+TABLES = ("low_rank", "autoencoder")
+
 
 @dataclass(frozen=True)
 class Storage:
@@ -26,13 +29,14 @@ class Storage:
 
     Args:
         linear: Of a linear layer: `low_rank` or `pivoted`.
-        tables: Of the token embedding and an untied head: `low_rank` or `autoencoder`.
+        tables: Of the token embedding and an untied head: `low_rank` or `autoencoder`; None is whichever does the
+            whole model less damage.
         objective: Of autoencoders; see `hf_lowrank.methods.tables.token_tables.OBJECTIVES`.
         bias_correction: Whether biases make up for what the replaced weights lose on the mean input.
     """
 
     linear: str = "low_rank"
-    tables: str = "low_rank"
+    tables: str | None = "low_rank"
     objective: str = "loss"
     bias_correction: bool = False
 
@@ -91,6 +95,10 @@ class Problem:
     def of(self, matrices: Sequence[DenseMatrix]) -> "Problem":
         """The same of some matrices, which are decomposed in one place."""
         return replace(self, matrices=matrices, device=self.place(matrices[0]))
+
+    def with_tables(self, tables: str) -> "Problem":
+        """The same with that in the place of token tables."""
+        return replace(self, storage=replace(self.storage, tables=tables))
 
     @property
     def width(self) -> int:

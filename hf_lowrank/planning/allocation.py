@@ -79,7 +79,7 @@ class Allocation:
         choose: From curves and a budget in the unit of their costs to one choice per curve; never above the budget.
         errors: Where the curves' errors come from: `none`, `spectra` (see `spectral_errors`), `curvature` (see
             `predicted_errors`) or `probes`, one short run of the model a matrix (see `measured_errors`), whose outcome
-            is also compared with `uniform` on the whole model.
+            is also compared with those of `curvature` and `uniform` on the whole model.
     """
 
     choose: Callable[[Sequence[Curve], float], Choices]

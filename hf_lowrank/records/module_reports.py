@@ -8,7 +8,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from hf_lowrank.hosts.multiply_adds import dense_multiply_adds, shape_of
-from hf_lowrank.records.wording import few_tokens_in_words
+from hf_lowrank.records.wording import few_tokens_in_words, vocabulary_in_words
 from hf_lowrank.remote_code.lowrank_structures import dense_at, is_bias, structure_name
 
 
@@ -67,11 +67,17 @@ def replaced_modules(
             dense_multiply_adds=dense_multiply_adds(structure),
             multiply_adds=structure.multiply_adds(),
             relative_error=None if errors.get(name) is None else float(errors[name]),
-            note=few_tokens_in_words(provenance.get("experts_with_few_tokens", {}).get(name, 0), shape_of(structure)),
+            note=_note(name, structure, provenance),
             bits=_mean_bits({names_of.get(id(p), ""): p.numel() for p in structure.parameters()}, bits),
         )
         for name, structure in found
     ]
+
+
+def _note(name: str, structure: Any, provenance: Mapping[str, Any]) -> str:
+    if (seen := provenance.get("vocabulary_seen")) and getattr(structure, "HOSTS", None) == "embedding":
+        return vocabulary_in_words(seen)
+    return few_tokens_in_words(provenance.get("experts_with_few_tokens", {}).get(name, 0), shape_of(structure))
 
 
 def _mean_bits(counts: Mapping[str, int], bits: Mapping[str, float]) -> float | None:

@@ -14,6 +14,7 @@ from hf_lowrank.records.latency import LatencyReport
 from hf_lowrank.records.module_reports import ModuleReport, dense_modules, replaced_modules
 from hf_lowrank.records.origin import Origin
 from hf_lowrank.records.weight_sizes import weight_sizes
+from hf_lowrank.records.wording import MUCH_LACKING, vocabulary_in_words
 from hf_lowrank.remote_code.lowrank_materialize import Materializing
 from hf_lowrank.remote_code.lowrank_structures import token_table
 
@@ -145,9 +146,12 @@ class CompressionReport:
 
     @property
     def warning(self) -> str:
-        """A line where less than half of the blocks was looked at, else empty."""
+        """A line where less than half of the blocks was looked at or a table knows too little text, else empty."""
         if self.looked_at_fraction >= _ENOUGH or not self.untouched:
-            return ""
+            seen = self.provenance.get("vocabulary_seen")
+            if seen is None or seen["lacking"] < MUCH_LACKING:
+                return ""
+            return f"warning: of the token table {vocabulary_in_words(seen)}"
         largest = max((one for one in self.untouched if is_in_block(one.name)), key=lambda one: one.parameters)
         return (
             f"warning: only {self.looked_at_fraction:.0%} of the parameters in the blocks were looked at; the others "

@@ -9,6 +9,8 @@ from hf_lowrank.hosts.latency import Latency
 _WORTH_SAYING = 1.05
 # Of fewer examples the bootstrap's interval is too narrow to be believed.
 _FEWEST = 20
+# Of running text, the share that rows no text spoke for may make up without a word.
+MUCH_LACKING = 0.01
 
 
 def megabytes(num_bytes: int) -> str:
@@ -38,6 +40,14 @@ def share(now: float, before: float) -> str:
 def few_tokens_in_words(few: int, shape: Sequence[int]) -> str:
     """How many of the experts (E, O, I) saw too little text, and what that meant; empty where none did."""
     return f"{few} of {shape[0]} experts saw too few tokens: solved for by what all saw" if few else ""
+
+
+def vocabulary_in_words(seen: Mapping[str, float]) -> str:
+    """How much of a vocabulary the text held, and what that means where running text has many others."""
+    said = f"{seen['tokens']:,} of {seen['of']:,} tokens seen"
+    if seen["lacking"] < MUCH_LACKING:
+        return said
+    return f"{said}, and {seen['lacking']:.1%} of like text are others: more text would keep those better"
 
 
 def verdict(scores: Mapping[str, float], higher_is_better: bool) -> str:

@@ -1,5 +1,6 @@
 """Collecting statistics: one forward and, where gradients are wanted, one backward pass over the text."""
 
+import math
 import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -27,6 +28,9 @@ STATISTICS = ("input_moment", "output_moment", "fisher", "row_weights")
 
 # A token whose gradient is many times the average one would decide the moment alone.
 _LARGEST_GRADIENT = 10.0
+
+# A moment of gradients needs as many draws; where a model speaks once a text, a text is drawn for several times.
+_ENOUGH_DRAWS, _MOST_DRAWS = 384, 16
 
 
 def collect_statistics(
@@ -66,7 +70,7 @@ def collect_statistics(
         collector = Collector(kinds, sums, **sums.notes)
         with frozen(model), collector.watching(model, matrices, matrices):
             for index in progress(range(sums.num_batches, len(batches)), "collecting statistics"):
-                collector.see(model, batches[index], draws_of(seed, index))
+                collector.see(model, batches[index], draws_of(seed, index), len(batches))
                 sums.commit()
         sums.save(make_metadata(names, collector.inputs, fingerprint))
     return Statistics.load(path)
@@ -122,13 +126,14 @@ class Collector:
             for hook in hooks:
                 hook.remove()
 
-    def see(self, model: PreTrainedModel, batch: Batch, draws: torch.Generator) -> None:
-        """Run one batch; labels for the gradients are drawn by `draws`."""
+    def see(self, model: PreTrainedModel, batch: Batch, draws: torch.Generator, num_batches: int) -> None:
+        """Run one of so many batches; labels for the gradients are drawn by `draws`."""
         placed = {name: value.to(model.device) for name, value in batch.items()}
         with self.looking_at(placed):
             said = run(model, placed)
-            if self.needs_gradients:
-                random_loss(model, said, draws).backward()
+            num_draws = _num_draws(said, batch, num_batches) if self.needs_gradients else 0
+            for left in reversed(range(num_draws)):
+                (random_loss(model, said, draws) / math.sqrt(num_draws)).backward(retain_graph=left > 0)
 
     @contextmanager
     def looking_at(self, batch: Batch) -> Iterator[None]:
@@ -265,6 +270,13 @@ def random_loss(model: PreTrainedModel, said: Said, draws: torch.Generator) -> t
             "whitened_svd, or svd."
         )
     return said.random_gradient_loss(draws)
+
+
+def _num_draws(said: Said, batch: Batch, num_batches: int) -> int:
+    """How often to draw for a batch: once, or more where too few texts are each spoke of once."""
+    if len(said.rows) > len(next(iter(batch.values()))):
+        return 1
+    return min(math.ceil(_ENOUGH_DRAWS / max(1, len(said.rows) * num_batches)), _MOST_DRAWS)
 
 
 def _with_gradient(output: torch.Tensor) -> torch.Tensor:

@@ -22,7 +22,7 @@ from hf_lowrank.planning.probes import Probe
 from hf_lowrank.progress import Progress, no_progress
 from hf_lowrank.statistics.collection import collect_statistics
 from hf_lowrank.statistics.moments import MatrixStatistics, Statistics
-from hf_lowrank.statistics.token_counts import count_tokens
+from hf_lowrank.statistics.token_counts import count_tokens, occurrences
 from hf_lowrank.version import __version__
 
 T = TypeVar("T")
@@ -121,10 +121,34 @@ class Evidence:
 
     @cached_property
     def token_counts(self) -> torch.Tensor | None:
-        """How often tokens occur in the whole text; None where there is none, or no tokenizer."""
+        """How often tokens occur in the whole text but the probes; None where there is none, or no tokenizer.
+
+        What is made for rows by their frequency would look better on text it was made for than it is.
+        """
+        text = self.text
+        counts = count_tokens(self.source, self.tokenizer, self._num_tokens, text.text_column, text.seed)
+        return None if counts is None else (counts - self._probed_tokens).clamp_min(0)
+
+    @cached_property
+    def vocabulary_seen(self) -> dict[str, float] | None:
+        """Of the vocabulary: how many tokens the text holds, of how many, and what share of the probes it lacks."""
+        if self.source is None:
+            return None
+        counts = self.token_counts
+        if counts is None:
+            counts = occurrences(self.calibration.batches, self._num_tokens)
+        probed = self._probed_tokens
+        lacking = float(probed[counts == 0].sum() / probed.sum())
+        return {"tokens": int(counts.count_nonzero()), "of": len(counts), "lacking": lacking}
+
+    @property
+    def _num_tokens(self) -> int:
         embedding: Any = self.model.get_input_embeddings()
-        size, text = embedding.num_embeddings, self.text
-        return count_tokens(self.source, self.tokenizer, size, text.text_column, text.seed)
+        return int(embedding.num_embeddings)
+
+    @cached_property
+    def _probed_tokens(self) -> torch.Tensor:
+        return occurrences(self.calibration.probes, self._num_tokens)
 
     @cached_property
     def folder(self) -> Path:

@@ -1,12 +1,13 @@
 """How often each token occurs in a text: cheap to count, so of far more text than a model is run on."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
 
 from hf_lowrank.data.batches import reads_media, tokenize
 from hf_lowrank.data.rows import is_ready, load_texts
+from hf_lowrank.hosts.outputs import IGNORED_LABEL, Batch, real_tokens
 
 _MOST_TEXTS = 20_000
 
@@ -33,4 +34,16 @@ def count_tokens(
     counts = counts[:vocab_size]
     special = [index for index in tokenizer.all_special_ids if index < vocab_size]
     counts[special] = counts.max()
+    return counts
+
+
+def occurrences(batches: Iterable[Batch], vocab_size: int) -> torch.Tensor:
+    """How often each token occurs in batches, float64, (V); where one is masked, that which its label names."""
+    counts = torch.zeros(vocab_size, dtype=torch.float64)
+    for batch in batches:
+        ids, labels = batch["input_ids"], batch.get("labels")
+        if labels is not None and labels.shape == ids.shape and "decoder_input_ids" not in batch:
+            ids = torch.where(labels == IGNORED_LABEL, ids, labels)
+        real = ids[real_tokens(batch)].cpu()
+        counts += torch.bincount(real[real < vocab_size], minlength=vocab_size)
     return counts

@@ -18,7 +18,7 @@ from hf_lowrank.hosts.gradients import with_gradients
 from hf_lowrank.hosts.matrices import DenseMatrix, JointMatrix, Matrix
 from hf_lowrank.hosts.multiply_adds import count_multiply_adds
 from hf_lowrank.hosts.targets import find_matrices
-from hf_lowrank.methods.matrix.method import MatrixMethod
+from hf_lowrank.methods.matrix.method import MatrixMethod, as_planned
 from hf_lowrank.methods.matrix.svd import SVD, Truncations, TruncationsOfSeveral
 from hf_lowrank.options import checked
 from hf_lowrank.planning.allocation import ALLOCATIONS
@@ -27,7 +27,7 @@ from hf_lowrank.progress import Progress, no_progress
 from hf_lowrank.records.module_reports import ModuleReport
 from hf_lowrank.records.report import CompressionReport, make_report
 from hf_lowrank.remote_code.configuration_lowrank import compressed_config_class
-from hf_lowrank.remote_code.lowrank_plan import Plan
+from hf_lowrank.remote_code.lowrank_plan import Plan, specs_of
 from hf_lowrank.remote_code.modeling_lowrank import compressed_model_class
 from hf_lowrank.studies.analysis_report import (
     DAMAGE,
@@ -109,16 +109,18 @@ class _Study:
         self._model = self._first.model
         self._targets = self._first.matrices
         self._decompositions = method.decompositions(self._first)
-        self._errors = method.errors(self._first)
+        plans = [job.plan()[0] for job in jobs]
+        self._specs = [specs_of(plan) for plan in plans]
+        self._errors = [method.errors(as_planned(job.problem, plan)) for job, plan in zip(jobs, plans, strict=True)]
+        self._reports = [planned_report(self._model, plan, self._first.dtype) for plan in plans]
         self._looks = bool(method.needs)
         self._runs_model = ALLOCATIONS[self._first.allocation].errors == "probes"
 
     def analysis(self, with_latency: bool) -> Analysis:
         first, storages = self._first, sorted({job.problem.storage.linear for job in self._jobs})
         times = LayerTimes(self._targets, storages, progress=first.progress) if with_latency else None
-        reports = [planned_report(self._model, job.plan()[0], first.dtype) for job in self._jobs]
         matrices = first.progress(find_matrices(self._model), "analyzing")
-        analyzed = tuple(self._matrix(matrix, reports, times) for matrix in matrices)
+        analyzed = tuple(self._matrix(matrix, times) for matrix in matrices)
         num_parameters = sum(p.numel() for p in self._model.parameters())
         multiply_adds = count_multiply_adds(self._model)
         seconds = sum(times.of_dense(matrix) for matrix in self._targets) if times is not None else None
@@ -132,33 +134,39 @@ class _Study:
             budget_kind=first.budget.kind,
             loss_name=DAMAGE if self._runs_model else ENERGY,
             dense=dense,
-            budgets=tuple(self._whole(index, report, analyzed) for index, report in enumerate(reports)),
+            budgets=tuple(self._whole(index, report, analyzed) for index, report in enumerate(self._reports)),
             matrices=analyzed,
         )
 
     def _whole(self, index: int, report: CompressionReport, matrices: Sequence[MatrixAnalysis]) -> PlannedModel:
-        # Members of a group have the rank of the part they share, which is in the report too.
-        ranks = {m.name: m.rank for m in report.modules if m.rank is not None and m.structure != JOINT}
+        # Members of a group are what the part they share makes of them, which is in the plan too.
+        specs = {name: spec for name, spec in self._specs[index].items() if spec["structure"] != JOINT}
         planned = [matrix.planned[index] for matrix in matrices if matrix.planned]
+        damage = None
+        if self._runs_model:
+            damage = self._errors[index].damage([*self._targets, *self._groups], specs)
         return PlannedModel(
             budget=self._jobs[index].problem.budget.value,
             parameters=report.parameters,
             size_bytes=report.size_bytes,
             multiply_adds=report.multiply_adds,
             predicted_loss=sum(one.predicted_loss for one in planned),
-            measured_damage=self._errors.damage([*self._targets, *self._groups], ranks) if self._runs_model else None,
+            measured_damage=damage,
             seconds=sum(one.seconds or 0.0 for one in planned) or None,
         )
 
-    def _matrix(
-        self, matrix: DenseMatrix, reports: Sequence[CompressionReport], times: LayerTimes | None
-    ) -> MatrixAnalysis:
+    def _matrix(self, matrix: DenseMatrix, times: LayerTimes | None) -> MatrixAnalysis:
         plain = TruncationsOfSeveral([SVD().decompose(self._first.weight(part)) for part in matrix.parts])
         found: Truncations = plain
         is_target = matrix in self._targets
         if looks_closer := is_target and self._looks:
             found = self._decompositions(matrix)
-        modules = [module for report in reports for module in report.modules if module.name == matrix.name]
+        modules = [
+            (index, module)
+            for index, report in enumerate(self._reports)
+            for module in report.modules
+            if module.name == matrix.name
+        ]
         timed = times if is_target and matrix.kind == "linear" else None
         rows, columns = matrix.shape
         return MatrixAnalysis(
@@ -170,41 +178,40 @@ class _Study:
             spectrum=spectrum_of(plain.singular_values),
             metric_spectrum=spectrum_of(found.singular_values) if looks_closer else None,
             norm=float(found.singular_values.square().sum().sqrt()),
-            planned=tuple(self._planned(module, matrix, timed) for module in modules),
+            planned=tuple(self._planned(index, module, matrix, timed) for index, module in modules),
         )
 
     @cached_property
     def _groups(self) -> list[JointMatrix]:
-        return self._errors.joint(self._targets) if self._first.budget.kind != "rank" else []
+        return self._errors[0].joint(self._targets) if self._first.budget.kind != "rank" else []
 
     def _planned(
         self,
+        index: int,
         module: ModuleReport,
         matrix: DenseMatrix,
         times: LayerTimes | None,
     ) -> PlannedMatrix:
         common = (module.structure, module.rank, module.parameters, module.multiply_adds)
-        if module.rank is None:
+        if matrix.name not in self._specs[index]:
             return PlannedMatrix(*common, 0.0, 0.0, 0.0, None if times is None else times.of_dense(matrix))
         unit: Matrix = matrix
         if module.structure == JOINT:
             unit = next(group for group in self._groups if matrix in group.members)
-        found = self._decompositions(unit)
-        products = found.factors(module.rank).product.split([member.shape[0] for member in unit.members], dim=-2)
-        product = products[unit.members.index(matrix)]
+        spec, errors = self._specs[index][unit.name], self._errors[index]
+        product, rank = self._decompositions.changes(unit, spec)[matrix](), errors.rank(unit, spec)
         weight = matrix.weight.to(product)
         norm = float(torch.linalg.norm(weight))
         difference = float(torch.linalg.norm(product - weight))
         seconds = None
         if times is not None:
-            ranks = np.array([module.rank])
-            seconds = float(times.of_ranks(unit, module.structure, ranks)[0]) / len(unit.members)
-        energies = found.singular_values.square()
-        metric_norm, lost = float(energies.sum()), float(energies[module.rank :].sum())
+            seconds = float(times.of_ranks(unit, module.structure, np.array([rank]))[0]) / len(unit.members)
+        metric_norm = float(self._decompositions(unit).singular_values.square().sum())
+        lost = float(errors.predicted([unit])[unit.name][rank - 1])
         return PlannedMatrix(
             *common,
             relative_error=difference / norm if norm > 0 else 0.0,
             metric_error=(lost / metric_norm) ** 0.5 if metric_norm > 0 else 0.0,
-            predicted_loss=float(self._errors.errors([unit])[unit.name][module.rank - 1]) / len(unit.members),
+            predicted_loss=float(errors.errors([unit])[unit.name][rank - 1]) / len(unit.members),
             seconds=seconds,
         )

@@ -11,9 +11,10 @@ from hf_lowrank.hosts.matrices import DenseMatrix, JointMatrix, Matrix
 from hf_lowrank.methods.matrix.stored import StoredDecomposition, store_decomposition
 from hf_lowrank.methods.matrix.svd import Decomposition, MetricSVD, Truncations, TruncationsOfSeveral
 from hf_lowrank.methods.problem import Problem
-from hf_lowrank.methods.tables.token_tables import TokenTable, token_table
+from hf_lowrank.methods.tables.token_tables import is_token_table, token_table
 from hf_lowrank.planning.prices import FloatArray
 from hf_lowrank.planning.probes import Changes
+from hf_lowrank.remote_code.lowrank_plan import Spec, sizes_of
 from hf_lowrank.statistics.moments import MatrixStatistics
 
 
@@ -46,16 +47,18 @@ class Decompositions:
         values: FloatArray = self(matrix).singular_values.cpu().numpy()
         return values
 
-    def table(self, matrix: Matrix) -> TokenTable | None:
-        """The autoencoders of a matrix that those take the place of; None for any other."""
-        return token_table(self._problem, matrix) if self._problem.storage.autoencodes(matrix) else None
+    def solved(self, matrix: Matrix, spec: Spec) -> Any:
+        """The numbers of the structure of a spec."""
+        if is_token_table(spec):
+            return token_table(self._problem, matrix).at_sizes(sizes_of(spec))
+        return self(matrix).factors(spec["rank"])
 
-    def changes(self, matrix: Matrix, rank: int) -> Changes:
-        """What the weights become at that rank, each to be made when it is needed."""
+    def changes(self, matrix: Matrix, spec: Spec) -> Changes:
+        """What the weights become in the structure of a spec, each to be made when it is needed."""
         ends = list(itertools.accumulate(member.shape[0] for member in matrix.members))
         rows = [slice(end - member.shape[0], end) for end, member in zip(ends, matrix.members, strict=True)]
         return {
-            m: partial(self._approximation, matrix, rank, part) for m, part in zip(matrix.members, rows, strict=True)
+            m: partial(self._approximation, matrix, spec, part) for m, part in zip(matrix.members, rows, strict=True)
         }
 
     def decompose(self, matrix: Matrix) -> Decomposition:
@@ -66,11 +69,10 @@ class Decompositions:
             return self._solver.decompose_jointly(weights, known)
         return self._solver.decompose(weights[0], known[0])
 
-    def _approximation(self, matrix: Matrix, rank: int, rows: slice) -> torch.Tensor:
-        table = self.table(matrix)
-        if table is not None:
-            return table.at_rank(rank).product[rows]
-        factors = self(matrix).factors(rank)
+    def _approximation(self, matrix: Matrix, spec: Spec, rows: slice) -> torch.Tensor:
+        if is_token_table(spec):
+            return token_table(self._problem, matrix).expected(sizes_of(spec)).product[rows]
+        factors = self(matrix).factors(spec["rank"])
         return factors.up[..., rows, :] @ factors.down
 
     def _stored(self, matrix: Matrix) -> StoredDecomposition:

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from hf_lowrank.errors import InputError
 from hf_lowrank.hosts.matrices import DenseMatrix, JointMatrix, Matrix
 from hf_lowrank.methods.encoding import ENCODERS
 from hf_lowrank.methods.factors import Factors
@@ -14,9 +15,11 @@ from hf_lowrank.methods.matrix.plan import make_plan
 from hf_lowrank.methods.matrix.ranks import RankErrors
 from hf_lowrank.methods.matrix.svd import SVD, MetricSVD
 from hf_lowrank.methods.metric import Metric
-from hf_lowrank.methods.problem import Problem, Solved
+from hf_lowrank.methods.problem import TABLES, Problem, Solved
+from hf_lowrank.methods.tables.token_tables import is_token_table
 from hf_lowrank.planning.plans import specs_of
-from hf_lowrank.remote_code.lowrank_plan import Plan, sizes_of
+from hf_lowrank.remote_code.lowrank_plan import Plan
+from hf_lowrank.remote_code.lowrank_plan import specs_of as every_spec
 
 
 class MatrixMethod:
@@ -46,8 +49,23 @@ class MatrixMethod:
         return self._solver(problem).metrics(problem.evidence.known(matrix, matrix.weight.device))[0]
 
     def plan(self, problem: Problem) -> tuple[Plan, Sequence[Matrix]]:
-        """See `Method`."""
-        return make_plan(problem, self.errors(problem))
+        """See `Method`; where the structure of token tables is open, the plan that does the model less damage."""
+        if problem.storage.tables is not None or all(matrix.role == "block" for matrix in problem.matrices):
+            return make_plan(problem, self.errors(problem))
+        found: list[Any] = []
+        refused = []
+        for one in map(problem.with_tables, TABLES):
+            errors = self.errors(one)
+            try:
+                plan, replaced = make_plan(one, errors)
+            except InputError as error:  # the least that one of them takes may be too much
+                refused.append(error)
+            else:
+                found.append((errors.damage(replaced, every_spec(plan)), len(found), plan, replaced))
+        if not found:
+            raise refused[0]
+        *_, plan, replaced = min(found)
+        return plan, replaced
 
     def solve(self, problem: Problem, matrices: Sequence[Matrix], plan: Plan) -> Iterable[Solved]:
         """One matrix, or those of one input, at a time."""
@@ -59,9 +77,7 @@ class MatrixMethod:
                 solved: list[Any] = [Factors(up, factors.down) for up in ups]
                 part: Any = (matrix.name, {"down.weight": factors.down})
             else:
-                table, spec = found.table(matrix), specs[matrix.name]
-                solved = [found(matrix).factors(spec["rank"]) if table is None else table.at_sizes(sizes_of(spec))]
-                part = (None, {})
+                solved, part = [found.solved(matrix, specs[matrix.name])], (None, {})
             members = {
                 member.name: ENCODERS[specs[member.name]["structure"]](one, _bias(problem, member, one), problem.dtype)
                 for member, one in zip(matrix.members, solved, strict=True)
@@ -72,6 +88,11 @@ class MatrixMethod:
         solver: Any = self.solver
         found: MetricSVD = replace(solver, **problem.own) if problem.own else solver
         return found
+
+
+def as_planned(problem: Problem, plan: Plan) -> Problem:
+    """The problem with the structure of token tables that its plan has."""
+    return problem.with_tables("autoencoder" if any(map(is_token_table, every_spec(plan).values())) else "low_rank")
 
 
 def _bias(problem: Problem, matrix: DenseMatrix, factors: Any) -> torch.Tensor | None:

@@ -45,18 +45,16 @@ def make_plan(problem: Problem, source: RankErrors) -> tuple[Plan, list[Matrix]]
         chosen = _ranks_for_budget(free, account, spent, problem, source)
     position = {matrix.name: index for index, matrix in enumerate(problem.matrices)}
     replaced: list[Matrix] = sorted([*chosen, *fixed], key=lambda matrix: position[matrix.members[0].name])
-    modules, shared = dict(fixed_specs), {}
+    spec_of = partial(source.spec, itemsize=problem.dtype.itemsize)
+    modules = {matrix.name: spec_of(matrix, fixed_specs[matrix.name]["rank"]) for matrix in fixed}
+    shared = {}
     for matrix, rank in chosen.items():
+        spec = spec_of(matrix, rank)
         if isinstance(matrix, JointMatrix):
-            shared[matrix.name] = {"structure": "shared_down", "rank": rank}
-            for member in matrix.members:
-                modules[member.name] = {"structure": "joint_low_rank", "shared": matrix.name}
+            shared[matrix.name] = spec
+            modules |= {m.name: {"structure": "joint_low_rank", "shared": matrix.name} for m in matrix.members}
         else:
-            modules[matrix.name] = {"structure": problem.storage.structure(matrix), "rank": rank}
-    for matrix in replaced:
-        if matrix.name in modules:
-            spec = modules[matrix.name]
-            modules[matrix.name] = {"structure": spec["structure"], **source.sizes(matrix, spec["rank"])}
+            modules[matrix.name] = spec
     modules = {matrix.name: modules[matrix.name] for matrix in problem.matrices if matrix.name in modules}
     kept = {m.name: [list(m.dimensions), m.role, _why_dense(problem)] for m in free if m.name not in modules}
     return as_plan(modules, shared, kept), replaced
@@ -81,13 +79,17 @@ def _ranks_for_budget(
         return _chosen_ranks(curves, allocation.choose(curves, available))
     units = _joint_or_separate(matrices, available, curves_of, source)
     curves = curves_of(units, source.errors(units))
-    if is_mixture and available < sum(float(curve.costs[max(curve.dense - 1, 0)]) for curve in curves):
-        curves = never_dense(curves)
-    ranks = _chosen_ranks(curves, allocation.choose(curves, available))
+    ways = [curves]
     if allocation.errors == "probes":
-        # Probes see one matrix at a time; only the whole model tells whether the sum of what they saw holds.
-        return min((ranks, _chosen_ranks(curves, uniform(curves, available))), key=partial(_damage, source))
-    return ranks
+        ways.append(curves_of(units, source.predicted(units)))
+    if is_mixture and available < sum(float(curve.costs[max(curve.dense - 1, 0)]) for curve in curves):
+        ways = [never_dense(way) for way in ways]
+    choices = [allocation.choose(way, available) for way in ways]
+    if allocation.errors != "probes":
+        return _chosen_ranks(curves, *choices)
+    # Probes see one matrix at a time; only the whole model tells whether the sum of what they saw holds.
+    tried = [_chosen_ranks(curves, choice) for choice in [*choices, uniform(curves, available)]]
+    return min(tried, key=partial(_damage, source))
 
 
 def _joint_or_separate(
@@ -128,7 +130,7 @@ def _chosen_ranks(curves: Sequence[Curve], choices: Sequence[int]) -> Ranks:
 
 
 def _damage(source: RankErrors, ranks: Ranks) -> float:
-    return source.damage(list(ranks), {matrix.name: rank for matrix, rank in ranks.items()})
+    return source.damage(list(ranks), {matrix.name: source.spec(matrix, rank) for matrix, rank in ranks.items()})
 
 
 def _ranks_for_rank(matrices: Sequence[DenseMatrix], problem: Problem) -> Ranks:

@@ -129,6 +129,10 @@ class BandedTable:
         """The best codes and decoders of the sizes in a spec."""
         return self.solve(bands_of(len(self._weight), self._weight.shape[1], sizes))
 
+    def expected(self, sizes: dict[str, int]) -> BandedSolution:
+        """What `at_sizes` gives, or what stands for it while sizes are chosen."""
+        return self.at_sizes(sizes)
+
     def solve(self, bands: Sequence[Band]) -> BandedSolution:
         """The best codes and decoders for bands of those numbers of rows and code lengths."""
         wide = self._weight.to(torch.promote_types(self._weight.dtype, torch.float32))

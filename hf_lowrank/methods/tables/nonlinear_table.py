@@ -54,13 +54,14 @@ class NonlinearTable:
         lengths = range(1, self._weight.shape[1] + 1)
         return {"code_length": bisect_right(lengths, cost(rank=rank), key=lambda length: cost(code_length=length))}
 
-    def at_rank(self, rank: int) -> BandedSolution:
-        """What stands for the trained autoencoder while sizes are chosen: the linear one of that rank."""
-        return self._linear.at_rank(rank)
+    def expected(self, sizes: dict[str, int]) -> BandedSolution:
+        """What stands for the trained autoencoder while sizes are chosen: the linear one that costs as much."""
+        cost, (rows, columns) = NonlinearAutoencoderTable.num_weights(*self._weight.shape, **sizes), self._weight.shape
+        return self._linear.at_rank(min(max(1, (cost - columns) // (rows + columns)), rows, columns))
 
     @property
     def errors(self) -> NDArray[np.float64]:
-        """Loss expected at rank 1, 2, ..., `min(V, D)`, as a fraction of that of zeros: that of `at_rank`."""
+        """Loss expected at rank 1, 2, ..., `min(V, D)`, as a fraction of that of zeros: that of the linear one."""
         return self._linear.errors
 
     def at_sizes(self, sizes: dict[str, int]) -> NonlinearCodes:

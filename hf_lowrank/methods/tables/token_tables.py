@@ -11,6 +11,7 @@ from hf_lowrank.methods.problem import Problem
 from hf_lowrank.methods.tables.banded import CLOSED_FORM, BandedTable
 from hf_lowrank.methods.tables.nonlinear_table import NonlinearTable
 from hf_lowrank.methods.tables.trained_table import TrainedTable
+from hf_lowrank.remote_code.lowrank_plan import Spec
 from hf_lowrank.statistics.moments import MatrixStatistics
 
 # The gradients at an embedding are collected with those at all outputs.
@@ -42,6 +43,11 @@ def make_table(
     if known is not None and moment is not None:
         metric = moment_metric(moment.to(weight.device), known.num_tokens, _SHRINKAGE)
     return BandedTable(weight, frequencies, metric, CLOSED_FORM[objective])
+
+
+def is_token_table(spec: Spec) -> bool:
+    """Whether a spec is of codes and a decoder in the place of a token table."""
+    return str(spec["structure"]).endswith(("autoencoder_embedding", "autoencoder_head"))
 
 
 def token_table(problem: Problem, matrix: Matrix) -> TokenTable:
