@@ -1,4 +1,4 @@
-"""Draw docs/results.svg from the tables of docs/results.md, so that each number is written down once.
+"""Draw the pictures of docs from the tables of docs/results.md, so that each number is written down once.
 
 pip install '.[plot]'
 python docs/make_plots.py
@@ -15,28 +15,29 @@ import matplotlib as mpl
 from matplotlib import pyplot as plt
 
 DOCS = Path(__file__).parent
-PICTURE = DOCS / "results.svg"
 COLOURS = {"plain SVD": "#9aa0a6", "input-whitened SVD": "#1f77b4", "default": "#d62728"}
 STORAGES = {"low_rank": "#1f77b4", "pivoted": "#d62728"}
+MAKERS = {"OpenVINO": "#1f77b4", "ONNX Runtime": "#ff7f0e", "float16": "#9aa0a6", "hf_lowrank": "#d62728"}
 Line = list[tuple[float, float]]  # (fraction kept, value)
 
 
 def main() -> None:
     """Draw it."""
-    numbers = read_numbers((DOCS / "results.md").read_text(encoding="utf-8"))
+    page = (DOCS / "results.md").read_text(encoding="utf-8")
     style = {"svg.hashsalt": "hf_lowrank", "svg.fonttype": "none", "font.size": 9, "axes.titlesize": 9.5}
     with mpl.rc_context({**mpl.rcParamsDefault, "backend": "Agg", **style}):
-        # The numbers ride in the file: a test sees when the tables have gone on without it.
-        draw(numbers).savefig(PICTURE, metadata={"Date": None, "Description": json.dumps(numbers)})
-    print(PICTURE)
+        for name, (read, draw) in PICTURES.items():
+            numbers = read(page)
+            # The numbers ride in the file: a test sees when the tables have gone on without it.
+            draw(numbers).savefig(DOCS / name, metadata={"Date": None, "Description": json.dumps(numbers)})
+            print(DOCS / name)
 
 
-def read_numbers(page: str) -> dict[str, Any]:
+def read_kept(page: str) -> dict[str, Any]:
     """Everything that is drawn: of each panel its lines by name, and the dense score where there is one."""
-    sections = dict(re.findall(r"^## ([^\n]+)\n(.*?)(?=^## |\Z)", page, re.MULTILINE | re.DOTALL))
-    sentences = _section(sections, "Sentence encoder: ")
-    causal = _section(sections, "Language models")
-    speed = list(_rows(_section(sections, "Speed")))
+    sentences = _section(page, "Sentence encoder: ")
+    causal = _section(page, "Language models")
+    speed = list(_rows(_section(page, "Speed")))
     return {
         "dense": float(re.findall(r"Dense: (\d+\.\d+)", sentences)[0]),
         "sentences": _lines(next(_tables(sentences))),
@@ -48,7 +49,18 @@ def read_numbers(page: str) -> dict[str, Any]:
     }
 
 
-def _section(sections: dict[str, str], start: str) -> str:
+def read_sizes(page: str) -> dict[str, list[tuple[float, float, float]]]:
+    """By whom -> megabytes, score and cosine of each model made smaller."""
+    found: dict[str, list[tuple[float, float, float]]] = {maker: [] for maker in MAKERS}
+    for row in _rows(next(_tables(_section(page, "Bits: ")))):
+        for maker in MAKERS:
+            if row[0].strip("*").startswith(maker):
+                found[maker].append((float(row[1]), float(row[4].split()[0]), float(row[5])))
+    return found
+
+
+def _section(page: str, start: str) -> str:
+    sections = dict(re.findall(r"^## ([^\n]+)\n(.*?)(?=^## |\Z)", page, re.MULTILINE | re.DOTALL))
     return next(text for title, text in sections.items() if title.startswith(start))
 
 
@@ -86,7 +98,7 @@ def _drawn_as(row: str) -> str | None:
     return "default" if "default" in name else next((v for k, v in starts.items() if name in (k, f"{k} ranks")), None)
 
 
-def draw(numbers: dict[str, Any]) -> Any:
+def draw_kept(numbers: dict[str, Any]) -> Any:
     """Three panels: a sentence encoder, a language model, and the time of an encoder."""
     figure, panels = plt.subplots(1, 3, figsize=(10.2, 3.1), layout="constrained")
     for name, colour in COLOURS.items():
@@ -110,6 +122,28 @@ def draw(numbers: dict[str, Any]) -> Any:
 def _plot(panel: Any, points: Line, colour: str, label: str) -> None:
     panel.plot([100 * k for k, _ in points], [v for _, v in points], "o-", color=colour, label=label, markersize=3.5)
 
+
+def draw_sizes(numbers: dict[str, list[tuple[float, float, float]]]) -> Any:
+    """Two panels over megabytes: how far the embeddings are from the dense ones, and a score of what they are for."""
+    figure, panels = plt.subplots(1, 2, figsize=(10.2, 3.1), layout="constrained")
+    for maker, colour in MAKERS.items():
+        sizes, scores, cosines = zip(*sorted(numbers[maker]), strict=True)
+        line = "o-" if maker == "hf_lowrank" else "o"
+        panels[0].plot(sizes, [1 - cosine for cosine in cosines], line, color=colour, label=maker, markersize=4)
+        panels[1].plot(sizes, scores, line, color=colour, label=maker, markersize=4)
+    panels[0].set(yscale="log", ylabel="1 - cosine to the dense embeddings")
+    panels[1].set(ylabel="STS-B test, Spearman x 100")
+    for panel in panels:
+        panel.set(xlabel="MB of weights (dense: 90.9)", xscale="log", title="all-MiniLM-L6-v2, nothing trained")
+        panel.set_xticks([3.5, 5, 7, 9, 13, 23, 45], ["3.5", "5", "7", "9", "13", "23", "45"])
+        panel.minorticks_off()
+        panel.grid(alpha=0.25)
+        panel.spines[["top", "right"]].set_visible(False)
+    panels[1].legend(frameon=False)
+    return figure
+
+
+PICTURES = {"results.svg": (read_kept, draw_kept), "sizes.svg": (read_sizes, draw_sizes)}
 
 if __name__ == "__main__":
     main()
