@@ -56,16 +56,19 @@ class Exam:
             found |= dict(zip(some, said.rows.double().cpu(), strict=True))
         return torch.stack([found[index] for index in range(len(ids))])
 
-    def marks(self, model: PreTrainedModel, dense: PreTrainedModel) -> list[float]:
-        """Score and interval of each set of pairs, then cosine and share of neighbours."""
-        marks, cosines = [], []
-        for texts, gold in self.pairs.values():
-            found, wanted = (self.vectors(one, texts) for one in (model, dense))
-            cosines.append((found * wanted).sum(1).mean())
-            first, second = found.chunk(2)
+    def answers(self, model: PreTrainedModel) -> list[torch.Tensor]:
+        """The vectors of all pairs, set after set, and of the others."""
+        return [self.vectors(model, texts) for texts, _ in self.pairs.values()] + [self.vectors(model, self.others)]
+
+    def marks(self, found: Sequence[torch.Tensor], dense: Sequence[torch.Tensor]) -> list[float]:
+        """Score and interval of each set of pairs, then cosine and share of neighbours, of a model's answers."""
+        marks = []
+        for vectors, (_, gold) in zip(found, self.pairs.values(), strict=False):
+            first, second = vectors.chunk(2)
             marks += _spearman((first * second).sum(1), gold)
-        near = [_neighbours(self.vectors(one, self.others)) for one in (model, dense)]
-        return [*marks, float(torch.stack(cosines).mean()), float((near[0] & near[1]).sum() / near[1].sum())]
+        cosine = (torch.cat([*found[:-1]]) * torch.cat([*dense[:-1]])).sum(1).mean()
+        near = [_neighbours(answers[-1]) for answers in (found, dense)]
+        return [*marks, float(cosine), float((near[0] & near[1]).sum() / near[1].sum())]
 
 
 def _spearman(said: torch.Tensor, gold: torch.Tensor) -> list[float]:
@@ -91,7 +94,8 @@ def main() -> None:
     columns = [f"{name} (95 %)" for name in exam.pairs]
     print("| | " + " | ".join([*columns, "cosine", f"top {_NEIGHBOURS}", "steps", "minutes"]) + " |")
     print("|---" * (len(columns) + 5) + "|")
-    show("dense", [exam.marks(model, model)], 0, 0.0)
+    dense = exam.answers(model)
+    show("dense", [exam.marks(dense, dense)], 0, 0.0)
     makers: dict[str, dict[str, Any]] = {f"{keep:g} kept": {"keep_targets": keep} for keep in options.keep_targets}
     makers |= {f"{size:g} MB": {"target_size": f"{size}MB"} for size in options.sizes}
     with TemporaryDirectory() as folder:
@@ -99,12 +103,11 @@ def main() -> None:
             about = {"calibration": texts[: options.calibration], "tokenizer": tokenizer, "fast": options.fast}
             small = compress(model, **budget, **about)
             small.save_pretrained(folder)
-            show(name, [exam.marks(small, model)], 0, 0.0)
+            show(name, [exam.marks(exam.answers(small), dense)], 0, 0.0)
             clock, marks = time.perf_counter(), []
             for seed in options.seeds:
-                marks.append(
-                    exam.marks(taught(load_compressed(folder), model, tokenizer, texts, options, seed), model)
-                )
+                healed = taught(load_compressed(folder), model, tokenizer, texts, options, seed)
+                marks.append(exam.marks(exam.answers(healed), dense))
             show(f"{name}, taught", marks, options.steps, (time.perf_counter() - clock) / 60 / len(options.seeds))
 
 

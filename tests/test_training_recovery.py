@@ -8,13 +8,15 @@ import tiny_tokenizers
 import torch
 from every_structure import OF_ANY_MODEL, build_every_structure, structures_with
 from tiny_training import StopAt, arguments, rows
+from torch.nn import functional as F
 from transformers import TrainerCallback
 
 from hf_lowrank import InputError, compress, lpaf, recover
 from hf_lowrank.cli import main
 from hf_lowrank.hosts.loading import find_tokenizer, load_dense
-from hf_lowrank.sharing.saving import load_compressed
+from hf_lowrank.sharing.saving import load_compressed, save_folder
 from hf_lowrank.training.callbacks.best import BestStateCallback
+from hf_lowrank.training.distillation import DistillationTrainer
 from hf_lowrank.training.features import PaddingCollator, hold_out, make_features
 from hf_lowrank.training.recovery import default_learning_rate
 
@@ -358,6 +360,33 @@ def test_the_command_recovers_a_folder(folders, capsys):
     assert provenance["command"].startswith("hf-lowrank recover small out --teacher @MODEL@ --dataset train.tsv")
 
 
+def test_the_command_goes_on_after_a_kill_and_ends_as_it_would_have(folders, monkeypatch):
+    step, steps = DistillationTrainer.training_step, []
+
+    def run(name, last):
+        def counted(self, *args, **kwargs):
+            if self.state.global_step == last:
+                raise KeyboardInterrupt
+            steps.append(name)
+            return step(self, *args, **kwargs)
+
+        monkeypatch.setattr(DistillationTrainer, "training_step", counted)
+        out = folders / f"out-{name}"
+        main([str(part) for part in (
+            "recover", folders / "small", out, "--teacher", folders / "dense", "--dataset", folders / "train.tsv",
+            "--work-dir", folders / f"run-{name}", "--batch-size", 8, "--learning-rate", "5e-3",
+        )])  # fmt: skip
+        return out
+
+    whole, cut = run("whole", None), run("cut", 6)
+    assert not cut.exists()
+    resumed = load_compressed(run("cut", None)).state_dict()
+
+    assert steps.count("cut") < steps.count("whole") + 6  # it has not begun at the beginning
+    expected = load_compressed(whole).state_dict()
+    assert all(torch.equal(expected[key], resumed[key]) for key in expected)
+
+
 def test_the_command_refuses_a_teacher_with_other_words(folders, capsys):
     tiny_models.build("BertForSequenceClassification", vocab_size=40).save_pretrained(folders / "other")
     command = ["recover", folders / "small", folders / "out", "--teacher", folders / "other", "--dataset",
@@ -376,3 +405,25 @@ def test_processes_that_know_nothing_of_each_other_are_refused(given, tmp_path, 
 
     with pytest.raises(InputError, match=r"2 processes, and each would train alone.*ACCELERATE_USE_CPU=1"):
         recover(small, teacher=teacher, dataset=rows(8), args=args)
+
+
+def test_what_a_sentence_encoder_holds_is_taught_in_place_by_what_another_holds(tmp_path):
+    sentence_transformers = pytest.importorskip("sentence_transformers")
+    teacher, small = pair("BertModel")
+    encoders = []
+    for name, model in (("teacher", teacher), ("small", small)):
+        folder = tmp_path / name
+        (save_folder if model is small else type(model).save_pretrained)(model, folder)
+        tokenizer_for("Bert").save_pretrained(folder)
+        encoders.append(sentence_transformers.SentenceTransformer(str(folder), device="cpu", trust_remote_code=True))
+    dense, encoder = encoders
+    before = encoder.encode(TEXTS[:4])
+
+    recover(encoder, teacher=dense, dataset=TEXTS, epochs=4, batch_size=8, max_seq_length=16, learning_rate=5e-3)
+    encoder.save(str(tmp_path / "taught"))
+    again = sentence_transformers.SentenceTransformer(str(tmp_path / "taught"), device="cpu", trust_remote_code=True)
+
+    wanted, after = dense.encode(TEXTS[:4]), encoder.encode(TEXTS[:4])
+    cosines = [F.cosine_similarity(*map(torch.from_numpy, (one, wanted))).mean() for one in (before, after)]
+    assert cosines[1] > cosines[0]
+    assert torch.equal(torch.from_numpy(again.encode(TEXTS[:4])), torch.from_numpy(after))

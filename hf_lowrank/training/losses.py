@@ -76,7 +76,9 @@ def logits_loss(compared: Compared) -> torch.Tensor:
     `T` is the temperature; its square keeps the gradients of one size (Hinton et al., 2015).
     """
     heat = compared.temperature
-    found, wanted = (said(side.model, side.output, compared.batch) for side in (compared.student, compared.teacher))
+    # As the teacher says it, whose folder tells how an encoder's hidden states are pooled: a copy's may not.
+    speaker = compared.teacher.model
+    found, wanted = (said(speaker, side.output, compared.batch) for side in (compared.student, compared.teacher))
     if has_temperature := OUTPUTS[found.kind].has_temperature:
         found, wanted = Said(found.kind, found.rows.float() / heat), Said(wanted.kind, wanted.rows.float() / heat)
     total = found.distance(wanted).sum() / _average_count(len(found.rows), compared)
