@@ -304,6 +304,15 @@ def test_odd_hosts_are_rounded_and_load_as_they_were(name, tmp_path, monkeypatch
         assert type(decompress(small)) is type(dense)
 
 
+def test_ranks_and_bits_go_together_without_text_where_the_dense_weights_are_gone(tmp_path):
+    build("BertForMaskedLM").save_pretrained(tmp_path)
+
+    small = compress(tmp_path, bits=4, rank=6, method="svd")
+
+    assert {spec["rank"] for spec in small.config.plan["modules"].values()} == {6}
+    assert small.config.plan["packed"]["tensors"]
+
+
 def test_more_bits_are_nearer_to_the_dense_model():
     dense = build("BertForMaskedLM")
     inputs = inputs_for("BertForMaskedLM")

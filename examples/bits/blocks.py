@@ -66,7 +66,11 @@ def perplexity(study: Blocks, model: PreTrainedModel) -> Row:
 def ours_on_blocks(study: Blocks, bits: float) -> dict[str, torch.Tensor]:
     """All matrices of the blocks at one level of error."""
     parts = [
-        Single(matrix.path, lambda m=matrix: m.weight.detach().float(), lambda m=matrix: costs_of(study.problem, m))
+        Single(
+            matrix.path,
+            lambda m=matrix: m.weight.detach().float(),
+            lambda m=matrix: costs_of(study.problem, m, lambda: m.weight),
+        )
         for matrix in study.matrices
     ]
     found = rounded_within(parts, bits * sum(part.num_codes for part in parts) / 8)

@@ -93,13 +93,14 @@ def _weights(model: PreTrainedModel, problem: Problem) -> list[_Weight]:
     matrices = {matrix.path: matrix for matrix in problem.matrices if matrix.kind != "experts"}
     sensitivity = Sensitivity(problem.seed)
     known: dict[int, Callable[[], Costs]] = {}
+    structure: Any
     for path, structure in named_structures(model):
         if path in matrices:
-            sensitivity.add(structure, costs_of(problem, matrices[path]))
+            sensitivity.add(structure, costs_of(problem, matrices[path], structure.to_dense))
     for path, matrix in matrices.items():
         module: Any = model.get_submodule(path)
         if dense_kind(module) is not None:
-            known[id(module.weight)] = partial(costs_of, problem, matrix)
+            known[id(module.weight)] = partial(costs_of, problem, matrix, partial(getattr, matrix, "weight"))
     found = []
     for key, parameter in model.named_parameters():
         if parameter.dim() > 1 and parameter.numel() >= _LEAST_NUMBERS and parameter.is_floating_point():
@@ -111,11 +112,15 @@ def _weights(model: PreTrainedModel, problem: Problem) -> list[_Weight]:
     return found
 
 
-def costs_of(problem: Problem, matrix: DenseMatrix) -> Costs:
-    """Of the rows and columns of a weight (O, I): by the text, or by its own size where there is none."""
+def costs_of(problem: Problem, matrix: DenseMatrix, weight: Callable[[], torch.Tensor]) -> Costs:
+    """Of the rows and columns of a weight (O, I): by the text, or by its own size where there is none.
+
+    Args:
+        weight: Gives it, or what stands for it where it is gone.
+    """
     known = problem.evidence.known(matrix, torch.device("cpu"))
     if known is None:
-        norm = float(matrix.weight.detach().double().norm()) or 1.0
+        norm = float(weight().detach().double().norm()) or 1.0
         return torch.full((matrix.shape[0],), 1 / norm, dtype=torch.float64), identity()
     rows, columns = WhitenedSVD().metrics(known)
     if known.output_moment is not None:
