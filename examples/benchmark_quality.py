@@ -18,7 +18,7 @@ import math
 import re
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +47,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "two-sided, pivoted": {"method": "two_sided_svd", "allocation": "uniform", "storage": "pivoted"},
     "two-sided, measured": {"method": "two_sided_svd", "allocation": "measured", **_AS_SOLVED},
     "synthetic text": {"synthetic": True},
+    "fast": {"fast": True},
     "two-sided, predicted": {"method": "two_sided_svd", "allocation": "first_order", "refine_passes": 0},
     "measured, pivoted": {"storage": "pivoted", **_AS_SOLVED},
     "anchored": {"anchored": True, "refine_passes": 0},
@@ -228,6 +229,8 @@ def main() -> None:
     parser.add_argument("--work-dir", type=Path, default=Path("build/quality"))
     parser.add_argument("--studies", nargs="+", default=["sentences", "masked", "causal"])
     parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS), metavar="ROW")
+    parser.add_argument("--budgets", type=float, nargs="+", help="fractions to keep, instead of those of each study")
+    parser.add_argument("--most-steps", type=int, help="batches of each report that are scored at most")
     parser.add_argument("--smoke", action="store_true")
     arguments = parser.parse_args()
     if arguments.smoke:
@@ -240,7 +243,10 @@ def main() -> None:
         "classifier": lambda: classifier_study(arguments.data, arguments.classifier),
     }
     for name in arguments.studies:
-        print_table(makers[name](), arguments.methods, arguments.work_dir)
+        study = makers[name]()
+        reports = {title: (task, steps[: arguments.most_steps]) for title, (task, steps) in study.reports.items()}
+        study = replace(study, budgets=tuple(arguments.budgets or study.budgets), reports=reports)
+        print_table(study, arguments.methods, arguments.work_dir)
 
 
 if __name__ == "__main__":
