@@ -52,7 +52,7 @@ def main() -> None:
         small = compress(dense, keep_targets=options.keep_targets, seed=options.seed, **own)
         print(f"{name:<28}{accuracy(small):>8.2%}", flush=True)
         if name != "two_sided_svd, no images":
-            recover(small, teacher=dense, dataset=parts["calibration"], tokenizer=processor, epochs=10)
+            recover(small, teacher=dense, dataset=parts["calibration"], tokenizer=processor, epochs=options.recovery)
             print(f"{name + ', recovered':<28}{accuracy(small):>8.2%}", flush=True)
     if options.out is not None:
         keep(options.out, dense, processor, parts)
@@ -109,13 +109,14 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, help="folder for the model and the images")
     parser.add_argument("--keep-targets", type=float, default=0.5)
     parser.add_argument("--epochs", type=int, default=40, help="of training the dense model")
+    parser.add_argument("--recovery", type=float, default=10, help="epochs of recovery")
     parser.add_argument("--width", type=int, default=96)
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--smoke", action="store_true", help="sizes for a test")
     options = parser.parse_args()
     if options.smoke:
-        options.epochs, options.width, options.layers = 1, 16, 2
+        options.epochs, options.recovery, options.width, options.layers = 1, 1, 16, 2
     return options
 
 

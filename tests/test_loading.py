@@ -207,6 +207,7 @@ REFUSED = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:Could not find a config file in")  # of peft 0.19
 @pytest.mark.parametrize("verb", ["compress", "analyze", "compare", "lpaf", "recover"])
 @pytest.mark.parametrize("case", REFUSED)
 def test_what_is_no_model_to_compress_is_one_line_before_any_work(verb, case, tmp_path):

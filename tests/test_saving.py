@@ -33,7 +33,7 @@ def source(tmp_path):
     files = {
         "config.json": "{}",
         "README.md": "card",
-        "vocab.txt": "[PAD]\n[UNK]\n",
+        "vocab.txt": "[PAD]\n[UNK]\n[CLS]\n[SEP]\n[MASK]\n",
         "tokenizer_config.json": json.dumps({"tokenizer_class": "BertTokenizer"}),
         "modules.json": json.dumps(modules),
         "1_Pooling/config.json": "{}",

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import AutoConfig, PreTrainedModel
 
 from hf_lowrank.compression.settled import Learning, Settings
@@ -45,6 +46,8 @@ def _is_too_large(model: Any, settings: Settings) -> bool:
     Held whole it takes its weights as they are stored, a copy in float32 if it is run in that, and what they become.
     """
     if not isinstance(model, (str, Path)):
+        if not isinstance(model, nn.Module):
+            return False  # loading says what it is
         return any(parameter.is_meta for parameter in model.parameters()) or offloaded(model) is not None
     size, itemsize = _stored_size(model)
     copies = 2 + (_WIDE / itemsize if settings.runs_model and itemsize < _WIDE else 0)
