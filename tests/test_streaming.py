@@ -5,6 +5,7 @@ import random
 import shutil
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,15 +15,21 @@ from tiny_architectures import ARCHITECTURES
 from tiny_models import VOCABULARY, build
 
 from hf_lowrank import compress
-from hf_lowrank.errors import InputError
+from hf_lowrank.compression.costs import expected_cost
+from hf_lowrank.compression.job import prepare
+from hf_lowrank.compression.settled import settle_compression
+from hf_lowrank.errors import InputError, Note
 from hf_lowrank.evaluation.memory import LiveBytes
 from hf_lowrank.files.scratch import write_file
 from hf_lowrank.hosts.disk.offloaded import offloaded
+from hf_lowrank.hosts.disk.stages import Stages
 from hf_lowrank.hosts.disk.stored import is_away
+from hf_lowrank.hosts.outputs import Said
 from hf_lowrank.methods.table import METHODS, OF_MATRICES
 from hf_lowrank.sharing.saving import load_compressed, save_folder
 from hf_lowrank.statistics import collection
 
+pytestmark = pytest.mark.filterwarnings("ignore:block by block:hf_lowrank.errors.Note")
 FAMILIES = ["BertForMaskedLM", "GPT2LMHeadModel", "LlamaForCausalLM", "DistilBertModel", "ElectraForMaskedLM"]
 MIXTURES = ["MixtralForCausalLM", "GraniteMoeForCausalLM"]
 OTHERS = ["Gemma3ForCausalLM", "GPTNeoXForCausalLM", "ViTForImageClassification"]
@@ -113,6 +120,46 @@ def test_memory_does_not_grow_with_depth(folder):
     shallow, deep = (peak(folder("LlamaForCausalLM", num_hidden_layers=n, **wide), memory="1MB") for n in (2, 6))
 
     assert deep < 1.05 * shallow
+
+
+def test_a_large_head_is_run_a_sequence_at_a_time(folder, monkeypatch):
+    path, text = folder("LlamaForCausalLM"), {"calibration": batches(), "keep_params": 0.7, "memory": "1MB"}
+    at_once = compress(path, **text)
+    lengths, take = [], Stages.run
+    monkeypatch.setattr("hf_lowrank.hosts.disk.stages._MOST_LOGITS", 10)
+    monkeypatch.setattr(Stages, "run", lambda *given: lengths.append(take(*given)) or lengths[-1])
+    one_by_one = compress(path, **text)
+
+    says = [said for _, said in lengths if isinstance(said, Said)]
+    assert {len(said.rows) for said in says[1:]} == {7}
+    assert at_once.config.compression["modules"].keys() == one_by_one.config.compression["modules"].keys()
+
+
+def cost(path, **options):
+    settings = settle_compression({"keep_targets": 0.6, "memory": "1MB", **options}, has_text=True)
+    return expected_cost(prepare(path, settings, calibration=batches()).problem.evidence)
+
+
+@pytest.mark.parametrize("method", ["svd", "two_sided_svd"])
+def test_what_it_takes_is_told_before_and_grows_with_depth_but_for_memory(folder, tmp_path, method):
+    path, cache = folder("LlamaForCausalLM", num_hidden_layers=2), tmp_path / "cache"
+    told = cost(path, method=method)
+    options = {"keep_targets": 0.6, "method": method, "memory": "1MB", "allocation": "first_order"}
+    with pytest.warns(Note, match=r"block by block, in about .* of memory and .* on disk in .* free\)"):
+        compress(path, calibration=batches(), cache_dir=str(cache), **options)
+
+    data = {file: len(file.read_bytes()) for file in cache.rglob("*.safetensors") if "decompositions" in str(file)}
+    assert sum(data.values()) / 2 < told.disk + 2000 * len(data)  # their headers
+    shutil.rmtree(path)
+    deeper = cost(folder("LlamaForCausalLM", num_hidden_layers=6), method=method)
+    assert deeper.memory == told.memory
+    assert 2 < deeper.disk / told.disk <= 3
+
+
+def test_a_disk_that_is_too_small_is_refused_before_any_work(folder, monkeypatch):
+    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=1000))
+    with pytest.raises(InputError, match=r"needs .* on disk, and .* has 1.0 KB. Give a cache_dir elsewhere"):
+        compress(folder("LlamaForCausalLM"), calibration=batches(), keep_targets=0.6, memory="1MB")
 
 
 class Killed(BaseException):

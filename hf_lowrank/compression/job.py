@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from hf_lowrank.compression.costs import announce
 from hf_lowrank.compression.settled import Settings
 from hf_lowrank.compression.tier import opened
 from hf_lowrank.errors import InputError
@@ -68,6 +69,7 @@ class Job:
 
     def _decompose(self, evidence: StagedEvidence) -> None:
         """Gather statistics stage by stage, and decompose the matrices of each as soon as they are known."""
+        announce(evidence)
         method, problem = self.settings.method, self.problem
         found, errors = method.decompositions(problem), method.errors(problem)
         compares = problem.budget.kind != "rank" and ALLOCATIONS[problem.allocation].errors != "none"

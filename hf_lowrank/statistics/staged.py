@@ -5,10 +5,12 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
+import torch
+
 from hf_lowrank.files.digests import digest_of
 from hf_lowrank.files.processes import rank_and_count, told_by_first, wait_for_all
 from hf_lowrank.hosts.blocks import block_name, calls_in_order, find_blocks, frozen, hidden_states
-from hf_lowrank.hosts.disk.stages import Stages, require_stages
+from hf_lowrank.hosts.disk.stages import ALL, Stages, require_stages
 from hf_lowrank.hosts.matrices import DenseMatrix
 from hf_lowrank.hosts.targets import BLOCK_ROLES
 from hf_lowrank.statistics.collection import Collector, draws_of, needs_gradients, random_loss
@@ -80,20 +82,28 @@ class StagedEvidence(Evidence):
             collector = Collector(self.kinds, sums, **sums.notes)
             with stages.weights(), collector.watching(self.model, matrices, tables):
                 for index in stages.indices[sums.num_batches :]:
-                    with collector.looking_at(stages.placed(index)):
-                        self._see(collector, stage, index)
+                    self._see(collector, stage, index)
                     sums.commit()
             sums.save(make_metadata(names, collector.inputs, self.identity))
 
     def _see(self, collector: Collector, stage: int, index: int) -> None:
-        stages = self.stages
-        start, end = stages.run(stage, index, collector.needs_gradients)
-        if not collector.needs_gradients:
+        """Run one batch through a stage, and take its gradient back."""
+        stages, backward, draws = self.stages, collector.needs_gradients, draws_of(self.text.seed, index)
+        is_last = stage == len(stages) - 1
+        gradients = []
+        for rows in stages.parts(index) if is_last else [ALL]:
+            with collector.looking_at(stages.placed(index, rows)):
+                start, end = stages.run(stage, index, backward, rows)
+                if backward and is_last:
+                    random_loss(self.model, end, draws).backward()
+                elif backward and hidden_states(end).requires_grad:
+                    hidden_states(end).backward(stages.gradient(stage, index))
+            if start is not None and backward:
+                gradients.append(torch.zeros_like(start) if start.grad is None else start.grad)
+        if gradients:
+            stages.keep_gradient(stage, index, gradients)
+        if not backward:
             stages.keep(stage, index, end)
-        elif stage == len(stages) - 1:
-            stages.back(stage, index, start, random_loss(self.model, end, draws_of(self.text.seed, index)))
-        else:
-            stages.back(stage, index, start, hidden_states(end))
 
     def _matrices_of(self, stage: int) -> list[DenseMatrix]:
         """Those that are run in a stage: a table with the first block, a head after the last."""

@@ -2,10 +2,12 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch.utils._pytree import tree_map
 from transformers import PreTrainedModel
 
 from hf_lowrank.errors import InputError, one_line
@@ -18,6 +20,9 @@ from hf_lowrank.remote_code.lowrank_structures import token_table
 
 # How far a run by stages may be from one in one go: the order of sums is the same, and what is not is not.
 _TOLERANCE = 1e-4
+# More than so many would be most of what is in memory: each is there several times, with its gradient and its softmax.
+_MOST_LOGITS = 1 << 24
+ALL = slice(None)
 
 
 class Stages:
@@ -53,26 +58,38 @@ class Stages:
                 stack.enter_context(away.staying())
             yield
 
-    def placed(self, index: int) -> Batch:
-        """A batch where the model is."""
-        return {name: value.to(self.model.device) for name, value in self.batches[index].items()}
+    def placed(self, index: int, rows: slice = ALL) -> Batch:
+        """A batch, or some of its sequences, where the model is."""
+        return {name: value[rows].to(self.model.device) for name, value in self.batches[index].items()}
 
-    def run(self, stage: int, index: int, needs_gradient: bool = False) -> tuple[torch.Tensor | None, Any]:
+    def parts(self, index: int) -> list[slice]:
+        """All sequences of a batch at once, or one by one where they have a large head's logits."""
+        batch, head = self.batches[index], self.model.get_output_embeddings()
+        size = len(next(iter(batch.values())))
+        if head is None or "input_ids" not in batch:
+            return [ALL]
+        num_logits = batch["input_ids"].numel() * head.weight.shape[0]
+        return [slice(row, row + 1) for row in range(size)] if num_logits > _MOST_LOGITS else [ALL]
+
+    def run(
+        self, stage: int, index: int, needs_gradient: bool = False, rows: slice = ALL
+    ) -> tuple[torch.Tensor | None, Any]:
         """The hidden states that a stage begins with, None at the first, and what it ends with."""
         start: torch.Tensor | None = None
         with ExitStack() as stack:
             stack.enter_context(torch.set_grad_enabled(needs_gradient))
             if stage:
-                before = self._read(self._output(stage - 1, index))
+                size = len(next(iter(self.batches[index].values())))
+                before = tree_map(partial(_of_rows, rows, size), self._read(self._output(stage - 1, index)))
                 start = hidden_states(before).requires_grad_(needs_gradient)
                 passed = self.names[:stage]
                 stack.enter_context(replayed_outputs(self.model, passed, dict.fromkeys(passed, before)))
                 stack.enter_context(_without_look_up(self.model))
             if stage == len(self.names):
-                return start, run(self.model, self.placed(index))
+                return start, run(self.model, self.placed(index, rows))
             stack.enter_context(left_at(self.model, self.names[stage], None))
             try:
-                run(self.model, self.placed(index))
+                run(self.model, self.placed(index, rows))
             except Reached as reached:
                 return start, reached.output
         raise RuntimeError(f"{self.names[stage]} was not run.")
@@ -88,14 +105,16 @@ class Stages:
             _require_numbers(hidden_states(end), self.names[stage])
             write_file(self._output(stage, index), lambda draft: torch.save(end, draft))
 
-    def back(self, stage: int, index: int, start: torch.Tensor | None, end: torch.Tensor) -> None:
-        """Take the gradient from the end of a stage, a loss at the last, to its start, and keep it there."""
-        if end.requires_grad:
-            end.backward(None if stage == len(self.names) else self._read(self._gradient(stage, index)))
-        if start is not None:
-            gradient = torch.zeros_like(start) if start.grad is None else start.grad
-            _require_numbers(gradient, self.names[stage - 1])
-            write_file(self._gradient(stage - 1, index), lambda draft: torch.save(gradient, draft))
+    def gradient(self, stage: int, index: int) -> torch.Tensor:
+        """The one that came back to what a block returned."""
+        found: torch.Tensor = self._read(self._gradient(stage, index))
+        return found
+
+    def keep_gradient(self, stage: int, index: int, parts: Sequence[torch.Tensor]) -> None:
+        """Keep what came back to the start of a stage, of some sequences after the others."""
+        gradient = torch.cat(list(parts))
+        _require_numbers(gradient, self.names[stage - 1])
+        write_file(self._gradient(stage - 1, index), lambda draft: torch.save(gradient, draft))
 
     def forget(self, stage: int) -> None:
         """Remove what a stage, and all after it, no longer need."""
@@ -112,6 +131,11 @@ class Stages:
     def _read(self, path: Path) -> Any:
         # A block may return any object, and the file is our own.
         return torch.load(path, map_location=self.model.device, weights_only=False)
+
+
+def _of_rows(rows: slice, size: int, kept: Any) -> Any:
+    """What a block returned for some sequences of a batch; what is the same for all of them stays."""
+    return kept[rows] if isinstance(kept, torch.Tensor) and kept.dim() and len(kept) == size else kept
 
 
 def _require_numbers(hidden: torch.Tensor, name: str) -> None:
