@@ -68,7 +68,7 @@ def both(path, head, **options):
     """The model compressed in memory, as far as it is block by block, and block by block."""
     about = {"calibration": None if "Image" in head else batches(), "allocation": "first_order", **options}
     about |= {"embeddings": "low_rank"} if "keep_params" in options else {}
-    return compress(path, **about, **IN_MEMORY), compress(path, memory="1MB", **about)
+    return compress(path, **about, **IN_MEMORY), compress(path, memory="1KB", **about)
 
 
 def assert_same_model(one, other):
@@ -117,13 +117,13 @@ def peak(path, **options):
 
 def test_memory_does_not_grow_with_depth(folder):
     wide = {"hidden_size": 96, "intermediate_size": 192, "num_attention_heads": 4}
-    shallow, deep = (peak(folder("LlamaForCausalLM", num_hidden_layers=n, **wide), memory="1MB") for n in (2, 6))
+    shallow, deep = (peak(folder("LlamaForCausalLM", num_hidden_layers=n, **wide), memory="1KB") for n in (2, 6))
 
     assert deep < 1.05 * shallow
 
 
 def test_a_large_head_is_run_a_sequence_at_a_time(folder, monkeypatch):
-    path, text = folder("LlamaForCausalLM"), {"calibration": batches(), "keep_params": 0.7, "memory": "1MB"}
+    path, text = folder("LlamaForCausalLM"), {"calibration": batches(), "keep_params": 0.7, "memory": "1KB"}
     at_once = compress(path, **text)
     lengths, take = [], Stages.run
     monkeypatch.setattr("hf_lowrank.hosts.disk.stages._MOST_LOGITS", 10)
@@ -136,7 +136,7 @@ def test_a_large_head_is_run_a_sequence_at_a_time(folder, monkeypatch):
 
 
 def cost(path, **options):
-    settings = settle_compression({"keep_targets": 0.6, "memory": "1MB", **options}, has_text=True)
+    settings = settle_compression({"keep_targets": 0.6, "memory": "1KB", **options}, has_text=True)
     return expected_cost(prepare(path, settings, calibration=batches()).problem.evidence)
 
 
@@ -144,7 +144,7 @@ def cost(path, **options):
 def test_what_it_takes_is_told_before_and_grows_with_depth_but_for_memory(folder, tmp_path, method):
     path, cache = folder("LlamaForCausalLM", num_hidden_layers=2), tmp_path / "cache"
     told = cost(path, method=method)
-    options = {"keep_targets": 0.6, "method": method, "memory": "1MB", "allocation": "first_order"}
+    options = {"keep_targets": 0.6, "method": method, "memory": "1KB", "allocation": "first_order"}
     with pytest.warns(Note, match=r"block by block, in about .* of memory and .* on disk in .* free\)"):
         compress(path, calibration=batches(), cache_dir=str(cache), **options)
 
@@ -159,7 +159,7 @@ def test_what_it_takes_is_told_before_and_grows_with_depth_but_for_memory(folder
 def test_a_disk_that_is_too_small_is_refused_before_any_work(folder, monkeypatch):
     monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=1000))
     with pytest.raises(InputError, match=r"needs .* on disk, and .* has 1.0 KB. Give a cache_dir elsewhere"):
-        compress(folder("LlamaForCausalLM"), calibration=batches(), keep_targets=0.6, memory="1MB")
+        compress(folder("LlamaForCausalLM"), calibration=batches(), keep_targets=0.6, memory="1KB")
 
 
 class Killed(BaseException):
@@ -188,7 +188,7 @@ def killed_now_and_then(monkeypatch, draw, done):
 @pytest.mark.parametrize("method", ["two_sided_svd", "whitened_svd"])
 def test_a_run_that_was_killed_goes_on_and_nothing_is_done_twice(folder, tmp_path, monkeypatch, head, method):
     path, draw, done = folder(head), random.Random(f"{head} {method}"), []
-    options = {"calibration": batches(), "keep_targets": 0.6, "method": method, "memory": "1MB"}
+    options = {"calibration": batches(), "keep_targets": 0.6, "method": method, "memory": "1KB"}
     expected, kills = compress(path, **options), 0
     while True:
         killed_now_and_then(monkeypatch, draw, done)
@@ -221,13 +221,13 @@ def test_a_model_that_was_left_on_disk_comes_in_as_it_is(folder, tmp_path):
 
     small = compress(dense, calibration=text, keep_targets=0.6)
 
-    again = compress(path, calibration=text, keep_targets=0.6, memory="1MB", dtype="float32")
+    again = compress(path, calibration=text, keep_targets=0.6, memory="1KB", dtype="float32")
     assert_same_model_offloaded(small, again)
 
 
 def test_what_was_saved_in_shards_loads_with_its_weights_on_disk(folder, tmp_path, monkeypatch):
     monkeypatch.setattr("hf_lowrank.sharing.saving._SHARD", "4KB")
-    small = compress(folder("LlamaForCausalLM"), calibration=batches(), keep_targets=0.6, memory="1MB")
+    small = compress(folder("LlamaForCausalLM"), calibration=batches(), keep_targets=0.6, memory="1KB")
 
     saved = save_folder(small, tmp_path / "small")
 
@@ -254,13 +254,13 @@ REFUSED = {
 @pytest.mark.parametrize("what", list(REFUSED))
 def test_what_needs_the_whole_model_is_refused_by_name(folder, what):
     with pytest.raises(InputError, match=rf"^{what} needs the whole model in memory.*raise memory"):
-        compress(folder("LlamaForCausalLM"), calibration=batches(), memory="1MB", **REFUSED[what])
+        compress(folder("LlamaForCausalLM"), calibration=batches(), memory="1KB", **REFUSED[what])
 
 
 @pytest.mark.parametrize("head", ["T5ForConditionalGeneration", "AlbertForMaskedLM"])
 def test_a_model_whose_blocks_are_no_chain_is_refused_in_one_line(folder, head):
     with pytest.raises(InputError, match=r"cannot be run block by block: .* Raise memory"):
-        compress(folder(head), keep_targets=0.5, memory="1MB")
+        compress(folder(head), keep_targets=0.5, memory="1KB")
 
 
 def test_weights_that_are_not_finite_are_refused_by_name(folder):
@@ -271,7 +271,7 @@ def test_weights_that_are_not_finite_are_refused_by_name(folder):
     model.save_pretrained(path)
 
     with pytest.raises(InputError, match=r"layers.1.mlp.up_proj.weight.* holds NaN"):
-        compress(path, calibration=batches(), keep_targets=0.6, memory="1MB")
+        compress(path, calibration=batches(), keep_targets=0.6, memory="1KB")
 
 
 def test_a_small_model_is_held_in_memory_by_default(folder):
@@ -279,7 +279,7 @@ def test_a_small_model_is_held_in_memory_by_default(folder):
 
 
 def test_two_processes_share_the_work_and_find_what_one_finds(folder, tmp_path):
-    path, options = folder("LlamaForCausalLM"), ["--keep-targets", "0.6", "--memory", "1MB", "--no-latency"]
+    path, options = folder("LlamaForCausalLM"), ["--keep-targets", "0.6", "--memory", "1KB", "--no-latency"]
     for count in (1, 2):
         (tmp_path / f"{count}").mkdir()
         said = run_forked([HF_LOWRANK, "compress", path, "out", *options], tmp_path / f"{count}", processes=count)

@@ -19,8 +19,6 @@ from hf_lowrank.records.machine import free_memory, usable_device
 from hf_lowrank.remote_code.lowrank_weights import skeleton
 
 _USABLE = 0.8
-# Beside the weights: libraries, text, moments, and what decompositions work in.
-_OTHER_BYTES = 1_500_000_000
 _WIDE = 4
 
 
@@ -52,7 +50,7 @@ def _is_too_large(model: Any, settings: Settings) -> bool:
     size, itemsize = _stored_size(model)
     copies = 2 + (_WIDE / itemsize if settings.runs_model and itemsize < _WIDE else 0)
     memory = settings.options.memory
-    return copies * size + _OTHER_BYTES > (_USABLE * free_memory() if memory is None else parse_size(memory))
+    return copies * size > (_USABLE * free_memory() if memory is None else parse_size(memory))
 
 
 def _stored_size(model: str | Path) -> tuple[int, int]:
