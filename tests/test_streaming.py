@@ -15,7 +15,7 @@ from tiny_architectures import ARCHITECTURES
 from tiny_models import VOCABULARY, build
 
 from hf_lowrank import compress
-from hf_lowrank.compression.costs import expected_cost
+from hf_lowrank.compression.disk.costs import expected_cost
 from hf_lowrank.compression.job import prepare
 from hf_lowrank.compression.settled import settle_compression
 from hf_lowrank.errors import InputError, Note

@@ -11,10 +11,10 @@ from transformers import PreTrainedModel
 
 from hf_lowrank.cli import tables
 from hf_lowrank.compression.compress import compress
+from hf_lowrank.compression.disk.tier import opened
 from hf_lowrank.compression.job import Job, prepare
 from hf_lowrank.compression.settings import CompressOptions
 from hf_lowrank.compression.settled import settle_compression
-from hf_lowrank.compression.tier import opened
 from hf_lowrank.compression.vocabulary import reduce_vocabulary
 from hf_lowrank.errors import InputError, Note
 from hf_lowrank.hosts.disk.offloaded import offloaded

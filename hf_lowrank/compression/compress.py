@@ -14,12 +14,12 @@ from transformers import PreTrainedModel
 from hf_lowrank.compression.anchoring import anchor_
 from hf_lowrank.compression.block_refinement import refine_blocks_
 from hf_lowrank.compression.conversion import convert_storage_
+from hf_lowrank.compression.disk.streaming import stream_
 from hf_lowrank.compression.filling import become_compressed_, cast_, relative_error, replace_matrices_, retype_
 from hf_lowrank.compression.job import Job, prepare
 from hf_lowrank.compression.refinement import refine_
 from hf_lowrank.compression.rounding import round_
 from hf_lowrank.compression.settled import settle_compression
-from hf_lowrank.compression.streaming import stream_
 from hf_lowrank.hosts.disk.offloaded import offloaded
 from hf_lowrank.hosts.gradients import with_gradients
 from hf_lowrank.hosts.loading import held_compressed_model

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from hf_lowrank.compression.costs import announce
+from hf_lowrank.compression.disk.costs import announce
+from hf_lowrank.compression.disk.tier import opened
 from hf_lowrank.compression.settled import Settings
-from hf_lowrank.compression.tier import opened
 from hf_lowrank.errors import InputError
 from hf_lowrank.files.digests import digest_of
 from hf_lowrank.files.processes import my_share, wait_for_all
