@@ -155,7 +155,7 @@ def every_call(model: PreTrainedModel, names: Sequence[str], batch: Batch) -> li
     hooks = [model.get_submodule(name).register_forward_pre_hook(note(name)) for name in names]
     try:
         with frozen(model), torch.no_grad():
-            run(model, {name: value.to(model.device) for name, value in batch.items()})
+            run(model, {name: value[:1].to(model.device) for name, value in batch.items()})  # one sequence shows it
     finally:
         for hook in hooks:
             hook.remove()
