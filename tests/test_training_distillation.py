@@ -48,6 +48,16 @@ def test_a_teacher_has_no_distance_from_itself(head, name, tmp_path):
     assert losses[1] > 1e-2
 
 
+def test_a_model_without_a_head_is_judged_by_its_vectors_alone(tmp_path):
+    teacher, student = pair("BertModel")
+    judged, alone = (
+        loss_of(trainer_of(tmp_path, student, teacher, losses=losses), rows())
+        for losses in ({"logits": 10, "hidden": 1}, {"logits": 10})
+    )
+
+    assert judged == alone > 0
+
+
 def test_logits_loss_is_the_divergence_at_the_temperature(tmp_path):
     teacher, student = pair()
     batch = {name: torch.stack([row[name] for row in rows()]) for name in rows()[0]}

@@ -34,6 +34,7 @@ class DistillationTrainer(Trainer):
                     of a single output, 1 - cosine without a head
         hidden      squared error of block outputs over their variance, through learned projections between widths
         attention   squared error of the last layers' attention scores before the softmax over their variance
+    Evaluated, a model without a head is judged by `logits` alone, where that is among them.
     Each weighted term is logged as `loss_<name>` beside `loss`, unweighted. Everything else is the Trainer's:
     arguments, checkpoints, resuming, several processes, mixed precision, gradient accumulation and checkpointing. With
     several processes a step has the loss one process would have on all their batches.
@@ -103,13 +104,18 @@ class DistillationTrainer(Trainer):
         student = self.accelerator.unwrap_model(model)
         compared = self._compare(model, student, inputs)
         total = torch.zeros((), device=self.args.device)
-        for name, weight in self.losses.items():
+        for name, weight in self._counted(student, model.training).items():
             loss = LOSSES[name](compared)
             total = total + weight * loss
             if model.training:
                 self._sums[name] += loss.detach()
         self._count += int(model.training)
         return (total, compared.student.output) if return_outputs else total
+
+    def _counted(self, student: PreTrainedModel, is_training: bool) -> Mapping[str, float]:
+        """The terms that count: a model without a head is judged by its vectors alone, which are what it is for."""
+        is_judged_by_vectors = says_vectors(student) and "logits" in self.losses and not is_training
+        return {"logits": self.losses["logits"]} if is_judged_by_vectors else self.losses
 
     def _compare(self, model: Any, student: PreTrainedModel, inputs: dict[str, Any]) -> Compared:
         attends = "attention" in self.losses
