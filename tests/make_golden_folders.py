@@ -50,7 +50,7 @@ def _say_all_(plan):
 
 
 def _rounded(head):
-    rounding._LEAST_NUMBERS = 100  # also matrices as small as these
+    rounding.LEAST_NUMBERS = 100  # also matrices as small as these
     return compress(build(head, **_TINY[head]), bits=6, method="svd")
 
 

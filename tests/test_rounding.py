@@ -17,11 +17,18 @@ from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, BertForMask
 
 from hf_lowrank import InputError, PlanError, cli, compress, decompress
 from hf_lowrank.compression import rounding
+from hf_lowrank.compression.error_costs import costs_of
+from hf_lowrank.compression.job import prepare
+from hf_lowrank.compression.settled import settle_compression
 from hf_lowrank.methods.metric import identity, moment_metric
 from hf_lowrank.methods.rounding.coding import Steps, coded_bits, pack
-from hf_lowrank.methods.rounding.grids import as_columns, round_in_metric
+from hf_lowrank.methods.rounding.grids import as_columns, damage, round_in_metric
+from hf_lowrank.methods.rounding.pairs import Pair, turned
+from hf_lowrank.planning.sizes import overhead_bytes
+from hf_lowrank.records.report import make_report
 from hf_lowrank.remote_code.lowrank_codes import NUM_CLASSES, frequencies, steps_of, unpack
-from hf_lowrank.sharing.saving import load_compressed
+from hf_lowrank.remote_code.lowrank_packed import as_matrix
+from hf_lowrank.sharing.saving import load_compressed, save_folder
 from hf_lowrank.sharing.verification import verify
 
 HEADS = {"BertForMaskedLM": AutoModelForMaskedLM, "GPT2LMHeadModel": AutoModelForCausalLM}
@@ -153,6 +160,48 @@ def test_without_a_metric_rounding_is_to_the_nearest():
     assert float((weight - found.weight).abs().max()) <= found.steps.largest / 2 * 1.05  # a code pays for its bits
 
 
+def thin(rows, columns, rank, noise=0.0, seed=3):
+    generator = torch.Generator().manual_seed(seed)
+    up, down = (torch.randn(shape, generator=generator) for shape in ((rows, rank), (rank, columns)))
+    return up @ down * rank**-0.5 + noise * torch.randn(rows, columns, generator=generator)
+
+
+def pair_for(weight, rank, folder, seed=4):
+    """Two factors that lean on each other, in metrics far from the identity, and what errors cost in these."""
+    rows, columns = weight.shape
+    costs = correlated(rows, 2).diagonal(), as_columns(moment_metric(correlated(columns, 1), 10**9, 0.0), columns)
+    left, values, right = torch.linalg.svd(weight.double(), full_matrices=False)
+    mixing = torch.randn(rank, rank, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    up, down = left[:, :rank] * values[:rank] @ mixing, torch.linalg.solve(mixing, right[:rank])
+    return Pair(("up", "down"), lambda: (up, down), lambda: costs, folder), costs, (up, down)
+
+
+@pytest.mark.parametrize("shape", [(40, 30), (30, 80)])
+@pytest.mark.parametrize("level", [1e-4, 1e-2, 1.0])
+def test_factors_rounded_one_after_the_other_cost_less_than_each_for_itself(shape, level, tmp_path):
+    weight = thin(*shape, 8)
+    pair, (rows, columns), factors = pair_for(weight, 8, tmp_path)
+    found, price = pair.at(level), 2 * math.log(2) * level
+    gram = [(rows[:, None] * factors[0].square()).sum(0), rows]
+    seen = columns.rooted(factors[1])
+    metric = as_columns(moment_metric(seen @ seen.T, 10**9, 1e-9), 8)
+    alone = [round_in_metric(factors[0], rows, metric, level), round_in_metric(factors[1], gram[0], columns, level)]
+
+    def total(one):
+        return damage(weight, one[0].weight @ one[1].weight, rows, columns) + price * sum(each.bits for each in one)
+
+    assert total([found["up"], found["down"]]) <= total(alone)
+
+
+def test_turned_factors_are_the_same_product_and_orthogonal_in_the_metrics(tmp_path):
+    _, (rows, columns), factors = pair_for(thin(40, 30, 8), 8, tmp_path)
+    up, down = turned(*factors, rows, columns)
+    seen = columns.rooted(down)
+    assert torch.allclose(up @ down, factors[0] @ factors[1])
+    assert torch.allclose((rows[:, None] * up).T @ up, seen @ seen.T, atol=1e-9)
+    assert torch.allclose(seen @ seen.T, (seen @ seen.T).diagonal().diag(), atol=1e-9)
+
+
 @pytest.fixture(scope="module", params=HEADS)
 def rounded(request, tmp_path_factory):
     """A rounded model in memory, and its folder."""
@@ -262,7 +311,7 @@ def test_a_stock_class_does_not_load_it(tmp_path):
 
 @pytest.mark.parametrize("method", ["svd", *(name for name, row in TENSOR_METHODS.items() if not row.ranks)])
 def test_the_numbers_of_every_structure_are_rounded(method, tmp_path, monkeypatch, hardly_trained):
-    monkeypatch.setattr(rounding, "_LEAST_NUMBERS", 16)
+    monkeypatch.setattr(rounding, "LEAST_NUMBERS", 16)
     dense = build("BertForMaskedLM", num_hidden_layers=2)
     small = compress(dense, method=method, bits=10, keep_targets=0.6)
     floats = compress(dense, method=method, keep_targets=0.6)
@@ -291,10 +340,59 @@ def test_a_size_is_met_by_bits(tmp_path):
     assert small.config.plan["modules"] == {}
 
 
+def of_few_directions(name):
+    """A model whose matrices are hardly more than thin ones."""
+    model = build(name, hidden_size=96, intermediate_size=192, vocab_size=600)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.copy_(0.2 * thin(*parameter.shape, 12, noise=0.02))
+    return model
+
+
+def test_where_a_rank_does_less_harm_for_its_bytes_there_is_one(tmp_path):
+    dense = of_few_directions("BertForMaskedLM")
+    small = compress(dense, target_size=overhead_bytes(dense, ["low_rank", "low_rank_embedding"], "grid") + 40_000)
+    save_folder(small, tmp_path / "small")
+    modules = {module.name: module for module in make_report(small).modules}
+    loaded = load_compressed(tmp_path / "small")
+
+    assert small.config.plan["modules"]
+    assert all(modules[name].rank < 48 for name in small.config.plan["modules"])
+    assert all(module.bits is not None and module.relative_error is not None for module in modules.values())
+    inputs = inputs_for("BertForMaskedLM")
+    assert largest_difference(outputs(loaded, inputs), outputs(small, inputs)) == 0
+    assert make_report(small).multiply_adds < make_report(small).dense_multiply_adds
+
+
+@pytest.mark.parametrize("named", [{"exclude_modules": ["word_embeddings"]}, {"target_modules": ["query", "value"]}])
+def test_only_what_is_named_is_rounded(named):
+    dense = build("BertForMaskedLM")
+    small = compress(dense, bits=4, method="svd", **named)
+    names = {*small.config.plan["packed"]["tensors"], *small.config.plan["packed"]["outside"]}
+
+    assert all(name.endswith(("query.weight", "value.weight")) for name in names) == ("target_modules" in named)
+    assert not any("word_embeddings" in name for name in names)
+    kept = small.base_model.embeddings.word_embeddings.weight
+    assert torch.allclose(kept, dense.base_model.embeddings.word_embeddings.weight, rtol=1e-3)
+
+
+def test_experts_are_rounded_by_what_the_text_says_of_each():
+    dense = build_architecture("MixtralForCausalLM")
+    evidence = prepare(dense, settle_compression({"bits": 4}, has_text=False)).problem
+    (first, *_) = [matrix for matrix in evidence.matrices if matrix.kind == "experts"]
+    rows, columns = costs_of(evidence, first, lambda: first.weight)()
+    weights = as_matrix(first.module, first.held)
+
+    assert (len(rows), len(columns.order)) == weights.shape
+    assert len(rows.unique()) > 1
+    assert columns.unit is not None
+
+
 # From disk: experts in one parameter, a host that looks at shapes when it draws, a weight that torch makes.
 @pytest.mark.parametrize("name", ["MixtralForCausalLM", "PegasusForConditionalGeneration", "Wav2Vec2ForCTC"])
 def test_odd_hosts_are_rounded_and_load_as_they_were(name, tmp_path, monkeypatch):
-    monkeypatch.setattr(rounding, "_LEAST_NUMBERS", 64)
+    monkeypatch.setattr(rounding, "LEAST_NUMBERS", 64)
     build_architecture(name).save_pretrained(tmp_path / "dense")
     for number, asked in enumerate(({}, {"keep_targets": 0.6})):
         dense = getattr(transformers, name).from_pretrained(tmp_path / "dense")

@@ -12,7 +12,7 @@ from bits.rows import Row, kept, slug
 from transformers import PreTrainedModel
 
 from hf_lowrank import compress
-from hf_lowrank.compression.rounding import costs_of
+from hf_lowrank.compression.error_costs import costs_of
 from hf_lowrank.evaluation.base import Step
 from hf_lowrank.hosts.matrices import DenseMatrix
 from hf_lowrank.methods.problem import Problem
@@ -69,7 +69,7 @@ def ours_on_blocks(study: Blocks, bits: float) -> dict[str, torch.Tensor]:
         Single(
             matrix.path,
             lambda m=matrix: m.weight.detach().float(),
-            lambda m=matrix: costs_of(study.problem, m, lambda: m.weight),
+            costs_of(study.problem, matrix, lambda m=matrix: m.weight),
         )
         for matrix in study.matrices
     ]

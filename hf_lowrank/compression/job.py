@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from hf_lowrank.compression.disk.costs import announce
 from hf_lowrank.compression.disk.tier import opened
+from hf_lowrank.compression.mixing import mixed_plan
 from hf_lowrank.compression.settled import Settings
 from hf_lowrank.errors import InputError
 from hf_lowrank.files.digests import digest_of
@@ -96,7 +97,11 @@ class Job:
         evidence, cuts = self.problem.evidence, self.settings.options.cuts
         if isinstance(evidence, StagedEvidence):
             self._decompose(evidence)
-        plan, matrices = self.settings.method.plan(self.problem) if cuts else (self._uncut(), [])
+        if cuts:
+            plan, matrices = self.settings.method.plan(self.problem)
+        else:
+            is_free = self.problem.budget.kind == "target_size"
+            plan, matrices = mixed_plan(self.problem) if is_free else (self._uncut(), [])
         config: Any = self.model.config
         origin = find_origin(getattr(config, "_name_or_path", ""), getattr(config, "_commit_hash", None))
         said = {

@@ -12,28 +12,30 @@ from torch import nn
 from torch.nn.utils.parametrize import ParametrizationList
 from transformers import PreTrainedModel
 
+from hf_lowrank.compression.error_costs import costs_of, scratch_of
 from hf_lowrank.errors import InputError
+from hf_lowrank.files.scratch import KeptOnDisk
 from hf_lowrank.hosts.blocks import frozen
-from hf_lowrank.hosts.matrices import DenseMatrix
-from hf_lowrank.methods.matrix.data_aware_svd import WhitenedSVD
-from hf_lowrank.methods.metric import identity, shrunk
+from hf_lowrank.hosts.matrices import DenseMatrix, Expert
+from hf_lowrank.hosts.targets import is_named
+from hf_lowrank.methods.metric import identity
 from hf_lowrank.methods.problem import Problem
-from hf_lowrank.methods.rounding.grids import diagonal
-from hf_lowrank.methods.rounding.levels import Costs, Single, rounded_within
+from hf_lowrank.methods.rounding.grids import as_columns
+from hf_lowrank.methods.rounding.levels import Costs, Part, Single, rounded_within
+from hf_lowrank.methods.rounding.pairs import Pair
 from hf_lowrank.methods.rounding.sensitivity import Sensitivity
 from hf_lowrank.planning.sizes import overhead_bytes
 from hf_lowrank.remote_code.lowrank_codes import unpack
-from hf_lowrank.remote_code.lowrank_dense import dense_kind
 from hf_lowrank.remote_code.lowrank_packed import as_matrix, remember_
 from hf_lowrank.remote_code.lowrank_plan import FORMAT_VERSION
 from hf_lowrank.remote_code.lowrank_structures import named_structures, structure_name
 
 # Smaller ones take more for their steps than rounding saves.
-_LEAST_NUMBERS = 1024
+LEAST_NUMBERS = 1024
 # One entry of the plan and of the header of the weights, without the name.
 _ENTRY_BYTES = 110
-# Tokens that the text has not shown occur as well.
-_ROW_SHRINKAGE = 0.3
+# Structures of two factors -> what these are called, the first (O, R), the second (R, I).
+_FACTORS = {"low_rank": ("up.weight", "down.weight"), "low_rank_embedding": ("codes.weight", "basis")}
 # Where nothing says what errors cost: a bit more than the others have in the mean.
 _UNKNOWN_GAIN = 4.0
 
@@ -44,14 +46,12 @@ class _Weight:
 
     Args:
         key: Its name in the model.
-        costs: None where nothing is known of it.
     """
 
     key: str
     module: nn.Module
     name: str
     parameter: nn.Parameter
-    costs: Callable[[], Costs] | None
 
     def read(self) -> torch.Tensor:
         """As a matrix."""
@@ -69,13 +69,8 @@ def round_(model: PreTrainedModel, problem: Problem) -> None:
     """
     with frozen(model):
         weights = _weights(model, problem)
-        parts = {one.key: Single(one.key, one.read, one.costs) for one in weights if one.costs is not None}
-        gains = [part.log_gain for part in parts.values()]
-        gain = _UNKNOWN_GAIN * math.exp(sum(gains) / len(gains)) if gains else 1.0
-        parts |= {
-            one.key: Single(one.key, one.read, partial(_relative, one, gain)) for one in weights if not one.costs
-        }
-        found = rounded_within(list(parts.values()), _bytes_for(model, problem, weights), problem.progress)
+        parts = _parts(model, problem, weights)
+        found = rounded_within(parts, _bytes_for(model, problem, weights), problem.progress)
     prefix = "" if model.base_model is model else f"{model.base_model_prefix}."
     packed: dict[str, Any] = {"code": "grid", "tensors": {}, "outside": {}}
     plan: Any = model.config.compression
@@ -87,56 +82,96 @@ def round_(model: PreTrainedModel, problem: Problem) -> None:
     _halve_(model, {id(one.parameter) for one in weights})
 
 
+def dense_parts(problem: Problem) -> tuple[list[Part], float]:
+    """The weights of a dense model that would be rounded, and the bytes there would be for them."""
+    weights = _weights(problem.model, problem)
+    return _parts(problem.model, problem, weights), _bytes_for(problem.model, problem, weights)
+
+
 def _weights(model: PreTrainedModel, problem: Problem) -> list[_Weight]:
-    """Every matrix of the model once, whatever it is of."""
-    # What is known of experts is known of each: a bank of them is rounded as what nothing is known of.
-    matrices = {matrix.path: matrix for matrix in problem.matrices if matrix.kind != "experts"}
-    sensitivity = Sensitivity(problem.seed)
-    known: dict[int, Callable[[], Costs]] = {}
-    structure: Any
-    for path, structure in named_structures(model):
-        if path in matrices:
-            sensitivity.add(structure, costs_of(problem, matrices[path], structure.to_dense))
-    for path, matrix in matrices.items():
-        module: Any = model.get_submodule(path)
-        if dense_kind(module) is not None:
-            known[id(module.weight)] = partial(costs_of, problem, matrix, partial(getattr, matrix, "weight"))
+    """Every matrix of the model once, whatever it is of, but for those that nobody names or that are excluded."""
     found = []
     for key, parameter in model.named_parameters():
-        if parameter.dim() > 1 and parameter.numel() >= _LEAST_NUMBERS and parameter.is_floating_point():
+        if parameter.dim() > 1 and parameter.numel() >= LEAST_NUMBERS and parameter.is_floating_point():
             path, _, name = key.rpartition(".")
-            if isinstance(model.get_submodule(path), ParametrizationList):
-                continue  # torch makes a weight of them whenever it is asked for, also of bytes
-            costs = known.get(id(parameter)) or sensitivity.of(parameter)
-            found.append(_Weight(key, model.get_submodule(path), name, parameter, costs))
+            module = model.get_submodule(path)
+            # Of a parametrization torch makes a weight whenever it is asked for, also of bytes.
+            if not isinstance(module, ParametrizationList) and not _is_left_out(model, problem, key):
+                found.append(_Weight(key, module, name, parameter))
     return found
 
 
-def costs_of(problem: Problem, matrix: DenseMatrix, weight: Callable[[], torch.Tensor]) -> Costs:
-    """Of the rows and columns of a weight (O, I): by the text, or by its own size where there is none.
+def _is_left_out(model: PreTrainedModel, problem: Problem, key: str) -> bool:
+    """Whether `target_modules` does not name what a parameter is of, or `exclude_modules` does."""
+    targets, names = problem.targets, key.split(".")
+    owners = {".".join(names[: end + 1]) for end in range(len(names))}
+    if targets.target_modules is not None:
+        return not owners & {matrix.path for matrix in problem.matrices}
+    excluded, prefix = targets.exclude_modules, f"{model.base_model_prefix}."
+    return excluded is not None and any(is_named(excluded, owner, owner.removeprefix(prefix)) for owner in owners)
 
-    Args:
-        weight: Gives it, or what stands for it where it is gone.
-    """
-    known = problem.evidence.known(matrix, torch.device("cpu"))
-    if known is None:
-        norm = float(weight().detach().double().norm()) or 1.0
-        return torch.full((matrix.shape[0],), 1 / norm, dtype=torch.float64), identity()
-    rows, columns = WhitenedSVD().metrics(known)
-    if known.output_moment is not None:
-        return shrunk(known.output_moment.diagonal(), _ROW_SHRINKAGE), columns
-    uses = diagonal(rows.triangle(matrix.shape[0])).square()
-    if matrix.role == "embedding" and known.head_weights is None:
-        counts = problem.evidence.token_counts
-        uses = uses if counts is None or len(counts) != len(uses) else counts.double() / counts.sum()
-    return shrunk(uses, _ROW_SHRINKAGE), columns
+
+def _parts(model: PreTrainedModel, problem: Problem, weights: Sequence[_Weight]) -> list[Part]:
+    """What is rounded together, with what is known of it."""
+    matrices = {matrix.path: matrix for matrix in problem.matrices}
+    left = {id(one.parameter): one for one in weights}
+    sensitivity, scratch, parts = Sensitivity(problem.seed), scratch_of(problem), list[Part]()
+    structure: Any
+    for path, structure in named_structures(model):
+        if path in matrices:
+            matrix, names = matrices[path], _FACTORS.get(str(structure_name(structure)), ())
+            factors = [left.get(id(structure.get_parameter(name))) for name in names]
+            if factors and None not in factors:
+                up, down = (left.pop(id(one.parameter)) for one in factors if one)
+                costs = costs_of(problem, matrix, structure.to_dense)
+                parts.append(Pair((up.key, down.key), partial(_read, up, down), costs, scratch))
+            else:
+                sensitivity.add(
+                    structure, [costs_of(problem, m, partial(_part, structure, m))() for m in matrix.parts]
+                )
+    known, unknown = _known(model, problem), list[_Weight]()
+    for key, one in left.items():
+        own = known.get(key)
+        if own is None and (found := sensitivity.of(one.parameter)):
+            own = KeptOnDisk(found, scratch)
+        if own is None:
+            unknown.append(one)
+        else:
+            parts.append(Single(one.key, one.read, own))
+    gains = [part.log_gain for part in parts]
+    gain = _UNKNOWN_GAIN * math.exp(sum(gains) / len(gains)) if gains else 1.0
+    return [
+        *parts,
+        *(Single(one.key, one.read, KeptOnDisk(partial(_relative, one, gain), scratch)) for one in unknown),
+    ]
+
+
+def _known(model: PreTrainedModel, problem: Problem) -> dict[int, Callable[[], Costs]]:
+    """What errors cost in the parameters that are still matrices, by their identity."""
+    parameters, known = dict(model.named_parameters(remove_duplicate=False)), {}
+    structures = {path for path, _ in named_structures(model)}
+    for matrix in problem.matrices:
+        name = matrix.path if matrix.kind == "experts" else f"{matrix.path}.weight"
+        if name in parameters and matrix.path not in structures:
+            known[id(parameters[name])] = costs_of(problem, matrix, partial(getattr, matrix, "weight"))
+    return known
+
+
+def _part(structure: Any, matrix: DenseMatrix) -> torch.Tensor:
+    """What a structure has in the place of a matrix, also of one expert of several."""
+    weight: torch.Tensor = structure.to_dense()
+    return weight[matrix.index] if isinstance(matrix, Expert) else weight
+
+
+def _read(up: _Weight, down: _Weight) -> tuple[torch.Tensor, torch.Tensor]:
+    return up.read(), down.read()
 
 
 def _relative(weight: _Weight, gain: float) -> Costs:
     """Metrics in which a weight of which nothing is known has that gain; see `Part.log_gain`."""
     matrix = weight.read().double()
     cost = 12 * gain / (float(matrix.square().mean()) or 1.0)
-    return torch.full((len(matrix),), cost, dtype=torch.float64), identity()
+    return torch.full((len(matrix),), cost, dtype=torch.float64), as_columns(identity(), matrix.shape[1])
 
 
 def _bytes_for(model: PreTrainedModel, problem: Problem, weights: Sequence[_Weight]) -> float:

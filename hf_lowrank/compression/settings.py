@@ -47,8 +47,9 @@ class CompressOptions(Options):
             machine and with the threads `compress` runs on. Only linear layers are replaced.
         bits: What a number of a matrix takes in the file, in the mean, with all that belongs to it. Alone, no rank is
             cut; beside another budget, that one says what is cut. Default: numbers are of the usual type, but for a
-            `target_size` that names no method and no structure: then there are as many bits as it has room for, and
-            no rank is cut. 16 rounds nothing.
+            `target_size` that names no method and no structure: then there are as many bits as it has room for,
+            and ranks where these do less harm. What `target_modules` does not name, or `exclude_modules` does, is not
+            rounded. 16 rounds nothing.
         rank: The rank of every replaced matrix; of a tensor method, each of its ranks but the bank's.
         ranks: The ranks of a tensor method: (left, right) of `tucker` and trains, (bank, left, right) of `tucker`, or
             the one of `kronecker_sum` and autoencoders.

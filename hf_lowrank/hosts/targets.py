@@ -193,7 +193,8 @@ def matching(matrices: Sequence[DenseMatrix], patterns: Patterns, option: str) -
     """The matrices any of the patterns matches; every pattern must match at least one."""
     found: list[DenseMatrix] = []
     for pattern in [patterns] if isinstance(patterns, str) else patterns:
-        hits = [matrix for matrix in matrices if _matches(matrix, pattern, is_regex=isinstance(patterns, str))]
+        one = patterns if isinstance(patterns, str) else [pattern]
+        hits = [matrix for matrix in matrices if is_named(one, matrix.name, matrix.path)]
         if not hits:
             names = {matrix.name for matrix in matrices}
             raise InputError(
@@ -204,15 +205,15 @@ def matching(matrices: Sequence[DenseMatrix], patterns: Patterns, option: str) -
     return found
 
 
-def _matches(matrix: DenseMatrix, pattern: str, is_regex: bool) -> bool:
-    names = (matrix.name, matrix.path)
-    if is_regex:
-        try:
-            return any(regex.fullmatch(pattern, name, timeout=_MATCHING_SECONDS) for name in names)
-        except regex.error as error:
-            raise InputError(f"{pattern!r} is not a regular expression: {error}.") from error
-        except TimeoutError as error:
-            raise InputError(
-                f"{pattern!r} takes too long to match {names[0]!r}. Write it without nested * or +."
-            ) from error
-    return any(name == pattern or name.endswith(f".{pattern}") for name in names)
+def is_named(patterns: Patterns, *names: str) -> bool:
+    """Whether a regular expression, or one of a list of names and last parts of them, is for one of these names."""
+    if not isinstance(patterns, str):
+        return any(name == pattern or name.endswith(f".{pattern}") for name in names for pattern in patterns)
+    try:
+        return any(regex.fullmatch(patterns, name, timeout=_MATCHING_SECONDS) for name in names)
+    except regex.error as error:
+        raise InputError(f"{patterns!r} is not a regular expression: {error}.") from error
+    except TimeoutError as error:
+        raise InputError(
+            f"{patterns!r} takes too long to match {names[0]!r}. Write it without nested * or +."
+        ) from error

@@ -67,6 +67,21 @@ class Columns:
     diagonal: torch.Tensor
     unit: torch.Tensor | None
 
+    def rooted(self, weight: torch.Tensor) -> torch.Tensor:
+        """`W L`, (O, I), whose columns go in that order: the squares of its entries are what those of `W` cost."""
+        scaled: torch.Tensor = weight[:, self.order] * self.diagonal.to(weight)
+        return weight[:, self.order] @ self._root.to(weight) if self.unit is not None else scaled
+
+    def drawn(self, normal: torch.Tensor) -> torch.Tensor:
+        """Rows of the covariance `C` of rows (N, I) of standard normal numbers."""
+        found = normal * self.diagonal.to(normal) if self.unit is None else normal @ self._root.T.to(normal)
+        return torch.empty_like(found).index_copy(1, self.order, found)
+
+    @property
+    def _root(self) -> torch.Tensor:
+        assert self.unit is not None  # asked before
+        return self.unit * self.diagonal
+
 
 def as_columns(metric: Metric, size: int) -> Columns:
     """A metric of so many columns, made ready."""
@@ -77,6 +92,12 @@ def as_columns(metric: Metric, size: int) -> Columns:
     order = _leading(moment)
     root = torch.linalg.cholesky(moment[order][:, order])
     return Columns(order, root.diagonal().clone(), (root / root.diagonal()).float())
+
+
+def damage(weight: torch.Tensor, rounded: torch.Tensor, row_costs: torch.Tensor, columns: Columns) -> float:
+    """What errors in a weight (O, I) cost together: `sum_i g_i (E C E^T)[i, i]`."""
+    squares = columns.rooted((weight - rounded).float()).square().sum(1, dtype=torch.float64)
+    return float((row_costs * squares).sum())
 
 
 def _leading(moment: torch.Tensor) -> torch.Tensor:

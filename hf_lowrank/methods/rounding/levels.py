@@ -1,19 +1,16 @@
 """One level of error for all weights of a model: the one at which they come to a number of bytes."""
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
-from typing import Protocol
 
 import torch
 
 from hf_lowrank.errors import InputError
-from hf_lowrank.files.scratch import scratch_folder
-from hf_lowrank.methods.metric import Metric
 from hf_lowrank.methods.rounding.coding import coded_bits, pack
-from hf_lowrank.methods.rounding.grids import Columns, Rounded, as_columns, round_in_metric
+from hf_lowrank.methods.rounding.grids import Columns, Rounded, round_in_metric
 from hf_lowrank.progress import Progress, no_progress
 
 # Of the bytes asked for, how many may be left; in bits what may be left of a few.
@@ -25,38 +22,48 @@ _SAMPLED_ROWS = 64
 _NEAR_GUESS = 0.02
 _RANGE = 120.0
 _LONGEST_STEP = 8.0
-Costs = tuple[torch.Tensor, Metric]
+# Of each row, and of the columns.
+Costs = tuple[torch.Tensor, Columns]
 _NORMAL = 2 * math.pi * math.e
 
 
-class Part(Protocol):
+class Part(ABC):
     """Some weights to be rounded, and what errors in them cost."""
 
     @property
+    @abstractmethod
     def num_codes(self) -> int:
         """Numbers in them."""
-        ...
 
-    @property
-    def log_gain(self) -> float:
-        """Mean logarithm of `g[i] W[i, j]^2 L[j, j]^2`: what errors weigh beside sizes."""
-        ...
-
+    @abstractmethod
     def at(self, level: float) -> Mapping[str, Rounded]:
         """Each by its name, rounded to that error for each number."""
-        ...
 
-    def predicted_bits(self, level: float) -> float:
-        """About how many they take at that level, without rounding any."""
-        ...
-
+    @abstractmethod
     def sampled_bits(self, level: float) -> float:
         """About how many they take at that level, by rounding some rows."""
-        ...
+
+    @abstractmethod
+    def energies(self) -> torch.Tensor:
+        """Squares of some numbers over those of a step whose level is 1."""
+
+    def predicted_bits(self, level: float) -> float:
+        """About how many they take at that level, `sum log2(1 + 2 pi e z^2) / 2` of codes `z` never put right."""
+        return float((1 + _NORMAL * self._energies / level).log2().mean() / 2) * self.num_codes
+
+    @cached_property
+    def log_gain(self) -> float:
+        """Mean logarithm of `g[i] W[i, j]^2 L[j, j]^2 / 12`: what errors weigh beside sizes."""
+        seen = self._energies[self._energies > 0]
+        return float(seen.log().mean()) if len(seen) else -math.inf
+
+    @cached_property
+    def _energies(self) -> torch.Tensor:
+        return self.energies()
 
 
 @dataclass(eq=False)
-class Single:
+class Single(Part):
     """A weight (O, I).
 
     Args:
@@ -67,30 +74,22 @@ class Single:
     name: str
     read: Callable[[], torch.Tensor]
     costs: Callable[[], Costs]
-    _kept: list[Path] = field(default_factory=list)
 
     def at(self, level: float) -> Mapping[str, Rounded]:
         """See `Part`."""
-        return {self.name: round_in_metric(self.read(), *self.known(), level)}
-
-    def known(self) -> tuple[torch.Tensor, Columns]:
-        """What errors cost, kept on disk: it takes longer to make than a weight takes to be rounded."""
-        if not self._kept:
-            rows, metric = self.costs()
-            made = (rows, as_columns(metric, self.read().shape[1]))
-            self._kept.append(scratch_folder(self) / "costs.pt")
-            torch.save(made, self._kept[0])
-        read: tuple[torch.Tensor, Columns] = torch.load(self._kept[0], mmap=True, weights_only=False)
-        return read
-
-    def predicted_bits(self, level: float) -> float:
-        """See `Part`: `sum log2(1 + 2 pi e z^2) / 2` of codes `z` as if never put right."""
-        return float((1 + _NORMAL * self._energies / level).log2().mean() / 2) * self.num_codes
+        return {self.name: round_in_metric(self.read(), *self.costs(), level)}
 
     def sampled_bits(self, level: float) -> float:
         """See `Part`."""
-        (rows, columns), chosen, weight = self.known(), self._chosen, self.read()
+        (rows, columns), weight = self.costs(), self.read()
+        chosen = self._chosen
         return coded_bits(round_in_metric(weight[chosen], rows[chosen], columns, level).codes, len(weight))
+
+    def energies(self) -> torch.Tensor:
+        """See `Part`."""
+        rows, columns = self.costs()
+        weight = self.read()[self._chosen][:, columns.order].double()
+        return rows[self._chosen, None] * (weight * columns.diagonal).square() / 12
 
     @cached_property
     def num_codes(self) -> int:
@@ -98,24 +97,11 @@ class Single:
         return self.read().numel()
 
     @cached_property
-    def log_gain(self) -> float:
-        """See `Part`."""
-        energies = self._energies
-        return float(energies[energies > 0].log().mean()) if bool((energies > 0).any()) else -math.inf
-
-    @cached_property
     def _chosen(self) -> torch.Tensor:
         """Some rows, of few bits and of many alike."""
-        rows, weight = self.known()[0], self.read()
+        rows, weight = self.costs()[0], self.read()
         order = (rows * weight.square().mean(1)).argsort()
         return order[torch.linspace(0, len(order) - 1, min(len(order), _SAMPLED_ROWS)).long()]
-
-    @cached_property
-    def _energies(self) -> torch.Tensor:
-        """Squares of some of its numbers over those of a step whose level is 1."""
-        (rows, columns), chosen = self.known(), self._chosen
-        weight = self.read()[chosen][:, columns.order].double()
-        return rows[chosen, None] * (weight * columns.diagonal).square() / 12
 
 
 def rounded_within(

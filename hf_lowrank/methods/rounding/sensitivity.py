@@ -1,6 +1,6 @@
 """What errors in the numbers of a structure cost, from what errors in the weight it stands for do."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from hf_lowrank.methods.metric import moment_metric, shrunk
+from hf_lowrank.methods.rounding.grids import as_columns
 from hf_lowrank.methods.rounding.levels import Costs
 
 _DRAWS = 32
@@ -29,19 +30,20 @@ class Sensitivity:
     _rows: dict[int, torch.Tensor] = field(default_factory=dict)
     _columns: dict[int, torch.Tensor] = field(default_factory=dict)
 
-    def add(self, structure: Any, costs: Costs) -> None:
-        """Take note of a structure in the place of a weight of these costs."""
+    def add(self, structure: Any, costs: Sequence[Costs]) -> None:
+        """Take note of a structure in the place of weights of these costs, those of experts one after the other."""
         generator = torch.Generator().manual_seed(self.seed)
-        parts = [structure, *([structure.shared] if hasattr(structure, "shared") else [])]
-        parameters = [p for part in parts for p in part.parameters() if p.is_floating_point() and p.dim() > 1]
+        holders = [structure, *([structure.shared] if hasattr(structure, "shared") else [])]
+        parameters = [p for holder in holders for p in holder.parameters() if p.is_floating_point() and p.dim() > 1]
         for parameter in parameters:
             parameter.requires_grad_(True)
-        rows, metric = costs
         for _ in range(_DRAWS):
             with torch.enable_grad():
                 weight = structure.to_dense()
-            drawn = torch.randn(weight.shape, generator=generator, dtype=torch.float64) * rows.sqrt()[:, None]
-            direction = metric.root(drawn.T).T.to(weight)
+            normal = torch.randn(weight.shape, generator=generator, dtype=torch.float64).flatten(0, -2)
+            parts = zip(costs, normal.chunk(len(costs)), strict=True)
+            drawn = torch.cat([columns.drawn(part * rows.sqrt()[:, None]) for (rows, columns), part in parts])
+            direction = drawn.view(weight.shape).to(weight)
             gradients = torch.autograd.grad(weight, parameters, direction, allow_unused=True)
             for parameter, gradient in zip(parameters, gradients, strict=True):
                 if gradient is not None:
@@ -54,7 +56,8 @@ class Sensitivity:
     def _costs(self, key: int) -> Costs:
         rows, columns = self._rows[key], self._columns[key]
         costs = shrunk(rows, _SHRINKAGE)
-        return costs / (float(rows.sum()) or 1.0), moment_metric(columns, _DRAWS * len(rows), _SHRINKAGE)
+        metric = moment_metric(columns, _DRAWS * len(rows), _SHRINKAGE)
+        return costs / (float(rows.sum()) or 1.0), as_columns(metric, len(columns))
 
     def _note(self, key: int, gradient: torch.Tensor) -> None:
         self._rows[key] = self._rows.get(key, 0) + gradient.square().sum(1)
