@@ -26,6 +26,7 @@ from hf_lowrank.hosts.loading import held_compressed_model
 from hf_lowrank.hosts.matrices import Matrix, turned
 from hf_lowrank.hosts.rehearsal import require_same_inputs
 from hf_lowrank.methods.encoding import DECODERS
+from hf_lowrank.methods.rotation import rotate_
 from hf_lowrank.options import checked
 from hf_lowrank.progress import Progress, no_progress
 from hf_lowrank.remote_code.configuration_lowrank import stock_class
@@ -87,6 +88,8 @@ def compress(
         cast_(small, dtype)
     if job.settings.options.rounds:
         round_(small, job.problem)
+    else:
+        rotate_(small)  # a grid of our own has steps for each component; those of other quantizers need not
     require_same_inputs(small, job.rehearsal.inputs)
     return small
 

@@ -11,6 +11,7 @@ from hf_lowrank.errors import InputError
 from hf_lowrank.hosts.loading import held_compressed_model
 from hf_lowrank.methods.encoding import DECODERS, ENCODERS, sizes_beside_rank
 from hf_lowrank.methods.factors import Factors, truncated
+from hf_lowrank.methods.rotation import rotate_
 from hf_lowrank.options import checked
 from hf_lowrank.remote_code.lowrank_structures import replace_, structure_name
 from hf_lowrank.remote_code.lowrank_table import STRUCTURES
@@ -38,6 +39,7 @@ def convert_storage_(model: PreTrainedModel, storage: str, dtype: torch.dtype | 
     for name in model.config.plan["modules"]:
         if str(structure_name(model.base_model.get_submodule(name))) in {*DECODERS} - {storage}:
             _convert_(model, name, storage, dtype)
+            rotate_(model.base_model.get_submodule(name))
 
 
 @contextmanager
@@ -66,6 +68,8 @@ def as_two_factors(model: PreTrainedModel) -> Iterator[None]:
                 modules[name] = spec
             elif spec["structure"] != _TWO_FACTORS:
                 _convert_(model, name, spec["structure"], None)
+            else:
+                rotate_(pair)
 
 
 def _convert_(model: PreTrainedModel, name: str, storage: str, dtype: torch.dtype | None) -> None:

@@ -58,8 +58,8 @@ class CompressOptions(Options):
         allocation: How the budget is shared among the matrices; see `ALLOCATIONS`. Default: `measured` for a method
             that looks at text, `energy` for one that does not.
         storage: Structure that holds a low-rank linear layer: `low_rank` (two factors) or `pivoted` (more rank in the
-            same size). Default: `pivoted` for a `target_size` and for fractions up to 0.65, where it is as fast as two
-            factors of the same size and better; above, two factors are some percent faster.
+            same size). Default: `pivoted` where the budget counts parameters or bytes: it keeps more of the model in
+            them. Two factors are faster above 0.65, and what to have where another quantizer is to round the numbers.
         group: Matrices of the blocks that a tensor method takes: `attention`, `feed_forward` or `both`.
         target_modules: Names, last parts of names, a regular expression or `"all-linear"`, as in PEFT. Default: the
             linear layers of the blocks, and for `keep_params` and `target_size` the embeddings too.

@@ -14,8 +14,6 @@ from hf_lowrank.options import settle
 from hf_lowrank.planning.allocation import ALLOCATIONS
 from hf_lowrank.planning.budgets import Budget
 
-# Up to here, pivoted rows are as fast as two factors of the same size (examples/benchmark_speed.py).
-_LARGEST_PIVOTED_FRACTION = 0.65
 _REFINE_PASSES = 2
 _FAST_SHARE = 4
 
@@ -94,8 +92,8 @@ def settle_compression(given: Mapping[str, Any], *, has_text: bool, inplace: boo
 
 def _storage(options: CompressOptions, looks_at_tables: bool) -> Storage:
     budget = options.budget
-    is_small = budget.kind in ("keep_params", "keep_targets") and budget.value <= _LARGEST_PIVOTED_FRACTION
-    linear = options.storage or ("pivoted" if is_small or budget.kind == "target_size" else "low_rank")
+    has_room = budget.kind in ("keep_params", "keep_targets", "target_size")
+    linear = options.storage or ("pivoted" if has_room else "low_rank")
     tables = options.embeddings if options.embeddings in TABLES else None if looks_at_tables else "low_rank"
     return Storage(linear, tables, options.embedding_objective, options.bias_correction)
 

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from transformers import initialization as init
 
 from .lowrank_dense import LinearStructure, is_exported
@@ -24,6 +25,10 @@ class PivotedLinear(LinearStructure):
     The kept rows are the first `R` but for a few, exchanged for others so that no coefficient is large. Both products
     then write into the output where it belongs, and only the exchanged outputs move: putting a free choice of rows in
     order can take a third of the time of the products.
+
+    Every output hangs on the kept rows, and so on every rounding of them: in 8 bits of one scale nothing is left of
+    a model. Quantizers of torch and torchao that look for linear layers pass these by; two factors (`low_rank`) are
+    what to quantize.
 
     Shapes:
         input         (..., I)
@@ -64,10 +69,10 @@ class PivotedLinear(LinearStructure):
         self.moved = moved
         if not 0 <= moved <= out_features:
             raise ValueError(f"moved must be between 0 and {out_features} for as many outputs, got {moved}.")
-        self.pivots = nn.Linear(in_features, rank, bias=bias, device=device, dtype=dtype)
+        self.pivots = NonDynamicallyQuantizableLinear(in_features, rank, bias=bias, device=device, dtype=dtype)
         with warnings.catch_warnings():  # torch warns of the empty matrix at R = O, where every row is a pivot
             warnings.simplefilter("ignore", UserWarning)
-            self.coefficients = nn.Linear(rank, out_features - rank, bias=bias, device=device, dtype=dtype)
+            self.coefficients = NonDynamicallyQuantizableLinear(rank, out_features - rank, bias, device, dtype)
         for places in ("moved_from", "moved_to") if moved else ():
             self.register_buffer(places, torch.arange(moved, device=device))
 
@@ -164,7 +169,7 @@ def _plain_weights(linear: Any) -> tuple[torch.Tensor, torch.Tensor | None] | No
     weight = members["_parameters"].get("weight")
     # In `torch.export` weights are of a class without numbers.
     is_plain = type(weight) is nn.Parameter or (is_exported() and not hasattr(weight, "__tensor_flatten__"))
-    if type(linear) is not nn.Linear or not is_plain or "forward" in members:
+    if type(linear) is not NonDynamicallyQuantizableLinear or not is_plain or "forward" in members:
         return None
     if members["_forward_hooks"] or members["_forward_pre_hooks"]:
         return None

@@ -8,6 +8,7 @@ from torch import nn
 
 from hf_lowrank.methods.encoding import DECODERS, encode_pair
 from hf_lowrank.methods.factors import Factors, balanced, truncated
+from hf_lowrank.methods.rotation import rotate_
 from hf_lowrank.remote_code.lowrank_banded import BandedAutoencoder
 from hf_lowrank.remote_code.lowrank_linear import LowRankLinear
 from hf_lowrank.remote_code.lowrank_packed import GridTensor, decoded
@@ -23,8 +24,8 @@ _AS_THEY_ARE = ("low_rank", "joint_low_rank", "low_rank_embedding", "low_rank_ex
 def plain_copy(model: Any, keeps_rounding: bool = False) -> Any:
     """A copy of a compressed model in memory, float32, whose structures are layers that every runtime knows.
 
-    A linear structure becomes two factors of the rank its weight has, with columns of equal length, or one dense
-    matrix where that takes fewer multiply-adds: what several share, and what no token changes, is formed here once.
+    A linear structure becomes two factors of the rank its weight has, turned so that 8 bits do little to them, or one
+    dense matrix where that takes fewer multiply-adds: what several share, or no token changes, is formed here once.
     A token table of one band becomes rows of codes in the order of the tokens, and a product.
 
     Args:
@@ -40,6 +41,8 @@ def plain_copy(model: Any, keeps_rounding: bool = False) -> Any:
     for name, structure in named_structures(copied):
         if (made := _plain(structure, keeps_rounding)) is not None:
             replace_(copied, name, made)
+    if not keeps_rounding:
+        rotate_(copied)
     return copied
 
 
