@@ -14,7 +14,7 @@ import pytest
 import torch
 from every_structure import MIXTURE, OF_ANY_MODEL, build_every_structure, structures_with
 from tiny_architectures import build_architecture
-from tiny_files import word_piece_tokenizer, write_data
+from tiny_files import word_piece_tokenizer, write_data, write_models
 from tiny_models import build, heads_of
 from torch import nn
 
@@ -241,6 +241,24 @@ def test_evaluate_says_what_exported_files_score(tmp_path, capsys):
     assert [*rows] == ["onnx/model.onnx", "onnx/model_qint8_avx512_vnni.onnx"]
     assert rows["onnx/model.onnx"]["score"] == found["evaluation"]["model"]["scores"]["accuracy"]
     assert all(row["size_bytes"] > 0 and row["seconds"] > 0 for row in rows.values())
+
+
+def test_the_folder_of_an_encoder_has_what_servers_read(tmp_path):
+    """Names and keys that text-embeddings-inference and fastembed look for; the server itself cannot be had here."""
+    write_models(tmp_path)
+    folder = save_folder(
+        compress(str(tmp_path / "my-encoder"), rank=4, method="svd"), tmp_path / "s", tmp_path / "my-encoder"
+    )
+    export(folder)
+
+    config = json.loads((folder / "config.json").read_text())
+    graph = onnx.load(folder / "onnx" / "model.onnx").graph
+    needed = {"architectures", "model_type", "max_position_embeddings", "hidden_size", "num_hidden_layers"}
+    assert needed <= {*config}
+    assert "pooling_mode_mean_tokens" in json.loads((folder / "1_Pooling" / "config.json").read_text())
+    assert (folder / "tokenizer.json").is_file()
+    assert {one.name for one in graph.input} == {"input_ids", "attention_mask", "token_type_ids"}
+    assert [one.name for one in graph.output] == ["last_hidden_state"]
 
 
 ROUNDED = {
