@@ -16,6 +16,7 @@ EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 # Other rows would be more of the same: one of each way through the program.
 OPTIONS = {
     "benchmark_compression_time.py": ["--tiers", "fast"],
+    "benchmark_runtimes.py": ["--keep-targets", "0.5"],
     "benchmark_quality.py": ["--methods", "plain SVD, uniform", "synthetic text", "default"],
     "benchmark_modules.py": [
         "--studies", "causal", "--methods", "row-normalised SVD, separate", "Tucker, heads together",
