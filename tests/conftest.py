@@ -56,8 +56,9 @@ verification.subprocess = SimpleNamespace(run=run_in_fork, DEVNULL=subprocess.DE
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 # Files of tests that take the most time, the longest first: begun last, one would keep its worker busy alone.
 LONGEST_FIRST = (
-    "test_training_processes", "test_docs", "test_training_recovery", "test_reload", "test_fuzz",
-    "test_tensor_compression", "test_planning", "test_architectures", "test_hub_round_trip", "test_every_architecture",
+    "test_training_processes", "test_docs", "test_training_recovery", "test_reload", "test_fuzz", "test_export",
+    "test_streaming", "test_tensor_compression", "test_planning", "test_architectures", "test_hub_round_trip",
+    "test_every_architecture",
     "test_data_aware_compression", "test_training_lpaf", "test_host_features", "test_examples", "test_compression",
     "test_nonlinear_table", "test_autoencoder_linear", "test_verification", "test_training_pruning", "test_evaluate",
     "test_weights", "test_training_mixed_rank", "test_solvers",
