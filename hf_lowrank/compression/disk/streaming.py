@@ -20,6 +20,7 @@ from hf_lowrank.hosts.disk.offloaded import (
     retype_stored_,
 )
 from hf_lowrank.hosts.matrices import JointMatrix, Matrix
+from hf_lowrank.methods.rotation import rotate_
 from hf_lowrank.planning.plans import specs_of
 from hf_lowrank.remote_code.lowrank_plan import Plan
 from hf_lowrank.remote_code.lowrank_structures import build_shared_part, build_structure, replace_
@@ -81,6 +82,7 @@ def _replace_unit_(
         return
     with away.present(small.get_submodule(name)):
         replace_matrices_(small, matrices, plan, job, dtype, frees=True)
+        rotate_(small.get_submodule(name))
     names = [member.name for matrix in matrices for member in matrix.members]
     about = {"specs": {n: specs_of(plan)[n] for n in names}, "errors": {n: errors[n] for n in names}}
     move_out_(small.get_submodule(name), weights, name, dtype, {"record": json.dumps(about)})
