@@ -14,7 +14,11 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.json:
         tables.print_json({"path": arguments.path, **found.to_dict()})
         return 0 if found.ok else CHECK_FAILED
-    for note in found.notes:
-        tables.print_line(note)
+    reasons: dict[str, list[str]] = {}
+    for name, _, reason in (note.partition(": ") for note in found.notes):
+        reasons.setdefault(reason, []).append(name)
+    for reason, names in reasons.items():
+        others = f" and {len(names) - 1} more" if names[1:] else ""
+        tables.print_line(f"{names[0]}{others}: {reason}")
     tables.print_line(f"{'written' if found.ok else 'FAILED'}: {found.message}")
     return 0 if found.ok else CHECK_FAILED
