@@ -88,6 +88,8 @@ def _broken(argv, status, err, before, after):
 def _may_write(argv, status, name):
     if status == 0 and argv[0] in _WITH_OUT and name.startswith(f"{Path(argv[2])}/"):
         return True
+    if status == 0 and argv[0] == "export" and Path(name).parent.name in ("onnx", "openvino"):
+        return True
     if status == 0 and name in {f"{Path(argv[1])}/{file}" for file in _WRITES_INTO.get(argv[0], ())}:
         return True
     named = {value for option, value in pairwise(argv) if option in _OTHER_OUTPUTS}

@@ -31,6 +31,7 @@ LINES = {
     "card": "card small",
     "push": "push small me/small --dry-run",
     "doctor": "doctor small",
+    "export": "export small",
     "compare": "compare dense --dataset dev.tsv --task text-classification --methods svd --keep-targets 0.5",
     "recover": "recover small out --teacher dense --dataset train.tsv --epochs 0.2",
     "lpaf": "lpaf dense out --dataset train.tsv --keep-targets 0.5 --prune-epochs 0.2 --tune-epochs 0.2",
@@ -47,6 +48,7 @@ READERS = {
         LINES["card"],
         LINES["push"],
         LINES["doctor"],
+        LINES["export"],
     ],
     "dense": [
         LINES["compress"],

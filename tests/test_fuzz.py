@@ -33,7 +33,7 @@ from hf_lowrank.studies import doctor
 # command -> cases, the fewer the longer one takes
 CASES = {
     "inspect": 300, "push": 300, "decompress": 250, "verify": 220, "card": 120, "compress": 120, "evaluate": 60,
-    "doctor": 60, "analyze": 30, "compare": 30, "recover": 8, "lpaf": 5,
+    "doctor": 60, "export": 40, "analyze": 30, "compare": 30, "recover": 8, "lpaf": 5,
 }  # fmt: skip
 CASES_OF_FOLDERS = {"small": 150, "dense": 80, "gpt2": 100}
 CASES_OF_DATA = 190

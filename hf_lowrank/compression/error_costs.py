@@ -6,7 +6,8 @@ from pathlib import Path
 
 import torch
 
-from hf_lowrank.files.scratch import KeptOnDisk, scratch_folder
+from hf_lowrank.files.kept_on_disk import KeptOnDisk
+from hf_lowrank.files.scratch import scratch_folder
 from hf_lowrank.hosts.matrices import DenseMatrix, turned
 from hf_lowrank.methods.matrix.data_aware_svd import WhitenedSVD
 from hf_lowrank.methods.metric import identity, moment_metric, shrunk

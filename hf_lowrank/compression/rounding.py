@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from hf_lowrank.compression.error_costs import costs_of, scratch_of
 from hf_lowrank.errors import InputError
-from hf_lowrank.files.scratch import KeptOnDisk
+from hf_lowrank.files.kept_on_disk import KeptOnDisk
 from hf_lowrank.hosts.blocks import frozen
 from hf_lowrank.hosts.matrices import DenseMatrix, Expert
 from hf_lowrank.hosts.targets import is_named

@@ -8,15 +8,11 @@ import os
 import shutil
 import tempfile
 import time
-import uuid
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Generic, TypeVar
-
-import torch
+from typing import Any, TypeVar
 
 from hf_lowrank.errors import InputError
 
@@ -88,28 +84,6 @@ def scratch_folder(owner: object) -> Path:
     folder, held = _new_folder(Path(tempfile.gettempdir()), _SCRATCH)
     weakref.finalize(owner, _remove, folder, held)
     return folder
-
-
-@dataclass(eq=False)
-class KeptOnDisk(Generic[T]):
-    """Tensors that are made when they are first asked for, kept among the temporary files, and read a piece at a time.
-
-    Args:
-        make: Gives them; nothing but tensors and what is made of them.
-        folder: Where.
-    """
-
-    make: Callable[[], T]
-    folder: Path
-    _name: str = field(default_factory=lambda: f"{uuid.uuid4().hex}.pt")
-
-    def __call__(self) -> T:
-        """The tensors."""
-        file = self.folder / self._name
-        if not file.is_file():
-            torch.save(self.make(), file)
-        read: T = torch.load(file, mmap=True, weights_only=False)  # our own
-        return read
 
 
 def write_file(path: Path, write: Callable[[Path], Any]) -> None:

@@ -36,11 +36,9 @@ def _add_lpaf(commands: Commands) -> None:
     parser = add_command(commands, "lpaf", "prune, factorize and train a fine-tuned model", _LPAF_EXAMPLES)
     parser.add_argument("model", metavar="MODEL", help="folder or Hub id of a model fine-tuned on the task")
     _add_data(parser)
-    group = parser.add_argument_group("budget, exactly one").add_mutually_exclusive_group(required=True)
-    for name, meaning in (("keep-targets", "of the replaced matrices"), ("keep-params", "of the whole model")):
-        group.add_argument(
-            f"--{name}", type=float, metavar="F", help=f"fraction of the parameters {meaning} that stay"
-        )
+    parser.add_argument(
+        "--keep-targets", type=float, metavar="F", required=True, help="fraction of the replaced matrices that stays"
+    )
     add_flags(parser, LPAFOptions, ["prune_epochs", "tune_epochs", *_SHARED])
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from hf_lowrank.files.scratch import KeptOnDisk
+from hf_lowrank.files.kept_on_disk import KeptOnDisk
 from hf_lowrank.methods.metric import moment_metric
 from hf_lowrank.methods.rounding.grids import Columns, Rounded, as_columns, round_in_metric
 from hf_lowrank.methods.rounding.levels import Costs, Part
