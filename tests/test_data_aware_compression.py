@@ -21,7 +21,6 @@ from hf_lowrank.methods.matrix.decompositions import Decompositions
 from hf_lowrank.methods.matrix.svd import Decomposition
 from hf_lowrank.planning.probes import Probe
 from hf_lowrank.planning.sizes import overhead_bytes, parameter_bytes
-from hf_lowrank.statistics import evidence
 from hf_lowrank.statistics.moments import MatrixStatistics
 
 HEADS = ["BertModel", "BertForMaskedLM", "BertForMultipleChoice", "GPT2LMHeadModel", "LlamaForCausalLM"]
@@ -269,8 +268,9 @@ def test_a_16_bit_model_is_watched_in_32_bits_and_stays_16_bits(dtype):
     assert {parameter.dtype for parameter in dense.parameters()} == {dtype}
 
 
-def test_the_fast_tier_runs_no_probe_and_trains_nothing(monkeypatch):
-    monkeypatch.setattr(evidence, "Probe", lambda *args: pytest.fail("probed"))
+@pytest.mark.parametrize("step", ["anchor_", "refine_", "refine_blocks_"])
+def test_the_fast_tier_learns_nothing(monkeypatch, step):
+    monkeypatch.setattr(f"hf_lowrank.compression.compress.{step}", lambda *_, **__: pytest.fail(f"{step} was run"))
 
     small = compress(build("BertForMaskedLM"), keep_targets=0.5, calibration=text(), fast=True)
 
