@@ -70,10 +70,12 @@ def test_a_seed_is_an_order():
 
 
 def test_compress_refines_blocks_before_the_whole_and_keeps_the_record():
-    options = {"keep_targets": 0.4, "storage": "low_rank", "calibration": text(), "anchored": True, "refine_passes": 1}
+    options = {"keep_targets": 0.3, "storage": "low_rank", "calibration": text(), "anchored": True, "refine_passes": 1}
     small = compress(build("BertModel"), refine_block_passes=2, **options)
 
     record = small.config.plan["provenance"]
+    steps = [record["anchoring"], *record["block_refinement"].values(), record["refinement"]]
+    assert [step["after"] for step in steps[:-1]] == [step["before"] for step in steps[1:]]
     assert set(record["block_refinement"]) == {"encoder.layer.0", "encoder.layer.1"}
     assert record["refinement"]["before"] != record["anchoring"]["after"]
     assert json.dumps(record)

@@ -21,6 +21,7 @@ from hf_lowrank.methods.matrix.decompositions import Decompositions
 from hf_lowrank.methods.matrix.svd import Decomposition
 from hf_lowrank.planning.probes import Probe
 from hf_lowrank.planning.sizes import overhead_bytes, parameter_bytes
+from hf_lowrank.statistics import evidence
 from hf_lowrank.statistics.moments import MatrixStatistics
 
 HEADS = ["BertModel", "BertForMaskedLM", "BertForMultipleChoice", "GPT2LMHeadModel", "LlamaForCausalLM"]
@@ -102,6 +103,15 @@ def test_refining_never_makes_it_worse_on_text_set_aside():
     found = small.config.plan["provenance"]["refinement"]
     assert found["after"] <= found["before"]
     assert found["passes"] <= 3
+
+
+def test_where_only_a_table_became_smaller_there_is_nothing_to_train():
+    dense = build("BertModel")
+    small = compress(dense, embeddings="low_rank", rank_pattern={"word_embeddings": 2}, target_modules=["word_embeddings"],
+                     method="svd", rank=2)  # fmt: skip
+    found = refine_(small, dense, make_calibration(dense, text()), passes=1)
+
+    assert (found.passes, found.after) == (0, found.before)
 
 
 def test_refining_at_a_hopeless_rate_keeps_the_model_as_it_was():

@@ -156,7 +156,7 @@ POWERED_SVD = MatrixMethod(PoweredSVD())
 
 def test_an_option_of_one_method_reaches_its_solver_and_the_command_line(monkeypatch, dense, tmp_path):
     monkeypatch.setattr("hf_lowrank.methods.table.METHODS", dict(METHODS))
-    for module in ("compression.job", "cli.flags.parser", "cli.compress"):
+    for module in ("compression.settled", "cli.flags.parser", "cli.compress"):
         monkeypatch.setattr(f"hf_lowrank.{module}.CompressOptions", MoreOptions)
     row = MethodRow(home=f"{__name__}:POWERED_SVD", summary="rows by their length", takes=OF_MATRICES)
     register_method("powered_svd", row)

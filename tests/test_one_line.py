@@ -268,6 +268,7 @@ ARGUMENTS = {
     "recover": lambda dense, small: {"model": small, "teacher": dense, "dataset": "train.tsv"},
     "lpaf": lambda dense, small: {"model": dense, "dataset": "train.tsv", "keep_targets": 0.5},
     "record_evaluation": lambda dense, small: {"folder": "small", "evaluation": None, "dataset": "dev.tsv"},
+    "export": lambda dense, small: {"folder": "small"},
     "saved_report": lambda dense, small: {"path": "small"},
     "register_method": lambda dense, small: {"name": "x", "row": None},
     "CardCallback": lambda dense, small: {"dataset": "x"},

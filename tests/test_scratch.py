@@ -113,6 +113,7 @@ def test_on_a_full_disk_what_was_written_before_stays_whole(small, tmp_path, nam
 WRITES = {"write_text", "write_bytes", "save", "save_file", "savefig", "mkdtemp", "TemporaryDirectory", "rename"}
 MAY_WRITE = {
     ("scratch", "write_text"), ("scratch", "_new_folder"), ("scratch", "_clear"), ("saving", "_swap"),
+    ("kept_on_disk", "__call__"),
     ("verification", "_ask_child"), ("verification_child", "main"), ("probes", "__init__"), ("plots", "save_page"),
 }  # fmt: skip
 

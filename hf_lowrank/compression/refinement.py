@@ -109,7 +109,10 @@ class Training:
     progress: Progress
 
     def at(self, learning_rate: float, description: str) -> Refinement:
-        """Train, and leave the best state; give up after a first pass that does not help."""
+        """Train, and leave the best state; give up after a first pass that does not help, or with nothing to train."""
+        if not self.parameters:  # every block stayed dense, and only a table became smaller
+            distance = self.distance()
+            return Refinement(distance, distance, 0, learning_rate)
         checkpoint = self.checkpoint.part(f"{self.passes}-{learning_rate:g}-{self.seed}")
         draw = random.Random(self.seed)
         orders = [draw.sample(range(self.num_batches), self.num_batches) for _ in range(self.passes)]

@@ -11,7 +11,7 @@ from hf_lowrank.extras import load_part
 from hf_lowrank.files.scratch import workshop
 from hf_lowrank.hosts.loading import find_tokenizer
 from hf_lowrank.hosts.outputs import Batch
-from hf_lowrank.options import settle
+from hf_lowrank.options import checked, settle
 from hf_lowrank.remote_code.lowrank_structures import named_structures
 from hf_lowrank.runtimes.check import Check, check, check_batches
 from hf_lowrank.runtimes.graphs import make_graphs
@@ -58,6 +58,7 @@ class Export:
         return asdict(self)
 
 
+@checked
 def export(folder: str | Path, tokenizer: Any = None, **options: Any) -> Export:
     """Write the files by which a runtime runs a compressed model, into its folder, where the ecosystem looks for them.
 
