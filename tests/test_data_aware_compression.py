@@ -108,7 +108,7 @@ def test_refining_never_makes_it_worse_on_text_set_aside():
 def test_where_only_a_table_became_smaller_there_is_nothing_to_train():
     dense = build("BertModel")
     small = compress(dense, rank=2, embeddings="low_rank", target_modules=["word_embeddings"], method="svd")
-    found = refine_(small, dense, make_calibration(dense, text()), passes=1)
+    found = refine_(small, dense, make_calibration(dense, text(), None, Text()), passes=1)
 
     assert (found.passes, found.after) == (0, found.before)
 
