@@ -5,6 +5,7 @@ import json
 import peft
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tiny_models import build, inputs_for, outputs
 
 from hf_lowrank import InputError, compress, decompress
@@ -103,3 +104,27 @@ def test_what_cannot_hold_it_and_what_is_no_adapter_are_one_line(tmp_path):
         merge_adapter_(shared, adapter)
     with pytest.raises(InputError, match="holds no readable adapter"):
         merge_adapter_(shared, tmp_path)
+
+
+def without_a_second_factor(weights):
+    return dict(list(weights.items())[:-1])
+
+
+def with_a_table(weights):
+    return weights | {"base_model.model.embeddings.word_embeddings.lora_embedding_A": torch.zeros(3, 97)}
+
+
+def of_another_width(weights):
+    return {name: value[..., :-1] if ".lora_A." in name else value for name, value in weights.items()}
+
+
+@pytest.mark.parametrize("spoiled", [without_a_second_factor, with_a_table, of_another_width])
+def test_an_adapter_that_cannot_be_merged_whole_is_not_merged_in_part(spoiled, tmp_path):
+    file = adapter_of(build("BertModel"), tmp_path / "adapter") / "adapter_model.safetensors"
+    save_file({name: value.contiguous() for name, value in spoiled(load_file(file)).items()}, file)
+    small = compressed("BertModel", "low_rank", tmp_path / "small")
+    before = {name: value.clone() for name, value in small.state_dict().items()}
+
+    with pytest.raises(InputError, match=r"^[^\n]+$"):
+        merge_adapter_(small, tmp_path / "adapter")
+    assert all(torch.equal(before[name], value) for name, value in small.state_dict().items())

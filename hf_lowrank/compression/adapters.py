@@ -53,8 +53,8 @@ def merge_adapter_(model: PreTrainedModel, adapter: str | Path, keep_ranks: bool
         InputError: If the adapter is none of LoRA's, or changes what is neither two factors, pivoted rows nor dense.
     """
     model, lost = held_compressed_model(model, "merge into"), {}
-    for change in _changes(Path(adapter)):
-        name = _name_in_base(model, change.name)
+    changes = {_name_in_base(model, change): change for change in _changes(Path(adapter))}  # all, before any is made
+    for name, change in changes.items():
         module: Any = model.base_model.get_submodule(name)
         device = next(module.parameters()).device
         delta = Factors(change.up.to(device), change.down.to(device))
@@ -85,17 +85,21 @@ def _add_(module: Any, delta: Factors) -> None:
         module.weight += (weight.T if isinstance(module, Conv1D) else weight).to(module.weight)
 
 
-def _name_in_base(model: Any, name: str) -> str:
+def _name_in_base(model: Any, change: _Change) -> str:
     """The name relative to the base model of a layer that an adapter names relative to the whole one it was made for.
 
     Raises:
-        InputError: If nothing can be merged into what has it.
+        InputError: If nothing can be merged into what has it, or it is of another shape.
     """
     prefix, held = f"{model.base_model_prefix}.", dict(model.base_model.named_modules())
-    name = name if name in held else name.removeprefix(prefix)
+    name = change.name if change.name in held else change.name.removeprefix(prefix)
     kind = structure_name(held[name]) if name in held else None
     if kind in DECODERS or isinstance(held.get(name), (nn.Linear, Conv1D)):
-        return name
+        module: Any = held[name]
+        shape = (module.nf, module.nx) if isinstance(module, Conv1D) else (module.out_features, module.in_features)
+        if (given := (len(change.up), change.down.shape[1])) == shape:
+            return name
+        raise InputError(f"The adapter changes {name} as a matrix of {given}, and it is of {shape} here.")
     what = kind or (type(held[name]).__name__ if name in held else "not among the layers")
     raise InputError(
         f"The adapter changes {name}, which is {what} here: it can be merged into two factors, pivoted rows and dense "
@@ -110,9 +114,9 @@ def _changes(folder: Path) -> Iterator[_Change]:
         InputError: If it is none of LoRA's, or does more than that.
     """
     try:
-        about = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+        about = dict(json.loads((folder / "adapter_config.json").read_text(encoding="utf-8")))
         weights = load_file(folder / "adapter_model.safetensors")
-    except (OSError, ValueError, SafetensorError) as error:
+    except (OSError, ValueError, TypeError, SafetensorError) as error:
         raise InputError(
             f"{folder} holds no readable adapter ({error}). Give the folder that PEFT's save_pretrained wrote."
         ) from error
@@ -122,11 +126,15 @@ def _changes(folder: Path) -> Iterator[_Change]:
         raise InputError(
             f"Only a plain LoRA can be merged into factors, got {what}. Merge it into the dense model first."
         )
-    for key, first in weights.items():
-        if key.endswith(_FIRST):
-            name = key.removesuffix(_FIRST)
-            second, short = weights[name + _SECOND], name.removeprefix(_PREFIX)
-            yield _Change(short, second * _scale(about, short, len(first)), first)
+    names = [key.removesuffix(_FIRST) for key in weights if key.endswith(_FIRST)]
+    if odd := sorted({name + end for name in names for end in (_FIRST, _SECOND)} ^ weights.keys()):
+        raise InputError(
+            f"Only changes of matrices can be merged, each of two tensors, and {odd[0]} is none of those or lacks its "
+            "other. Leave it out of the adapter, or merge it into the dense model first."
+        )
+    for name in names:
+        first, short = weights[name + _FIRST], name.removeprefix(_PREFIX)
+        yield _Change(short, weights[name + _SECOND] * _scale(about, short, len(first)), first)
 
 
 def _scale(about: Any, name: str, rank: int) -> float:

@@ -60,14 +60,15 @@ def expected_cost(evidence: StagedEvidence) -> Cost:
     weights = max((sum(m.num_weights for m in members) for members in blocks.values()), default=0)
     table = max((matrix.num_weights for matrix in evidence.matrices), default=0)
     memory = _LIBRARIES + max(_NARROW * weights + 3 * _WIDE * largest**2, 3 * _NARROW * table)
-    seconds, disk = _decomposing_seconds(shapes, bool(evidence.kinds)), decompositions
+    seconds, disk = _decomposing_seconds(shapes), decompositions
     if evidence.kinds:
         tokens = sum(next(iter(batch.values())).shape[:2].numel() for batch in evidence.stages.batches)
         width = min(evidence.matrices[0].shape)
         kept = len(blocks) if needs_gradients(evidence.kinds) else 2
         disk += _NARROW * kept * tokens * width + 3 * _NARROW * max(moments)
         work = 2 * _PRODUCTS * sum(o * i for o, i in shapes) * tokens + sum(moments) * tokens
-        seconds += work / _operations_a_second()
+        metrics = _JOINT * sum(o**3 + i**3 for o, i in shapes) * _WIDE / _NARROW
+        seconds += (work + metrics) / _operations_a_second()
     return Cost(seconds, memory, disk)
 
 
@@ -97,11 +98,10 @@ def _moments(shapes: Sequence[tuple[int, int]]) -> int:
     return sum(o * o + i * i for o, i in shapes)
 
 
-def _decomposing_seconds(shapes: Sequence[tuple[int, int]], has_metrics: bool) -> float:
+def _decomposing_seconds(shapes: Sequence[tuple[int, int]]) -> float:
     sample = torch.arange(_SIZE**2, dtype=torch.float64).sin().view(_SIZE, _SIZE)
     unit = _seconds_of(lambda: torch.linalg.eigh(sample + sample.T))
-    metrics = sum(o**3 + i**3 for o, i in shapes) * _WIDE / _NARROW / _operations_a_second() if has_metrics else 0
-    return _JOINT * (unit * sum((min(shape) / _SIZE) ** 3 for shape in shapes) + metrics)
+    return _JOINT * unit * sum((min(shape) / _SIZE) ** 3 for shape in shapes)
 
 
 def _operations_a_second() -> float:

@@ -56,10 +56,11 @@ def _is_too_large(model: Any, settings: Settings) -> bool:
 def _stored_size(model: str | Path) -> tuple[int, int]:
     """Bytes of the weights in a folder or Hub id, and of one number; none where there are none to be found."""
     with suppress(Exception):  # a configuration's own code, met with any value; `load_dense` says what is wrong
-        itemsize = (AutoConfig.from_pretrained(model, trust_remote_code=False).dtype or torch.float32).itemsize
+        config = AutoConfig.from_pretrained(model, trust_remote_code=False)
+        itemsize = (config.dtype or torch.float32).itemsize
         if Path(model).is_dir():
             return sum(path.stat().st_size for path in Path(model).glob("*.safetensors")), itemsize
-        host = skeleton(dense_class(model), AutoConfig.from_pretrained(model, trust_remote_code=False))
+        host = skeleton(dense_class(model), config)
         return itemsize * sum(parameter.numel() for parameter in host.parameters()), itemsize
     return 0, _WIDE
 
