@@ -23,6 +23,7 @@ from hf_lowrank.cli.tables import print_line, print_steps
 from hf_lowrank.compression.compress import compress
 from hf_lowrank.hosts.latency import embed_sentences, mean_cosine, measure_latency
 from hf_lowrank.hosts.loading import load_dense
+from hf_lowrank.planning.sizes import parameter_bytes
 from hf_lowrank.progress import progress_bar
 from hf_lowrank.records.machine import machine_name
 from hf_lowrank.records.wording import megabytes
@@ -78,11 +79,11 @@ def main() -> int:
     print_rows(
         tokenizer,
         {
-            "dense": (dense, weights_size(dense)),
-            "float16": (copy.deepcopy(dense).half(), weights_size(dense) // 2),
+            "dense": (dense, parameter_bytes(dense)),
+            "float16": (half := copy.deepcopy(dense).half(), parameter_bytes(half)),
             "int8 (torch, dynamic)": (int8 := in_int8(dense), pickled_size(int8)),
-            "hf_lowrank": (ours, weights_size(folder)),
-            "hf_lowrank, then int8": (in_int8(ours), weights_size(folder)),
+            "hf_lowrank": (ours, size := (folder / "model.safetensors").stat().st_size),
+            "hf_lowrank, then int8": (in_int8(ours), size),
         },
     )
     print_steps(
@@ -98,13 +99,6 @@ def main() -> int:
 def in_int8(model: Any) -> Any:
     """A copy whose linear layers multiply in 8 bits."""
     return torch.ao.quantization.quantize_dynamic(copy.deepcopy(model), {torch.nn.Linear}, dtype=torch.qint8)
-
-
-def weights_size(model: Any) -> int:
-    """Bytes of the weights, of a folder as they lie on disk."""
-    if isinstance(model, Path):
-        return (model / "model.safetensors").stat().st_size
-    return sum(weight.nbytes for weight in model.parameters())
 
 
 def pickled_size(model: Any) -> int:
@@ -141,7 +135,7 @@ def print_rows(tokenizer: Any, rows: dict[str, tuple[Any, int]]) -> None:
 
 def nearest(model: Any, tokenizer: Any) -> torch.Tensor:
     """For every sentence the place of the one whose embedding is nearest, (N,)."""
-    embeddings = torch.nn.functional.normalize(embed_sentences(model, tokenizer, SENTENCES).float(), dim=-1)
+    embeddings = embed_sentences(model, tokenizer, SENTENCES).float()
     return (embeddings @ embeddings.T).fill_diagonal_(-1).argmax(dim=-1)
 
 

@@ -10,6 +10,7 @@ import torch
 
 from hf_lowrank.hosts.dummy_inputs import dummy_inputs
 from hf_lowrank.hosts.outputs import longest_input
+from hf_lowrank.hosts.pooling import pooled
 
 _WARM_UP_ROUNDS = 2
 _TYPICAL = 128
@@ -99,12 +100,9 @@ def _summarize(seconds: Sequence[float], reference: Sequence[float]) -> Latency:
 
 @torch.inference_mode()
 def embed_sentences(model: Any, tokenizer: Any, sentences: Sequence[str]) -> torch.Tensor:
-    """One embedding a sentence, (N, D): the mean of the last hidden states over the tokens the mask keeps."""
+    """One unit vector a sentence, (N, D): of the mean of the last hidden states over the tokens the mask keeps."""
     batch = tokenizer(list(sentences), padding=True, truncation=True, return_tensors="pt").to(model.device)
-    hidden_states = model(**batch).last_hidden_state  # (N, T, D)
-    mask = batch["attention_mask"].unsqueeze(-1).to(hidden_states.dtype)  # (N, T, 1)
-    embeddings: torch.Tensor = (hidden_states * mask).sum(dim=1) / mask.sum(dim=1)  # (N, D)
-    return embeddings
+    return pooled(model(**batch).last_hidden_state, batch["attention_mask"])
 
 
 def mean_cosine(dense: Any, compressed: Any, tokenizer: Any, sentences: Sequence[str]) -> float:
